@@ -1,0 +1,146 @@
+//! Sets of keys as bits: one row per query, per sequence or per group, 64 keys to a word.
+
+use crate::error::{Error, check_size};
+
+/// Rows of bits over the keys of a sequence, and which row a query has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bits {
+    words: Vec<u64>,
+    keys: usize,
+    select: Select,
+}
+
+/// Which row of bits belongs to a query.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Select {
+    /// `sequence * strides[0] + head * strides[1] + place in the sequence * strides[2]`.
+    Strided([usize; 3]),
+    /// `sequence * groups + the query's group`, groups by packed query row.
+    Group { ids: Vec<u32>, groups: usize },
+}
+
+/// A query: its sequence, head, place among its sequence's queries, and row in the packed batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Query {
+    pub(crate) segment: usize,
+    pub(crate) head: usize,
+    pub(crate) place: usize,
+    pub(crate) row: usize,
+}
+
+impl Bits {
+    /// `f(sequence, head, query, key)` for a batch of `[sequences, heads, queries, keys]`; a dimension of 1 serves all.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDim`] if sequences, heads or queries are 0.
+    pub fn dense(
+        [sequences, heads, queries, keys]: [usize; 4],
+        f: impl Fn(usize, usize, usize, usize) -> bool,
+    ) -> Result<Bits, Error> {
+        for (arg, n) in [("sequences", sequences), ("heads", heads), ("queries", queries)] {
+            crate::error::check_dim(arg, n)?;
+        }
+        let rows = crate::error::checked_product("bits", &[sequences, heads, queries])?;
+        let words =
+            pack(rows, keys, |row, key| f(row / queries / heads, row / queries % heads, row % queries, key));
+        let stride = |n: usize, step: usize| if n == 1 { 0 } else { step };
+        let strides = [stride(sequences, heads * queries), stride(heads, queries), stride(queries, 1)];
+        Ok(Bits { words, keys, select: Select::Strided(strides) })
+    }
+
+    /// One set of keys per sequence, `[sequences, keys]`: padding, or columns that all queries see.
+    ///
+    /// # Errors
+    /// [`Error::Size`] if the rows differ in length from `keys`.
+    pub fn keys(sequences: &[&[bool]]) -> Result<Bits, Error> {
+        let keys = sequences.iter().map(|row| row.len()).max().unwrap_or(0);
+        let words = pack(sequences.len(), keys, |row, key| sequences[row].get(key) == Some(&true));
+        Ok(Bits { words, keys, select: Select::Strided([1, 0, 0]) })
+    }
+
+    /// Which group of queries sees which group of keys: `table[query group * groups + key group]`. `queries` and
+    /// `keys` hold the groups of packed tokens; `key_offsets` says where each sequence's keys begin.
+    ///
+    /// # Errors
+    /// [`Error::Size`] if the table is not square, [`Error::TooLarge`] if a group is outside of it, [`Error::NotAscending`].
+    pub fn groups(
+        queries: &[u32],
+        keys: &[u32],
+        key_offsets: &[usize],
+        groups: usize,
+        table: &[bool],
+    ) -> Result<Bits, Error> {
+        check_size("table.len()", crate::error::checked_product("groups", &[groups, groups])?, table.len())?;
+        super::check_offsets("key_offsets", key_offsets, keys.len())?;
+        for &id in queries.iter().chain(keys) {
+            if id as usize >= groups {
+                let max = groups.saturating_sub(1);
+                return Err(Error::TooLarge { arg: "group id", max, actual: id as usize });
+            }
+        }
+        let sequences = key_offsets.len() - 1;
+        let longest = key_offsets.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0);
+        let words = pack(sequences * groups, longest, |row, key| {
+            let (sequence, group) = (row / groups, row % groups);
+            let at = key_offsets[sequence] + key;
+            at < key_offsets[sequence + 1] && table[group * groups + keys[at] as usize]
+        });
+        Ok(Bits { words, keys: longest, select: Select::Group { ids: queries.to_vec(), groups } })
+    }
+
+    /// Whether every query of the batch has a row, and keys are as many as the longest sequence's.
+    pub(crate) fn check(
+        &self,
+        arg: &'static str,
+        segments: usize,
+        heads: usize,
+        longest_query: usize,
+        rows: usize,
+        longest_key: usize,
+    ) -> Result<(), Error> {
+        if self.keys < longest_key {
+            return Err(Error::TooSmall { arg, min: longest_key, actual: self.keys });
+        }
+        let available = self.words.len() / self.row_words().max(1);
+        let needed = match &self.select {
+            Select::Group { ids, groups } => {
+                check_size(arg, rows, ids.len())?;
+                segments * groups
+            }
+            Select::Strided([s, h, q]) => {
+                let last = |n: usize, stride: usize| n.saturating_sub(1) * stride;
+                last(segments, *s) + last(heads, *h) + last(longest_query, *q) + 1
+            }
+        };
+        if self.row_words() > 0 && available < needed {
+            return Err(Error::TooSmall { arg, min: needed, actual: available });
+        }
+        Ok(())
+    }
+
+    fn row_words(&self) -> usize {
+        self.keys.div_ceil(64)
+    }
+
+    /// The bits of keys `64 * block..` for a query; none past the last key.
+    #[inline(always)]
+    pub(crate) fn word(&self, query: Query, block: usize) -> u64 {
+        let row = match &self.select {
+            Select::Strided([s, h, q]) => query.segment * s + query.head * h + query.place * q,
+            Select::Group { ids, groups } => query.segment * groups + ids[query.row] as usize,
+        };
+        let row_words = self.row_words();
+        if block < row_words { self.words[row * row_words + block] } else { 0 }
+    }
+}
+
+fn pack(rows: usize, keys: usize, f: impl Fn(usize, usize) -> bool) -> Vec<u64> {
+    let mut words = Vec::with_capacity(rows * keys.div_ceil(64));
+    for row in 0..rows {
+        for start in (0..keys).step_by(64) {
+            let bits = (start..keys.min(start + 64)).map(|key| u64::from(f(row, key)) << (key - start));
+            words.push(bits.fold(0, |word, bit| word | bit));
+        }
+    }
+    words
+}

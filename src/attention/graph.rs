@@ -1,0 +1,135 @@
+//! Who sees whom: self-attention as a graph over the tokens of a sequence.
+
+use crate::attention::bits::{Bits, Query};
+use crate::error::Error;
+
+/// Which keys a query may see.
+///
+/// A query at position `p` sees key `j` of its sequence if `p - left <= j <= p + right`, or if `j` is one of the global columns, and
+/// if moreover every set of bits says so. Positions count from the sequence's first key.
+///
+/// ```
+/// use laneformer::{Bits, Graph};
+/// let graph = Graph::window(1, 0).with_columns(Bits::keys(&[&[true, false, false, false]])?);
+/// assert!(graph.allows(3, 3) && graph.allows(3, 2) && !graph.allows(3, 1) && graph.allows(3, 0));
+/// # Ok::<(), laneformer::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Graph {
+    left: usize,
+    right: usize,
+    columns: Option<Bits>,
+    bits: Vec<Bits>,
+}
+
+/// How much of a tile of scores the graph keeps.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cover {
+    Empty,
+    Partial,
+    Full,
+}
+
+impl Graph {
+    /// Every token sees every token.
+    pub const fn full() -> Graph {
+        Graph::window(usize::MAX, usize::MAX)
+    }
+
+    /// A token sees itself and what comes before it.
+    pub const fn causal() -> Graph {
+        Graph::window(usize::MAX, 0)
+    }
+
+    /// A token sees itself, `left` tokens before it and `right` after it; `usize::MAX` is no limit.
+    pub const fn window(left: usize, right: usize) -> Graph {
+        Graph { left, right, columns: None, bits: Vec::new() }
+    }
+
+    /// The same, and all tokens see the keys of `columns` ([`Bits::keys`]) as well: Longformer's global tokens, or the prefix of
+    /// a prefix-LM on a causal graph.
+    pub fn with_columns(self, columns: Bits) -> Graph {
+        Graph { columns: Some(columns), ..self }
+    }
+
+    /// The same, but only where `bits` allows it: key padding, groups, or any set of edges. Several are combined by AND.
+    pub fn with_bits(mut self, bits: Bits) -> Graph {
+        self.bits.push(bits);
+        self
+    }
+
+    /// Whether the first query row of the first sequence, standing at position `p`, sees key `j`.
+    pub fn allows(&self, p: usize, j: usize) -> bool {
+        let query = Query { segment: 0, head: 0, place: p, row: p };
+        self.word(query, p as isize, j / 64, usize::MAX) >> (j % 64) & 1 == 1
+    }
+
+    pub(crate) fn check(
+        &self,
+        segments: usize,
+        heads: usize,
+        longest_query: usize,
+        rows: usize,
+        longest_key: usize,
+    ) -> Result<(), Error> {
+        if let Some(columns) = &self.columns {
+            columns.check("graph columns", segments, heads, longest_query, rows, longest_key)?;
+        }
+        self.bits
+            .iter()
+            .try_for_each(|bits| bits.check("graph bits", segments, heads, longest_query, rows, longest_key))
+    }
+
+    /// The keys of the interval of a query at `p`, of `len`.
+    #[inline(always)]
+    fn interval(&self, p: isize, len: usize) -> (usize, usize) {
+        let end = |n: isize| usize::try_from(n).unwrap_or(0);
+        let reach = |n: usize| isize::try_from(n).unwrap_or(isize::MAX);
+        let low = end(p.saturating_sub(reach(self.left)));
+        let high = end(p.saturating_add(reach(self.right)).saturating_add(1));
+        (low, high.min(len))
+    }
+
+    /// What queries of one sequence, from position `first` to `last`, see of its keys `keys.0..keys.1`, as far as that can be told
+    /// without looking at each.
+    #[inline(always)]
+    pub(crate) fn cover(
+        &self,
+        query: Query,
+        (first, last): (isize, isize),
+        keys: (usize, usize),
+        len: usize,
+    ) -> Cover {
+        // Both ends of the interval ascend with the position.
+        let (low_first, high_first) = self.interval(first, len);
+        let (low_last, high_last) = self.interval(last, len);
+        if low_last <= keys.0 && keys.1 <= high_first {
+            return if self.bits.is_empty() { Cover::Full } else { Cover::Partial };
+        }
+        let outside = keys.1 <= low_first || keys.0 >= high_last;
+        let has_column =
+            |columns: &Bits| (keys.0 / 64..keys.1.div_ceil(64)).any(|i| columns.word(query, i) != 0);
+        if outside && !self.columns.as_ref().is_some_and(has_column) { Cover::Empty } else { Cover::Partial }
+    }
+
+    /// Bit `i` says whether a query at `p` sees key `64 * block + i` of a sequence of `len`.
+    #[inline(always)]
+    pub(crate) fn word(&self, query: Query, p: isize, block: usize, len: usize) -> u64 {
+        let start = 64 * block;
+        let (low, high) = self.interval(p, len);
+        let mut word = below(high.saturating_sub(start)) & !below(low.saturating_sub(start));
+        if let Some(columns) = &self.columns {
+            word |= columns.word(query, block) & below(len - start);
+        }
+        for bits in &self.bits {
+            word &= bits.word(query, block);
+        }
+        word
+    }
+}
+
+/// The low `n` bits.
+#[inline(always)]
+fn below(n: usize) -> u64 {
+    if n >= 64 { u64::MAX } else { (1 << n) - 1 }
+}

@@ -1,0 +1,494 @@
+//! Attention of a tile of queries, flash style (Dao et al. 2022, arXiv:2205.14135): no score matrix beyond one chunk.
+//!
+//! The keys of a segment are taken in chunks of 256 from its first key. Each chunk gives its own maximum, sum and output,
+//! and chunks are folded in ascending order, so a row's bits depend only on its allowed keys and their places: not on
+//! the queries beside it, the threads, or whether it came alone (decode) or with others (prefill).
+
+use core::ops::Range;
+
+use crate::attention::Heads;
+use crate::attention::bits::Query;
+use crate::attention::graph::{Cover, Graph};
+use crate::attention::keys::{BLOCK, CHUNK_BLOCKS, Keys};
+use crate::attention::terms::{Relative, SegmentTerm, Terms};
+use crate::gemm::{Start, product};
+use crate::linear::padded_stride;
+use crate::math::{exp_nonpositive, tanh};
+use crate::reduce::fold;
+use crate::simd::{LANES, Simd, Vector};
+use crate::view::{MatMut, MatRef};
+
+/// Keys of a chunk: 64 rows of scores (64 KiB) and the chunk's keys and values (128 KiB at 64 dimensions) stay in L2.
+const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
+/// A row of scores, one line longer than the chunk, so that rows do not share L1 sets.
+const SCORE_STRIDE: usize = CHUNK + LANES;
+/// Queries of a tile at most.
+pub(crate) const ROWS: usize = BLOCK;
+/// Rows that are taken together where not all see all: three register tiles.
+const GROUP: usize = 16;
+/// A row of relative scores: the places of a chunk for [`ROWS`] consecutive positions, begun at a panel, and room to read past
+/// the last.
+const RELATIVE_COLS: usize = CHUNK + ROWS + BLOCK;
+const RELATIVE_STRIDE: usize = RELATIVE_COLS + LANES;
+
+/// Scratch of a tile, in elements; what relative positions take is never touched without them.
+pub(crate) fn scratch_len(heads: &Heads) -> usize {
+    let relative = 2 * padded_stride(heads.head_dim) + RELATIVE_STRIDE;
+    ROWS * (SCORE_STRIDE + 2 * heads.layout().value_stride() + 2 + relative)
+}
+
+/// What all tiles of a call share.
+#[derive(Clone, Copy)]
+pub(crate) struct Call<'a> {
+    pub(crate) heads: &'a Heads,
+    pub(crate) graph: &'a Graph,
+    pub(crate) terms: &'a Terms<'a>,
+}
+
+/// The queries of a tile: one head of at most [`ROWS`] rows of one sequence.
+#[derive(Clone, Copy)]
+pub(crate) struct Queries<'a> {
+    /// `[rows, head_dim]`.
+    pub(crate) q: MatRef<'a>,
+    /// The first row.
+    pub(crate) first: Query,
+    /// Its position. Rows stand one after another.
+    pub(crate) position: isize,
+}
+
+impl<'a> Queries<'a> {
+    /// Some of the rows.
+    #[inline(always)]
+    fn rows(&self, rows: Range<usize>) -> Queries<'a> {
+        let (first, position) = self.query(rows.start);
+        Queries { q: self.q.block(rows, 0..self.q.cols()), first, position }
+    }
+
+    /// A row and its position.
+    #[inline(always)]
+    fn query(&self, row: usize) -> (Query, isize) {
+        let Query { place, row: packed, .. } = self.first;
+        (Query { place: place + row, row: packed + row, ..self.first }, self.position + row as isize)
+    }
+}
+
+/// `out = softmax(scores of the queries and keys) * values`; rows without an allowed key are 0.
+#[inline(always)]
+pub(crate) fn attend<S: Simd>(
+    s: S,
+    call: &Call<'_>,
+    queries: &Queries<'_>,
+    keys: &Keys<'_>,
+    out: &mut MatMut<'_>,
+    scratch: &mut [f32],
+) {
+    let (rows, head_dim, stride) = (queries.q.rows(), queries.q.cols(), keys.layout.value_stride());
+    let head = queries.first.head;
+    let kv_head = head * call.heads.n_kv_heads / call.heads.n_heads;
+    let (score, rest) = scratch.split_at_mut(ROWS * SCORE_STRIDE);
+    let (part, rest) = rest.split_at_mut(ROWS * stride);
+    let (total, rest) = rest.split_at_mut(ROWS * stride);
+    let (max, rest) = rest.split_at_mut(ROWS);
+    let (sum, rest) = rest.split_at_mut(ROWS);
+    max[..rows].fill(f32::NEG_INFINITY);
+    let mut score = MatMut::scratch(score, rows, CHUNK, SCORE_STRIDE);
+    let mut part = MatMut::scratch(part, rows, stride, stride);
+    let mut total = MatMut::scratch(total, rows, stride, stride);
+
+    // With relative positions the queries meet keys as q + u and positions as q + w.
+    let mut q = queries.q;
+    let mut positions = None;
+    if let Some(relative) = &call.terms.relative {
+        let (with_u, rest) = rest.split_at_mut(ROWS * padded_stride(head_dim));
+        let (with_w, rest) = rest.split_at_mut(ROWS * padded_stride(head_dim));
+        let dims = head * head_dim..(head + 1) * head_dim;
+        q = shifted(s, queries.q, &relative.u[dims.clone()], with_u);
+        let w = shifted(s, queries.q, &relative.w[dims], with_w);
+        positions = Some((w, MatMut::scratch(rest, rows, RELATIVE_COLS, RELATIVE_STRIDE)));
+    }
+
+    for chunk in keys.first_block() / CHUNK_BLOCKS..keys.len.div_ceil(CHUNK) {
+        // Where not all see all, a few rows at a time: the fewer, the closer their common keys are to each one's own.
+        let cover = Tiles::cover(call, queries, keys.len, chunk);
+        let step = match cover {
+            Cover::Empty => continue,
+            Cover::Partial => GROUP,
+            Cover::Full => rows,
+        };
+        for first in (0..rows).step_by(step) {
+            let group = first..rows.min(first + step);
+            let queries = queries.rows(group.clone());
+            let mut rows = Rows {
+                q: q.block(group.clone(), 0..head_dim),
+                score: score.block(group.clone(), 0..CHUNK),
+                part: part.block(group.clone(), 0..stride),
+                total: total.block(group.clone(), 0..stride),
+                max: &mut max[group.clone()],
+                sum: &mut sum[group.clone()],
+            };
+            let positions = positions.as_mut().map(|(w, buffer)| {
+                (w.block(group.clone(), 0..head_dim), buffer.block(group.clone(), 0..RELATIVE_COLS))
+            });
+            attend_chunk(s, call, &queries, keys, kv_head, chunk, &mut rows, positions);
+        }
+    }
+
+    for row in 0..rows {
+        let out = out.row_mut(row);
+        if max[row] == f32::NEG_INFINITY {
+            out.fill(0.0);
+            continue;
+        }
+        let inv = s.splat(1.0 / sum[row]);
+        for (out, total) in out.chunks_mut(LANES).zip(total.row(row).as_chunks::<LANES>().0) {
+            (s.load(total) * inv).store_partial(out);
+        }
+    }
+}
+
+/// Rows of a tile and what becomes of them.
+struct Rows<'a> {
+    q: MatRef<'a>,
+    score: MatMut<'a>,
+    /// The chunk's output.
+    part: MatMut<'a>,
+    /// The output so far.
+    total: MatMut<'a>,
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+}
+
+/// Takes one chunk of keys into some rows.
+#[inline(always)]
+fn attend_chunk<S: Simd>(
+    s: S,
+    call: &Call<'_>,
+    queries: &Queries<'_>,
+    keys: &Keys<'_>,
+    kv_head: usize,
+    chunk: usize,
+    rows: &mut Rows<'_>,
+    positions: Option<(MatRef<'_>, MatMut<'_>)>,
+) {
+    let Rows { q, score, part, total, max, sum } = rows;
+    let (n, stride) = (q.rows(), keys.layout.value_stride());
+    let tiles = Tiles::new(call, queries, keys.len, chunk);
+    for (i, block, seen) in tiles.iter() {
+        let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
+        let mut tile = score.block(0..n, cols);
+        product(s, *q, &keys.keys(block, kv_head)[seen.start..], BLOCK, Start::Zero, &mut tile, &[]);
+    }
+    if let (Some(relative), Some((w, mut buffer))) = (&call.terms.relative, positions) {
+        add_relative(s, relative, w, queries.first.head, queries.position, chunk, &mut buffer, score);
+    }
+    let mut chunk_max = [f32::NEG_INFINITY; ROWS];
+    let mut chunk_sum = [0.0; ROWS];
+    for row in 0..n {
+        let scores = score.row_mut(row);
+        if let Some(term) = &call.terms.segment {
+            let (query, _) = queries.query(row);
+            add_segment(s, term, queries.q.row(row), query, &tiles, scores);
+        }
+        chunk_max[row] = finish(s, scores, &tiles, row, call, queries);
+        chunk_sum[row] = exponentials(s, scores, &tiles, chunk_max[row]);
+    }
+    let mut start = Start::Zero;
+    for (i, block, seen) in tiles.iter() {
+        let p = score.as_ref().block(0..n, i * BLOCK + seen.start..i * BLOCK + seen.end);
+        let values = &keys.values(block, kv_head)[seen.start * stride..];
+        product(s, p, values, stride, start, part, &[]);
+        start = Start::Continue;
+    }
+    for row in 0..n {
+        if chunk_max[row] == f32::NEG_INFINITY {
+            continue;
+        }
+        if !tiles.full && part.row(row).iter().any(|x| !x.is_finite()) {
+            // A NaN or infinity behind the mask may have come in as 0 * NaN.
+            only_allowed(s, score.row(row), &tiles, row, keys, kv_head, part.row_mut(row));
+        }
+        let new = (chunk_max[row], chunk_sum[row]);
+        fold_row(s, (&mut max[row], &mut sum[row]), total.row_mut(row), new, part.row(row));
+    }
+}
+
+/// What some rows see of a chunk.
+struct Tiles {
+    first_block: usize,
+    /// The keys of each block that some row sees, begun at a whole vector; empty if none.
+    seen: [Range<usize>; CHUNK_BLOCKS],
+    /// Every row sees all of those keys.
+    full: bool,
+    /// The keys that each row sees, unless `full`.
+    words: [[u64; CHUNK_BLOCKS]; ROWS],
+}
+
+impl Tiles {
+    /// What can be told without looking at each row.
+    #[inline(always)]
+    fn cover(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Cover {
+        let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
+        let keys = (chunk * CHUNK, len.min((chunk + 1) * CHUNK));
+        match call.graph.cover(queries.first, span, keys, len) {
+            Cover::Full if call.terms.bias.is_some() => Cover::Partial,
+            cover => cover,
+        }
+    }
+
+    #[inline(always)]
+    fn new(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Tiles {
+        let first_block = chunk * CHUNK_BLOCKS;
+        let valid = |i: usize| len.saturating_sub((first_block + i) * BLOCK).min(BLOCK);
+        let mut tiles = Tiles {
+            first_block,
+            seen: core::array::from_fn(|i| 0..valid(i)),
+            full: true,
+            words: [[0; CHUNK_BLOCKS]; ROWS],
+        };
+        match Self::cover(call, queries, len, chunk) {
+            Cover::Empty => tiles.seen = core::array::from_fn(|_| 0..0),
+            Cover::Partial => tiles.find_words(call, queries, len),
+            Cover::Full => {}
+        }
+        tiles
+    }
+
+    /// The keys that each row sees, and what of the blocks is left.
+    #[inline(never)]
+    fn find_words(&mut self, call: &Call<'_>, queries: &Queries<'_>, len: usize) {
+        for (i, seen) in self.seen.iter_mut().enumerate().filter(|(_, seen)| seen.start < seen.end) {
+            let block = self.first_block + i;
+            let valid = u64::MAX >> (BLOCK - seen.end);
+            let (mut any, mut all) = (0, valid);
+            for row in 0..queries.q.rows() {
+                let (query, position) = queries.query(row);
+                let mut word = call.graph.word(query, position, block, len) & valid;
+                if let Some(bias) = &call.terms.bias {
+                    let bias = bias.row(query)[block * BLOCK..].iter().take(seen.end);
+                    let forbidden = bias.enumerate().map(|(j, &b)| u64::from(b == f32::NEG_INFINITY) << j);
+                    word &= !forbidden.fold(0, |word, bit| word | bit);
+                }
+                self.words[row][i] = word;
+                any |= word;
+                all &= word;
+            }
+            let vectors = |bits: u32| bits as usize / LANES;
+            let from = if any == 0 { seen.end } else { vectors(any.trailing_zeros()) * LANES };
+            let to = (vectors(63 - (any | 1).leading_zeros()) + 1) * LANES;
+            *seen = from..seen.end.min(to).max(from);
+            self.full &= all == valid || any == 0;
+        }
+    }
+
+    /// `(place in the chunk, block, its keys that some row sees)` of each block with such keys.
+    #[inline(always)]
+    fn iter(&self) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
+        (0..CHUNK_BLOCKS)
+            .filter(|&i| !self.seen[i].is_empty())
+            .map(|i| (i, self.first_block + i, self.seen[i].clone()))
+    }
+
+    /// The keys of block `i` of the chunk that a row sees.
+    #[inline(always)]
+    fn word(&self, row: usize, i: usize) -> u64 {
+        if self.full { u64::MAX >> (BLOCK - self.seen[i].end) } else { self.words[row][i] }
+    }
+}
+
+/// The queries with `shift` added to each row.
+#[inline(always)]
+fn shifted<'a, S: Simd>(s: S, q: MatRef<'_>, shift: &[f32], scratch: &'a mut [f32]) -> MatRef<'a> {
+    let mut out = MatMut::scratch(scratch, q.rows(), q.cols(), padded_stride(q.cols()));
+    let zero = s.splat(0.0);
+    for row in 0..q.rows() {
+        let parts = q.row(row).chunks(LANES).zip(shift.chunks(LANES));
+        for (out, (q, shift)) in out.row_mut(row).chunks_mut(LANES).zip(parts) {
+            (s.load_partial(q, zero) + s.load_partial(shift, zero)).store_partial(out);
+        }
+    }
+    out.into_ref()
+}
+
+/// Adds `(q + w) . R[p - j]`: a product with the panels of the distances that the tile meets, read along its diagonals.
+#[inline(always)]
+fn add_relative<S: Simd>(
+    s: S,
+    relative: &Relative<'_>,
+    w: MatRef<'_>,
+    head: usize,
+    position: isize,
+    chunk: usize,
+    buffer: &mut MatMut<'_>,
+    score: &mut MatMut<'_>,
+) {
+    let rows = w.rows();
+    let place = |row: usize| relative.table.place(position + row as isize) + (chunk * CHUNK) as isize;
+    // Later queries read from earlier places.
+    let first = place(rows - 1).div_euclid(BLOCK as isize);
+    let panels = (place(0) + CHUNK as isize).div_euclid(BLOCK as isize) - first + 1;
+    for i in 0..(panels as usize).min(RELATIVE_COLS / BLOCK) {
+        let mut tile = buffer.block(0..rows, i * BLOCK..(i + 1) * BLOCK);
+        match relative.table.panel(head, first + i as isize) {
+            Some(panel) => product(s, w, panel, BLOCK, Start::Zero, &mut tile, &[]),
+            None => {
+                for row in 0..rows {
+                    tile.row_mut(row).fill(0.0);
+                }
+            }
+        }
+    }
+    for row in 0..rows {
+        let from = (place(row) - first * BLOCK as isize) as usize;
+        let terms = &buffer.row(row)[from..from + CHUNK];
+        for (x, term) in score.row_mut(row).chunks_exact_mut(LANES).zip(terms.chunks_exact(LANES)) {
+            (s.load(x) + s.load(term)).store(x);
+        }
+    }
+}
+
+/// Adds `(q + s) . E[0 or 1]` by whether query and key are of the same segment.
+#[inline(always)]
+fn add_segment<S: Simd>(
+    s: S,
+    term: &SegmentTerm<'_>,
+    q: &[f32],
+    query: Query,
+    tiles: &Tiles,
+    row: &mut [f32],
+) {
+    let dims = query.head * q.len()..(query.head + 1) * q.len();
+    let (same, other) = term.e.split_at(term.e.len() / 2);
+    let shift = &term.s[dims.clone()];
+    let dot =
+        |e: &[f32]| q.iter().zip(shift).zip(e).fold(0.0_f32, |sum, ((q, s), e)| (q + s).mul_add(*e, sum));
+    let (same, other) = (s.splat(dot(&same[dims.clone()])), s.splat(dot(&other[dims])));
+    for (i, block, seen) in tiles.iter() {
+        let word = term.same.word(query, block) >> seen.start;
+        let scores = &mut row[i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES)];
+        for (j, x) in scores.chunks_exact_mut(LANES).enumerate() {
+            let v = s.load(x);
+            (v + same.select(v.mask((word >> (j * LANES)) as u16), other)).store(x);
+        }
+    }
+}
+
+/// Finishes a row of scores (scale, soft cap, bias, then the select) and returns their maximum: `-inf` if no key is allowed.
+#[inline(always)]
+fn finish<S: Simd>(
+    s: S,
+    row_scores: &mut [f32],
+    tiles: &Tiles,
+    row: usize,
+    call: &Call<'_>,
+    queries: &Queries<'_>,
+) -> f32 {
+    let least = s.splat(f32::NEG_INFINITY);
+    let scale = s.splat(call.heads.scale);
+    let cap = s.splat(call.heads.softcap);
+    let bias = call.terms.bias.map(|bias| bias.row(queries.query(row).0));
+    let mut max = [least; 4];
+    for (i, block, seen) in tiles.iter() {
+        let word = tiles.word(row, i);
+        let bias = bias.map(|bias| &bias[block * BLOCK..][..seen.end]);
+        let scores = &mut row_scores[i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES)];
+        for (j, x) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let j = seen.start / LANES + j;
+            let mut v = s.load(x) * scale;
+            if call.heads.softcap > 0.0 {
+                v = tanh(s, v / cap) * cap;
+            }
+            if let Some(bias) = bias {
+                v = v + s.load_partial(&bias[j * LANES..], least);
+            }
+            if word != u64::MAX {
+                v = v.select(v.mask((word >> (j * LANES)) as u16), least);
+            }
+            v.store(x);
+            max[j] = v.max(max[j]);
+        }
+    }
+    let max = max[0].max(max[1]).max(max[2].max(max[3])).max_lane();
+    if max == f32::NEG_INFINITY && has_nan(row_scores, tiles) {
+        // The maximum may pass over a NaN; it must not hide in a row of -inf.
+        return f32::NAN;
+    }
+    max
+}
+
+#[cold]
+fn has_nan(row: &[f32], tiles: &Tiles) -> bool {
+    tiles.iter().any(|(i, _, seen)| row[i * BLOCK..][seen].iter().any(|x| x.is_nan()))
+}
+
+/// Replaces the scores of a row by `exp(score - max)` and returns their canonical sum; all 0 if no key is allowed.
+#[inline(always)]
+fn exponentials<S: Simd>(s: S, row: &mut [f32], tiles: &Tiles, max: f32) -> f32 {
+    let m = s.splat(max);
+    let none = max == f32::NEG_INFINITY;
+    let mut slots = [s.splat(0.0); 4];
+    for (i, _, seen) in tiles.iter() {
+        let block = &mut row[i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES)];
+        if none {
+            block.fill(0.0);
+            continue;
+        }
+        for (j, x) in block.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let p = exp_nonpositive(s, s.load(x) - m);
+            p.store(x);
+            let j = seen.start / LANES + j;
+            slots[j] = slots[j] + p;
+        }
+    }
+    fold(slots)
+}
+
+/// Takes a chunk's `(max, sum)` and output into those of the row.
+#[inline(always)]
+fn fold_row<S: Simd>(
+    s: S,
+    (max, sum): (&mut f32, &mut f32),
+    total: &mut [f32],
+    (chunk_max, chunk_sum): (f32, f32),
+    part: &[f32],
+) {
+    if *max == f32::NEG_INFINITY {
+        (*max, *sum) = (chunk_max, chunk_sum);
+        total.copy_from_slice(part);
+        return;
+    }
+    let new = if *max > chunk_max { *max } else { chunk_max };
+    let exp = |x: f32| exp_nonpositive(s, s.splat(x));
+    let (old_weight, chunk_weight) = (exp(*max - new), exp(chunk_max - new));
+    let sums = s.splat(*sum).mul_add(old_weight, s.splat(chunk_sum) * chunk_weight);
+    (*max, *sum) = (new, sums.max_lane());
+    for (total, part) in total.as_chunks_mut::<LANES>().0.iter_mut().zip(part.as_chunks::<LANES>().0) {
+        s.load(total).mul_add(old_weight, s.load(part) * chunk_weight).store(total);
+    }
+}
+
+/// The chunk's output of one row over its allowed keys only: the same chain without the masked zeros.
+#[inline(always)]
+fn only_allowed<S: Simd>(
+    s: S,
+    p: &[f32],
+    tiles: &Tiles,
+    row: usize,
+    keys: &Keys<'_>,
+    head: usize,
+    out: &mut [f32],
+) {
+    out.fill(0.0);
+    for (i, block, seen) in tiles.iter() {
+        let (values, stride) = (keys.values(block, head), keys.layout.value_stride());
+        for key in seen {
+            if tiles.word(row, i) >> key & 1 == 0 {
+                continue;
+            }
+            let p = s.splat(p[i * BLOCK + key]);
+            let value = &values[key * stride..][..stride];
+            for (out, value) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(value.as_chunks::<LANES>().0) {
+                p.mul_add(s.load(value), s.load(out)).store(out);
+            }
+        }
+    }
+}

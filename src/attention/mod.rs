@@ -1,0 +1,338 @@
+//! Attention over a graph of tokens: the projection that stores heads apart, and the sum over what each token sees.
+
+mod bits;
+mod graph;
+mod kernel;
+mod keys;
+mod plan;
+mod projection;
+mod terms;
+
+pub use bits::Bits;
+pub use graph::Graph;
+pub use keys::{KeyStore, KvCache};
+pub use projection::QkvProjection;
+pub use terms::{Bias, Relative, RelativeTable, SegmentTerm, Terms};
+
+pub(crate) use kernel::{Call, scratch_len};
+pub(crate) use plan::{Plan, check_offsets, max_blocks};
+
+use crate::attention::bits::Query;
+use crate::attention::kernel::{Queries, attend};
+use crate::attention::keys::KeyLayout;
+use crate::context::Context;
+use crate::error::{Error, check_dim, check_size, checked_product};
+use crate::exec::{Crew, Team};
+use crate::isa::dispatch;
+use crate::simd::Simd;
+use crate::view::{MatMut, MatRef};
+
+/// The heads of an attention and how a score is made of a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Heads {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; query head `h` reads head `h * n_kv_heads / n_heads`.
+    pub n_kv_heads: usize,
+    /// Width of a query and of a key.
+    pub head_dim: usize,
+    /// Width of a value.
+    pub value_dim: usize,
+    /// Scores are `scale * q . k`.
+    pub scale: f32,
+    /// If positive, scores are `softcap * tanh(score / softcap)`.
+    pub softcap: f32,
+}
+
+impl Heads {
+    /// `n_heads` heads of `head_dim`, scores scaled by `1 / sqrt(head_dim)`.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDim`].
+    pub fn new(n_heads: usize, head_dim: usize) -> Result<Heads, Error> {
+        check_dim("n_heads", n_heads)?;
+        check_dim("head_dim", head_dim)?;
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        Ok(Heads { n_heads, n_kv_heads: n_heads, head_dim, value_dim: head_dim, scale, softcap: 0.0 })
+    }
+
+    /// The same with fewer key and value heads (grouped queries).
+    ///
+    /// # Errors
+    /// [`Error::ZeroDim`], [`Error::NotDivisible`] if the query heads are not a multiple.
+    pub fn with_kv_heads(self, n_kv_heads: usize) -> Result<Heads, Error> {
+        check_dim("n_kv_heads", n_kv_heads)?;
+        if !self.n_heads.is_multiple_of(n_kv_heads) {
+            return Err(Error::NotDivisible { arg: "n_heads", actual: self.n_heads, by: n_kv_heads });
+        }
+        Ok(Heads { n_kv_heads, ..self })
+    }
+
+    /// The same with values of another width.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDim`].
+    pub fn with_value_dim(self, value_dim: usize) -> Result<Heads, Error> {
+        check_dim("value_dim", value_dim)?;
+        Ok(Heads { value_dim, ..self })
+    }
+
+    /// The same with another scale.
+    pub fn with_scale(self, scale: f32) -> Heads {
+        Heads { scale, ..self }
+    }
+
+    /// The same with a soft cap; 0 is none.
+    pub fn with_softcap(self, softcap: f32) -> Heads {
+        Heads { softcap, ..self }
+    }
+
+    /// Columns of a row of queries.
+    pub fn query_cols(&self) -> usize {
+        self.n_heads * self.head_dim
+    }
+
+    /// Columns of a row of keys.
+    pub fn key_cols(&self) -> usize {
+        self.n_kv_heads * self.head_dim
+    }
+
+    /// Columns of a row of values.
+    pub fn value_cols(&self) -> usize {
+        self.n_kv_heads * self.value_dim
+    }
+
+    /// Columns of a row of the output.
+    pub fn output_cols(&self) -> usize {
+        self.n_heads * self.value_dim
+    }
+
+    /// Whether every size is at least 1, the heads divide, and rows of heads have a length.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        for (arg, n) in
+            [("n_heads", self.n_heads), ("head_dim", self.head_dim), ("value_dim", self.value_dim)]
+        {
+            check_dim(arg, n)?;
+        }
+        self.with_kv_heads(self.n_kv_heads)?;
+        // Units of 64 tokens of every head, with room for the padding of a row.
+        let row = self
+            .head_dim
+            .max(self.value_dim)
+            .checked_add(crate::gemm::PANEL)
+            .ok_or(Error::Overflow { arg: "heads" })?;
+        checked_product("heads", &[self.n_heads, row, 2 * crate::gemm::PANEL]).map(|_| ())
+    }
+
+    pub(crate) fn layout(&self) -> KeyLayout {
+        KeyLayout { n_heads: self.n_kv_heads, head_dim: self.head_dim, value_dim: self.value_dim }
+    }
+}
+
+/// Attention: `out = softmax(scale * q k^T over the keys that the graph allows) v`, for each head of each segment.
+///
+/// # Shapes
+/// `q`: `[tokens, n_heads * head_dim]`; `k`: `[tokens, n_kv_heads * head_dim]`; `v`: `[tokens, n_kv_heads * value_dim]`; `out`: `[tokens, n_heads *
+/// value_dim]`; any row strides. `offsets`: `[0, end of segment 0, ..., tokens]`; a token sees tokens of its own segment only.
+///
+/// # Special values
+/// A row without an allowed key, or whose allowed scores are all `-inf`, is 0. A NaN or `+inf` among the allowed scores makes the row NaN, a NaN in an allowed value
+/// reaches the output. Whatever stands behind the mask does not.
+///
+/// # Accuracy
+/// Weights within `1e-6` relative of those of the same scores in exact arithmetic. A row depends only on its allowed keys and their places in the segment: the same bits
+/// for any other rows, threads and on every instruction set that [keeps them](crate::Isa::keeps_bits).
+///
+/// # Errors
+/// [`Error::Size`], [`Error::NotAscending`].
+///
+/// # Source
+/// Vaswani et al. 2017, arXiv:1706.03762; computed by chunks of keys after Dao et al. 2022, arXiv:2205.14135.
+///
+/// ```
+/// use laneformer::{Context, Graph, Heads, MatMut, MatRef, attention};
+/// let (q, v, mut out) = ([1.0, 1.0], [2.0, 4.0], [0.0; 2]);
+/// let col = |x| MatRef::contiguous(x, 2, 1);
+/// let heads = Heads::new(1, 1)?;
+/// let out_mat = MatMut::contiguous(&mut out, 2, 1)?;
+/// attention(Context::serial(), &heads, col(&q)?, col(&q)?, col(&v)?, &[0, 2], &Graph::causal(), out_mat)?;
+/// assert_eq!(out, [2.0, 3.0]);
+/// # Ok::<(), laneformer::Error>(())
+/// ```
+pub fn attention(
+    ctx: Context<'_>,
+    heads: &Heads,
+    q: MatRef<'_>,
+    k: MatRef<'_>,
+    v: MatRef<'_>,
+    offsets: &[usize],
+    graph: &Graph,
+    out: MatMut<'_>,
+) -> Result<(), Error> {
+    check_size("k.rows", q.rows(), k.rows())?;
+    let mut keys = KeyStore::new(heads, k.rows(), offsets.len().saturating_sub(1))?;
+    keys.set(k, v, offsets)?;
+    keys.attend(ctx, heads, &QueryRows::new(q, offsets), graph, &Terms::default(), out)
+}
+
+/// Queries of a ragged batch and where they stand.
+#[derive(Clone, Copy, Debug)]
+pub struct QueryRows<'a> {
+    q: MatRef<'a>,
+    offsets: &'a [usize],
+    positions: Positions<'a>,
+}
+
+/// Where queries stand among the keys of their sequence.
+#[derive(Clone, Copy, Debug)]
+enum Positions<'a> {
+    /// The last query at the last key.
+    Last,
+    /// The first query of each sequence.
+    First(&'a [isize]),
+    /// Every query.
+    Each(&'a [isize]),
+}
+
+impl<'a> QueryRows<'a> {
+    /// Queries `[tokens, n_heads * head_dim]` of the sequences that `offsets` cuts them into. The last query of a sequence stands at its last
+    /// key: in self-attention row `i` at key `i`, with a cache the new rows at its end.
+    pub fn new(q: MatRef<'a>, offsets: &'a [usize]) -> QueryRows<'a> {
+        QueryRows { q, offsets, positions: Positions::Last }
+    }
+
+    /// The same, the first query of sequence `b` at position `first[b]`, which may be negative, and the others after it.
+    pub fn starting_at(self, first: &'a [isize]) -> QueryRows<'a> {
+        QueryRows { positions: Positions::First(first), ..self }
+    }
+
+    /// The same, row `i` of the batch at position `positions[i]`.
+    pub fn at(self, positions: &'a [isize]) -> QueryRows<'a> {
+        QueryRows { positions: Positions::Each(positions), ..self }
+    }
+}
+
+impl KeyStore {
+    /// [`attention`] of queries over the keys and values of this store, with [`Terms`] in the scores.
+    ///
+    /// Costs follow the edges: blocks of 64 keys that no query of a tile of 64 sees are skipped.
+    ///
+    /// # Shapes
+    /// As [`attention`]; the queries have as many sequences as the store, of any lengths.
+    ///
+    /// # Errors
+    /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if shapes disagree. Nothing is written then.
+    pub fn attend(
+        &self,
+        ctx: Context<'_>,
+        heads: &Heads,
+        queries: &QueryRows<'_>,
+        graph: &Graph,
+        terms: &Terms<'_>,
+        mut out: MatMut<'_>,
+    ) -> Result<(), Error> {
+        let (q, rows) = (queries.q, queries.q.rows());
+        heads.check()?;
+        self.check_heads(heads)?;
+        check_offsets("offsets", queries.offsets, rows)?;
+        let segments = queries.offsets.len() - 1;
+        check_size("offsets.len() - 1", self.plan.segments.len(), segments)?;
+        check_size("q.cols", heads.query_cols(), q.cols())?;
+        check_size("out.rows", rows, out.rows())?;
+        check_size("out.cols", heads.output_cols(), out.cols())?;
+        match queries.positions {
+            Positions::Last => {}
+            Positions::First(first) => check_size("first positions", segments, first.len())?,
+            Positions::Each(each) => check_size("positions", rows, each.len())?,
+        }
+        let mut plan = Plan::with_capacity(max_blocks(rows, segments), segments);
+        plan.build(queries.offsets, ctx.members());
+        check_terms(heads, graph, terms, &plan, self.plan.longest())?;
+        let call = Call { heads, graph, terms };
+        let mut team = Team::new(ctx.members(), scratch_len(heads));
+        dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
+            attend_phase(s, crew, &call, queries, &plan, self, &mut out);
+        }));
+        Ok(())
+    }
+}
+
+/// Whether the graph and the terms fit a batch.
+pub(crate) fn check_terms(
+    heads: &Heads,
+    graph: &Graph,
+    terms: &Terms<'_>,
+    queries: &Plan,
+    longest_key: usize,
+) -> Result<(), Error> {
+    let (segments, longest, rows) = (queries.segments.len(), queries.longest(), queries.tokens);
+    graph.check(segments, heads.n_heads, longest, rows, longest_key)?;
+    if let Some(bias) = &terms.bias {
+        bias.check([segments, heads.n_heads, longest], longest_key)?;
+    }
+    let cols = heads.query_cols();
+    if let Some(relative) = &terms.relative {
+        check_size("relative u.len()", cols, relative.u.len())?;
+        check_size("relative w.len()", cols, relative.w.len())?;
+        relative.table.check(heads.n_heads, heads.head_dim)?;
+    }
+    if let Some(term) = &terms.segment {
+        check_size("segment s.len()", cols, term.s.len())?;
+        check_size("segment e.len()", 2 * cols, term.e.len())?;
+        term.same.check("segment bits", segments, heads.n_heads, longest, rows, longest_key)?;
+    }
+    Ok(())
+}
+
+/// Scores below which a tile takes several heads: some 20 us of work, well above the cost of a claim.
+const TILE_SCORES: usize = 1 << 14;
+
+/// One phase: every block of queries of every head.
+pub(crate) fn attend_phase<S: Simd>(
+    s: S,
+    crew: &mut Crew<'_>,
+    call: &Call<'_>,
+    queries: &QueryRows<'_>,
+    plan: &Plan,
+    keys: &KeyStore,
+    out: &mut MatMut<'_>,
+) {
+    let heads = call.heads;
+    let (dim, value_dim) = (heads.head_dim, heads.value_dim);
+    let rows = plan.tokens.div_ceil(plan.blocks.len().max(1));
+    let scores = rows * keys.plan.longest().min(TILE_SCORES);
+    let heads_per_tile = (TILE_SCORES / scores.max(1)).clamp(1, heads.n_heads.div_ceil(crew.members()));
+    crew.ragged_blocks(
+        s,
+        out,
+        &plan.rows,
+        heads_per_tile * value_dim,
+        #[inline(always)]
+        |block, col, mut out, scratch| {
+            let rows = plan.rows[block]..plan.rows[block + 1];
+            let block = plan.blocks[block];
+            let segment = keys.segment(block.segment);
+            let last = segment.len as isize - plan.segments[block.segment].len as isize;
+            for i in 0..out.cols() / value_dim {
+                let head = col / value_dim + i;
+                let cols = (head * dim..(head + 1) * dim, i * value_dim..(i + 1) * value_dim);
+                let mut done = 0;
+                while done < rows.len() {
+                    let (position, n) = match queries.positions {
+                        Positions::Last => (last + block.start as isize, rows.len()),
+                        Positions::First(first) => (first[block.segment] + block.start as isize, rows.len()),
+                        // Rows that need not follow one another are tiles of their own.
+                        Positions::Each(each) => (each[rows.start + done], 1),
+                    };
+                    let q = queries.q.block(rows.start + done..rows.start + done + n, cols.0.clone());
+                    let (place, row) = (block.start + done, rows.start + done);
+                    let first = Query { segment: block.segment, head, place, row };
+                    let mut out = out.block(done..done + n, cols.1.clone());
+                    attend(s, call, &Queries { q, first, position }, &segment, &mut out, scratch);
+                    done += n;
+                }
+            }
+        },
+    );
+}

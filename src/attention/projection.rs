@@ -1,0 +1,251 @@
+//! The QKV projection: three packed products in one phase, stored by head.
+
+use crate::activation::Activation;
+use crate::attention::keys::KeyLayout;
+use crate::attention::plan::{MAX_TILE_ROWS, TILE_ROWS};
+use crate::attention::{Heads, KeyStore, check_offsets};
+use crate::context::Context;
+use crate::error::{Error, check_size};
+use crate::exec::{Crew, Team};
+use crate::gemm::PANEL;
+use crate::isa::dispatch;
+use crate::linear::{Epilogue, Linear, Residual, Split, padded_stride};
+use crate::norm::{Norm, normalised};
+use crate::simd::{LANES, Simd, Vector};
+use crate::view::{MatMut, MatRef};
+
+/// Queries, keys and values of the same rows, projected together.
+#[derive(Debug)]
+pub struct QkvProjection {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    heads: Heads,
+}
+
+impl QkvProjection {
+    /// A projection from its three linear maps, `[heads * head_dim, d_model]` each.
+    ///
+    /// # Errors
+    /// [`Error::Size`] if a map's inputs or outputs do not fit the heads or the others.
+    pub fn new(q: Linear, k: Linear, v: Linear, heads: Heads) -> Result<QkvProjection, Error> {
+        heads.check()?;
+        check_size("q.out_features", heads.query_cols(), q.out_features())?;
+        check_size("k.out_features", heads.key_cols(), k.out_features())?;
+        check_size("v.out_features", heads.value_cols(), v.out_features())?;
+        check_size("k.in_features", q.in_features(), k.in_features())?;
+        check_size("v.in_features", q.in_features(), v.in_features())?;
+        Ok(QkvProjection { q, k, v, heads })
+    }
+
+    /// The same for cross-attention: keys and values are of another source, whose width may differ.
+    pub(crate) fn cross(q: Linear, k: Linear, v: Linear, heads: Heads) -> Result<QkvProjection, Error> {
+        heads.check()?;
+        check_size("q.out_features", heads.query_cols(), q.out_features())?;
+        check_size("k.out_features", heads.key_cols(), k.out_features())?;
+        check_size("v.out_features", heads.value_cols(), v.out_features())?;
+        check_size("v.in_features", k.in_features(), v.in_features())?;
+        Ok(QkvProjection { q, k, v, heads })
+    }
+
+    /// Columns of the rows that it projects.
+    pub fn d_model(&self) -> usize {
+        self.q.in_features()
+    }
+
+    /// The heads that it projects to.
+    pub fn heads(&self) -> &Heads {
+        &self.heads
+    }
+
+    /// Bytes of the packed weights.
+    pub fn bytes(&self) -> usize {
+        self.q.bytes() + self.k.bytes() + self.v.bytes()
+    }
+
+    /// Projects `x`: queries to `q`, keys and values, by head, to `keys`.
+    ///
+    /// # Shapes
+    /// `x`: `[tokens, d_model]`; `q`: `[tokens, n_heads * head_dim]`; `offsets`: `[0, end of segment 0, ..., tokens]`.
+    ///
+    /// # Errors
+    /// [`Error::Size`], [`Error::NotAscending`], [`Error::TooLarge`] if the batch is larger than the store. Nothing is written then.
+    pub fn forward(
+        &self,
+        ctx: Context<'_>,
+        x: MatRef<'_>,
+        offsets: &[usize],
+        mut q: MatMut<'_>,
+        keys: &mut KeyStore,
+    ) -> Result<(), Error> {
+        check_size("x.cols", self.d_model(), x.cols())?;
+        check_size("q.rows", x.rows(), q.rows())?;
+        check_size("q.cols", self.heads.query_cols(), q.cols())?;
+        keys.check_heads(&self.heads)?;
+        check_offsets("offsets", offsets, x.rows())?;
+        keys.check_batch(offsets)?;
+        keys.plan.build(offsets, ctx.members());
+        let mut team = Team::new(ctx.members(), self.scratch_len(false));
+        dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
+            self.phase(s, crew, x, None, &mut q, keys);
+        }));
+        Ok(())
+    }
+
+    /// The keys and values of a source.
+    pub(crate) fn keys(
+        &self,
+        ctx: Context<'_>,
+        source: MatRef<'_>,
+        offsets: &[usize],
+    ) -> Result<KeyStore, Error> {
+        check_size("source.cols", self.k.in_features(), source.cols())?;
+        check_offsets("offsets", offsets, source.rows())?;
+        let mut store = KeyStore::new(&self.heads, source.rows(), offsets.len() - 1)?;
+        let (k_cols, v_cols) = (self.heads.key_cols(), self.heads.value_cols());
+        let (mut k, mut v) = (vec![0.0; source.rows() * k_cols], vec![0.0; source.rows() * v_cols]);
+        self.k.forward(ctx, source, &Epilogue::NONE, MatMut::contiguous(&mut k, source.rows(), k_cols)?)?;
+        self.v.forward(ctx, source, &Epilogue::NONE, MatMut::contiguous(&mut v, source.rows(), v_cols)?)?;
+        let k = MatRef::contiguous(&k, source.rows(), k_cols)?;
+        store.set(k, MatRef::contiguous(&v, source.rows(), v_cols)?, offsets)?;
+        Ok(store)
+    }
+
+    /// Where queries, keys and values begin in a row of [`project_rows`](Self::project_rows), and where it ends: whole panels.
+    fn starts(&self) -> [usize; 4] {
+        let q = self.heads.query_cols().next_multiple_of(PANEL);
+        let k = q + self.heads.key_cols().next_multiple_of(PANEL);
+        [0, q, k, k + self.heads.value_cols().next_multiple_of(PANEL)]
+    }
+
+    /// The row stride of [`project_rows`](Self::project_rows).
+    pub(crate) fn projected_stride(&self) -> usize {
+        padded_stride(self.starts()[3])
+    }
+
+    /// One phase: the first `n` of queries, keys and values as rows, where they do not go to a store at once.
+    pub(crate) fn project_rows<'a, S: Simd>(
+        &self,
+        s: S,
+        crew: &mut Crew<'_>,
+        x: MatRef<'_>,
+        norm: Option<&Norm>,
+        out: &'a mut [f32],
+        n: usize,
+    ) -> MatRef<'a> {
+        let (starts, cols) = (self.starts(), if n == 1 { self.heads.query_cols() } else { self.starts()[n] });
+        let mut out = MatMut::scratch(out, x.rows(), cols, self.projected_stride());
+        let split = Split::new(x.rows(), cols, MAX_TILE_ROWS, crew.members());
+        crew.blocks(
+            s,
+            &mut out,
+            (split.rows, split.cols),
+            #[inline(always)]
+            |row, col, mut out, scratch| {
+                let (scratch, normed) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
+                let x = x.block(row..row + out.rows(), 0..x.cols());
+                let x = normalised(s, x, norm, normed);
+                let end = col + out.cols();
+                for (linear, &start) in [&self.q, &self.k, &self.v].into_iter().zip(&starts).take(n) {
+                    let (from, to) = (col.max(start), end.min(start + linear.out_features()));
+                    if from < to {
+                        let mut out = out.block(0..x.rows(), from - col..to - col);
+                        linear.tile(s, x, from - start, Activation::None, Residual::None, &mut out, scratch);
+                    }
+                }
+            },
+        );
+        out.into_ref()
+    }
+
+    /// Queries, keys and values of the rows of [`project_rows`](Self::project_rows).
+    pub(crate) fn split<'a>(&self, rows: MatRef<'a>) -> [MatRef<'a>; 3] {
+        let [q, k, v, _] = self.starts();
+        let part = |start: usize, cols: usize| rows.block(0..rows.rows(), start..start + cols);
+        [part(q, self.heads.query_cols()), part(k, self.heads.key_cols()), part(v, self.heads.value_cols())]
+    }
+
+    pub(crate) fn scratch_len(&self, norm: bool) -> usize {
+        MAX_TILE_ROWS * (PANEL + if norm { padded_stride(self.d_model()) } else { 0 })
+    }
+
+    /// One phase: every tile of rows, or of few rows some heads. With `norm` the rows are normalised first.
+    pub(crate) fn phase<S: Simd>(
+        &self,
+        s: S,
+        crew: &mut Crew<'_>,
+        x: MatRef<'_>,
+        norm: Option<&Norm>,
+        q: &mut MatMut<'_>,
+        keys: &mut KeyStore,
+    ) {
+        let layout = keys.layout;
+        let parts = if keys.plan.by_block { parts(&self.heads, x.rows(), crew.members()) } else { 1 };
+        let kv_heads = self.heads.n_kv_heads.div_ceil(parts).next_multiple_of(head_step(&self.heads));
+        let kv_heads = if parts == 1 { self.heads.n_kv_heads } else { kv_heads };
+        let q_heads = kv_heads * (self.heads.n_heads / self.heads.n_kv_heads);
+        let (plan, data) = keys.parts();
+        crew.paired_blocks(
+            s,
+            (q, &plan.tile_rows, q_heads * layout.head_dim),
+            (data, &plan.tile_blocks, layout.block_len(), kv_heads * layout.unit_len()),
+            #[inline(always)]
+            |tile, part, mut q, units, scratch| {
+                let rows = plan.tile_rows[tile]..plan.tile_rows[tile + 1];
+                let (scratch, normed) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
+                let x = x.block(rows.clone(), 0..x.cols());
+                let x = normalised(s, x, norm, normed);
+                self.q.tile(
+                    s,
+                    x,
+                    part * q_heads * layout.head_dim,
+                    Activation::None,
+                    Residual::None,
+                    &mut q,
+                    scratch,
+                );
+                let first = plan.tile_blocks[tile];
+                let heads = part * kv_heads..self.heads.n_kv_heads.min((part + 1) * kv_heads);
+                let place = |row: usize| {
+                    let (block, t) = plan.block_of(first, row);
+                    ((block - first) * layout.block_len(), t)
+                };
+                for (linear, dim, store) in [
+                    (&self.k, layout.head_dim, KeyLayout::store_key as fn(_, &mut [f32], _, _, &[f32])),
+                    (&self.v, layout.value_dim, KeyLayout::store_value),
+                ] {
+                    let cols = heads.start * dim..heads.end * dim;
+                    linear.panels(
+                        s,
+                        x,
+                        cols.start / PANEL..cols.end.div_ceil(PANEL),
+                        Activation::None,
+                        scratch,
+                        #[inline(always)]
+                        |row, first, v: [S::V; 4], width| {
+                            let mut line = [0.0; PANEL];
+                            for (j, v) in v.into_iter().enumerate() {
+                                v.store(&mut line[j * LANES..]);
+                            }
+                            let (base, t) = place(row);
+                            store(layout, &mut units[base..], t, first - cols.start, &line[..width]);
+                        },
+                    );
+                }
+            },
+        );
+    }
+}
+
+/// Key heads whose columns, and whose query heads' columns, are whole panels.
+fn head_step(heads: &Heads) -> usize {
+    let step = |dim: usize| PANEL >> dim.trailing_zeros().min(PANEL.trailing_zeros());
+    step(heads.head_dim).max(step(heads.value_dim))
+}
+
+/// Into how many groups of heads a block's columns are split, so that few rows still are work for all.
+fn parts(heads: &Heads, rows: usize, members: usize) -> usize {
+    let groups = heads.n_kv_heads / head_step(heads);
+    let wanted = (2 * TILE_ROWS * members).div_ceil(rows.max(1)).min(2 * members);
+    groups.clamp(1, wanted)
+}

@@ -1,0 +1,150 @@
+//! The microkernel: a tile of MR rows by NV vectors whose accumulators stay in registers.
+//!
+//! Per step of K it loads NV vectors of the panel and broadcasts one element of each row. With 6 x 4 that is 24 fused
+//! multiply-adds against 10 loads, so the multipliers are the bound as long as the panel streams from L2
+//! (256 bytes in 24 cycles on Zen 4, in 12 on Zen 5). Rows of A are read in place: six of them cannot fill an 8-way L1 set
+//! even when they are 4 KiB apart. A broadcast is used NV times, so folding it into the multiply-adds
+//! (`{1to16}`) would only cost load slots.
+
+#![allow(
+    unsafe_code,
+    reason = "the microkernel reads panels and rows through pointers checked once per product"
+)]
+
+use crate::simd::{LANES, Simd, Vector};
+use crate::view::{MatMut, MatRef};
+
+/// How a product meets what is in C.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// `C = chain from +0`.
+    Zero,
+    /// The chain goes on from C: the same bits as one longer product.
+    Continue,
+    /// `C = C + chain from +0`: the next canonical block of K.
+    Add,
+}
+
+/// `c (start) a * b`, where row `k` of `b` begins at `k * b_stride`. Columns come in whole vectors: `c.cols()` is a multiple of
+/// 16 and every row of `b` has that many readable elements.
+///
+/// Meanwhile `next`, what the following product will read, is brought into L2: a line per step of K. Without it the first tile of
+/// a block waits for the last cache at every step.
+///
+/// No vector code of its own, so it needs no feature frame and is compiled once per instruction set.
+pub(crate) fn product<S: Simd>(
+    s: S,
+    a: MatRef<'_>,
+    b: &[f32],
+    b_stride: usize,
+    start: Start,
+    c: &mut MatMut<'_>,
+    next: &[f32],
+) {
+    let (rows, k, cols) = (a.rows(), a.cols(), c.cols());
+    assert!(c.rows() == rows && cols % LANES == 0 && cols <= b_stride);
+    assert!(k == 0 || b.len() >= (k - 1) * b_stride + cols);
+    let (a_stride, c_stride) = (a.row_stride(), c.row_stride());
+    let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
+    let mut ahead = next.chunks(k.max(1) * LANES);
+    let mut col = 0;
+    while col < cols {
+        let vectors = ((cols - col) / LANES).min(S::NV);
+        let mut row = 0;
+        // Balanced: 7 rows are 4 + 3, not 6 + 1, which would leave a tile bound by its loads.
+        for tiles_left in (1..=rows.div_ceil(S::MR)).rev() {
+            let height = (rows - row).div_ceil(tiles_left);
+            // SAFETY: the tile of `height` rows from `row` and `vectors` vectors from `col` is inside the matrices, whose
+            // extents were checked above.
+            let (a, b, c) = unsafe { (a.add(row * a_stride), b.add(col), c.add(row * c_stride + col)) };
+            // Nothing left to fetch: lines of `b`, which are there already. An unmapped address would cost a page walk.
+            let next = ahead.next().map_or(b, |lines| lines.as_ptr());
+            let tile = Tile { k, a, a_stride, b, b_stride, c, c_stride, start, next };
+            // SAFETY: as above.
+            unsafe { pick(s, height, vectors, &tile) };
+            row += height;
+        }
+        col += vectors * LANES;
+    }
+}
+
+/// The operands of one tile.
+struct Tile {
+    k: usize,
+    a: *const f32,
+    a_stride: usize,
+    b: *const f32,
+    b_stride: usize,
+    c: *mut f32,
+    c_stride: usize,
+    start: Start,
+    next: *const f32,
+}
+
+/// Runs the instance for `height` rows and `vectors` vectors.
+///
+/// # Safety
+/// The tile's extents are inside its operands.
+unsafe fn pick<S: Simd>(s: S, height: usize, vectors: usize, tile: &Tile) {
+    macro_rules! instances {
+        ($(($mr:literal, $nv:literal))*) => {
+            match (height, vectors) {
+                // An instance that this instruction set never asks for is not compiled.
+                $(($mr, $nv) if const { $mr <= S::MR && $nv <= S::NV } => {
+                    // A call of its own, so that the tile has the registers for itself.
+                    // SAFETY: the caller's promise.
+                    s.vectorize(#[inline(always)] || unsafe { run::<S, $mr, $nv>(s, tile) })
+                })*
+                _ => unreachable!("a tile of {height} rows and {vectors} vectors"),
+            }
+        };
+    }
+    instances! {
+        (6, 4) (5, 4) (4, 4) (3, 4) (2, 4) (1, 4)
+        (6, 3) (5, 3) (4, 3) (3, 3) (2, 3) (1, 3)
+        (6, 2) (5, 2) (4, 2) (3, 2) (2, 2) (1, 2)
+        (6, 1) (5, 1) (4, 1) (3, 1) (2, 1) (1, 1)
+    }
+}
+
+/// # Safety
+/// `MR` rows of `k` elements at `a`, `k` rows of `NV` vectors at `b` and `MR` rows of `NV` vectors at `c` are valid.
+#[inline(always)]
+unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
+    let Tile { k, mut a, a_stride, mut b, b_stride, c, c_stride, start, next } = *tile;
+    let mut ahead = next;
+    let mut acc = [[s.splat(0.0); NV]; MR];
+    // SAFETY: the caller's promise covers every access below.
+    unsafe {
+        if start == Start::Continue {
+            for (i, row) in acc.iter_mut().enumerate() {
+                for (j, v) in row.iter_mut().enumerate() {
+                    *v = s.load_ptr(c.add(i * c_stride + j * LANES));
+                }
+            }
+        }
+        for _ in 0..k {
+            let mut step = [s.splat(0.0); NV];
+            for (j, v) in step.iter_mut().enumerate() {
+                *v = s.load_ptr(b.add(j * LANES));
+            }
+            for (i, row) in acc.iter_mut().enumerate() {
+                let x = s.splat(*a.add(i * a_stride));
+                for (v, y) in row.iter_mut().zip(step) {
+                    *v = x.mul_add(y, *v);
+                }
+            }
+            a = a.add(1);
+            b = b.add(b_stride);
+            s.prefetch(ahead);
+            ahead = ahead.wrapping_add(LANES);
+        }
+        for (i, row) in acc.iter().enumerate() {
+            for (j, &v) in row.iter().enumerate() {
+                let out = c.add(i * c_stride + j * LANES);
+                let v = if start == Start::Add { s.load_ptr(out) + v } else { v };
+                v.store_ptr(out);
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Weights, packed once: panels of 64 columns, `[N / 64][K][64]`, on cache lines. The layout belongs to no instruction
+//! set: AVX-512 reads four vectors of a row, the others one cache line per step of K.
+
+use crate::error::{Error, check_dim};
+use crate::gemm::PANEL;
+use crate::view::MatRef;
+use crate::workspace::Aligned;
+
+/// A weight matrix of `k` inputs and `n` outputs in the layout that the kernels read. It is immutable: any number of threads
+/// share it.
+#[derive(Debug)]
+pub struct PackedMatrix {
+    data: Aligned,
+    k: usize,
+    n: usize,
+}
+
+impl PackedMatrix {
+    /// Packs a weight of `[n, k]`, rows are outputs: `torch.nn.Linear`.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDim`] if a dimension is zero, [`Error::Overflow`].
+    pub fn from_out_in(weight: MatRef<'_>) -> Result<Self, Error> {
+        let mut packed = Self::zeroed(weight.cols(), weight.rows())?;
+        for out in 0..packed.n {
+            let (panel, col) = (packed.panel_start(out / PANEL), out % PANEL);
+            for (step, &x) in packed.data[panel..].chunks_exact_mut(PANEL).zip(weight.row(out)) {
+                step[col] = x;
+            }
+        }
+        Ok(packed)
+    }
+
+    /// Packs a weight of `[k, n]`, rows are inputs: GPT-2's `Conv1D`.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDim`] if a dimension is zero, [`Error::Overflow`].
+    pub fn from_in_out(weight: MatRef<'_>) -> Result<Self, Error> {
+        let mut packed = Self::zeroed(weight.rows(), weight.cols())?;
+        for k in 0..packed.k {
+            for (panel, cols) in weight.row(k).chunks(PANEL).enumerate() {
+                let start = packed.panel_start(panel) + k * PANEL;
+                packed.data[start..start + cols.len()].copy_from_slice(cols);
+            }
+        }
+        Ok(packed)
+    }
+
+    fn zeroed(k: usize, n: usize) -> Result<Self, Error> {
+        check_dim("weight inputs", k)?;
+        check_dim("weight outputs", n)?;
+        let len = n.checked_next_multiple_of(PANEL).and_then(|n| n.checked_mul(k));
+        match len {
+            Some(len) if len <= isize::MAX as usize / 4 => {
+                Ok(PackedMatrix { data: Aligned::zeroed(len), k, n })
+            }
+            _ => Err(Error::Overflow { arg: "weight inputs * outputs" }),
+        }
+    }
+
+    /// Inputs: the length of a row that is multiplied.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Outputs: the length of a row of the result.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Bytes of the packed data.
+    pub fn bytes(&self) -> usize {
+        self.data.len() * size_of::<f32>()
+    }
+
+    pub(crate) fn panels(&self) -> usize {
+        self.n.div_ceil(PANEL)
+    }
+
+    /// Panel `i`, `[k][64]`, and those after it.
+    #[inline(always)]
+    pub(crate) fn panels_from(&self, i: usize) -> &[f32] {
+        &self.data[self.panel_start(i)..]
+    }
+
+    #[inline(always)]
+    fn panel_start(&self, panel: usize) -> usize {
+        panel * self.k * PANEL
+    }
+}

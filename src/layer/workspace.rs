@@ -1,0 +1,238 @@
+//! The memory of a layer's call, and the checks before it.
+
+use crate::attention::{KeyStore, Plan, Terms, check_offsets, check_terms, scratch_len};
+use crate::context::Context;
+use crate::error::{Error, check_dim, check_size, checked_product};
+use crate::exec::Team;
+use crate::isa::dispatch;
+use crate::layer::{CrossAttention, Inputs, Kind, Layer, Remaining, SelfAttention, SubLayer};
+use crate::linear::padded_stride;
+use crate::residual::close_phase_scratch;
+use crate::view::MatMut;
+use crate::workspace::Aligned;
+
+/// The memory of [`Layer::forward`]: made once, used by one call at a time.
+#[derive(Debug)]
+pub struct Workspace {
+    team: Team,
+    buffers: Buffers,
+    needs: Needs,
+    /// Positions of the first queries of cross-attention.
+    zeros: Vec<isize>,
+}
+
+/// What the phases hand to one another.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    pub(super) projected: Aligned,
+    pub(super) attended: Aligned,
+    pub(super) keys: Option<KeyStore>,
+    pub(super) hidden: Aligned,
+}
+
+/// Sizes in elements: per token, per block of 64 tokens, per call, and per member.
+#[derive(Clone, Copy, Debug, Default)]
+struct Needs {
+    max_tokens: usize,
+    members: usize,
+    projected: usize,
+    attended: usize,
+    block: usize,
+    hidden: usize,
+    scratch: usize,
+}
+
+impl Needs {
+    fn of(sub_layer: &SubLayer, max_tokens: usize, members: usize) -> Needs {
+        let SubLayer { kind, placement } = sub_layer;
+        match kind {
+            Kind::SelfAttention(SelfAttention { qkv, .. })
+            | Kind::CrossAttention(CrossAttention { qkv, .. }) => {
+                let heads = qkv.heads();
+                Needs {
+                    max_tokens,
+                    members,
+                    projected: qkv.projected_stride(),
+                    attended: padded_stride(heads.output_cols()),
+                    block: heads.layout().block_len(),
+                    hidden: 0,
+                    scratch: scratch_len(heads)
+                        .max(qkv.scratch_len(placement.before().is_some()))
+                        .max(close_phase_scratch(placement, sub_layer.d_model())),
+                }
+            }
+            Kind::Ffn(ffn) => Needs {
+                max_tokens,
+                members,
+                hidden: ffn.shared_len(max_tokens, members),
+                scratch: ffn.scratch_len(placement).max(close_phase_scratch(placement, sub_layer.d_model())),
+                ..Needs::default()
+            },
+        }
+    }
+
+    fn max(self, other: Needs) -> Needs {
+        Needs {
+            max_tokens: self.max_tokens.max(other.max_tokens),
+            members: self.members.max(other.members),
+            projected: self.projected.max(other.projected),
+            attended: self.attended.max(other.attended),
+            block: self.block.max(other.block),
+            hidden: self.hidden.max(other.hidden),
+            scratch: self.scratch.max(other.scratch),
+        }
+    }
+}
+
+impl Workspace {
+    pub(super) fn new(
+        sub_layers: &[&SubLayer],
+        max_tokens: usize,
+        max_segments: usize,
+        members: usize,
+    ) -> Result<Workspace, Error> {
+        check_dim("members", members)?;
+        // Each sequence has an entry in a few lists.
+        checked_product("max_segments", &[max_segments, 8])?;
+        let needs = sub_layers
+            .iter()
+            .map(|sub_layer| Needs::of(sub_layer, max_tokens, members))
+            .fold(Needs::default(), Needs::max);
+        let aligned = |per: usize, n: usize| checked_product("workspace", &[per, n]).map(Aligned::zeroed);
+        checked_product("workspace", &[needs.scratch, members])?;
+        let keys = sub_layers
+            .iter()
+            .filter_map(|sub_layer| sub_layer.heads())
+            .max_by_key(|heads| heads.layout().block_len())
+            .map(|heads| KeyStore::new(heads, max_tokens, max_segments))
+            .transpose()?;
+        let buffers = Buffers {
+            projected: aligned(needs.projected, max_tokens)?,
+            attended: aligned(needs.attended, max_tokens)?,
+            keys,
+            hidden: aligned(needs.hidden, 1)?,
+        };
+        Ok(Workspace {
+            team: Team::new(members, needs.scratch),
+            buffers,
+            needs,
+            zeros: vec![0; max_segments],
+        })
+    }
+
+    /// Bytes of all of its buffers.
+    pub fn bytes(&self) -> usize {
+        let Buffers { projected, attended, keys, hidden } = &self.buffers;
+        let elements = projected.len() + attended.len() + hidden.len();
+        elements * size_of::<f32>() + keys.as_ref().map_or(0, KeyStore::bytes) + self.team.bytes()
+    }
+
+    /// Checks everything, then runs: an error has written nothing.
+    pub(super) fn run(
+        &mut self,
+        ctx: Context<'_>,
+        layers: &[Layer],
+        mut x: MatMut<'_>,
+        inputs: &mut Inputs<'_>,
+    ) -> Result<(), Error> {
+        check_size("x.cols", layers[0].d_model(), x.cols())?;
+        check_offsets("offsets", inputs.offsets, x.rows())?;
+        self.check(layers, x.rows())?;
+        let members = ctx.members().min(self.team.members());
+        if let Some(keys) = &mut self.buffers.keys {
+            keys.check_batch(inputs.offsets)?;
+            keys.plan.build(inputs.offsets, members);
+            check_inputs(layers, inputs, &keys.plan)?;
+        }
+        if x.rows() == 0 {
+            return Ok(());
+        }
+        let Workspace { team, buffers, zeros, .. } = self;
+        let Inputs { offsets, graph, terms, ref mut caches, sources, source_graph } = *inputs;
+        let mut remaining = Remaining {
+            offsets,
+            graph,
+            terms,
+            caches,
+            sources,
+            source_graph,
+            zeros: &zeros[..zeros.len().min(offsets.len() - 1)],
+        };
+        dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
+            for sub_layer in layers.iter().flat_map(|layer| &layer.sub_layers) {
+                sub_layer.run(s, crew, &mut x, &mut remaining, buffers);
+            }
+        }));
+        Ok(())
+    }
+
+    /// Whether the workspace is large enough for these layers and so many tokens.
+    fn check(&self, layers: &[Layer], tokens: usize) -> Result<(), Error> {
+        let Needs { max_tokens, members, .. } = self.needs;
+        if tokens > max_tokens {
+            return Err(Error::TooLarge { arg: "x.rows", max: max_tokens, actual: tokens });
+        }
+        let needed = layers
+            .iter()
+            .flat_map(|layer| &layer.sub_layers)
+            .map(|sub_layer| Needs::of(sub_layer, max_tokens, members))
+            .fold(Needs::default(), Needs::max);
+        let has = &self.needs;
+        for (arg, min, actual) in [
+            ("workspace queries", needed.projected, has.projected),
+            ("workspace attention", needed.attended, has.attended),
+            ("workspace keys", needed.block, has.block),
+            ("workspace hidden", needed.hidden, has.hidden),
+            ("workspace scratch", needed.scratch, has.scratch),
+        ] {
+            if actual < min {
+                return Err(Error::TooSmall { arg, min, actual });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether caches, sources, graphs and terms fit the layers and the batch.
+fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<(), Error> {
+    let sub_layers = || layers.iter().flat_map(|layer| &layer.sub_layers);
+    let count = |f: fn(&Kind) -> bool| sub_layers().filter(|sub_layer| f(&sub_layer.kind)).count();
+    let own = count(|kind| matches!(kind, Kind::SelfAttention(_)));
+    check_size("sources.len()", count(|kind| matches!(kind, Kind::CrossAttention(_))), inputs.sources.len())?;
+    if !inputs.caches.is_empty() {
+        check_size("caches.len()", own, inputs.caches.len())?;
+    }
+    let (mut caches, mut sources) = (inputs.caches.iter(), inputs.sources.iter());
+    for sub_layer in sub_layers() {
+        match &sub_layer.kind {
+            Kind::Ffn(_) => {}
+            Kind::SelfAttention(attention) => {
+                let heads = attention.heads();
+                let mut longest = plan.longest();
+                if let Some(cache) = caches.next() {
+                    cache.keys().check_heads(heads)?;
+                    check_size("cache sequences", plan.segments.len(), cache.sequences())?;
+                    for (sequence, segment) in plan.segments.iter().enumerate() {
+                        cache.check_room(sequence, segment.len)?;
+                        longest = longest.max(cache.len(sequence) + segment.len);
+                    }
+                }
+                check_terms(heads, inputs.graph, &inputs.terms, plan, longest)?;
+            }
+            Kind::CrossAttention(CrossAttention { qkv, .. }) => {
+                if let Some(source) = sources.next() {
+                    source.check_heads(qkv.heads())?;
+                    check_size("source sequences", plan.segments.len(), source.plan.segments.len())?;
+                    check_terms(
+                        qkv.heads(),
+                        inputs.source_graph,
+                        &Terms::default(),
+                        plan,
+                        source.plan.longest(),
+                    )?;
+                }
+            }
+        }
+    }
+    Ok(())
+}

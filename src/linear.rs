@@ -1,0 +1,401 @@
+//! A packed linear map and its fused epilogue: product, bias, activation, residual, store.
+
+use core::ops::Range;
+
+use crate::activation::{Activation, WithActivation};
+use crate::context::Context;
+use crate::error::{Error, check_size};
+use crate::exec::Team;
+use crate::gemm::{PANEL, PackedMatrix, block_product, panel_product};
+use crate::isa::dispatch;
+use crate::reduce::four;
+use crate::simd::{LANES, Simd, Vector};
+use crate::view::{MatMut, MatRef};
+use crate::workspace::Aligned;
+
+/// `y = x W^T + b` with packed weights. Made once and shared by any number of threads.
+///
+/// ```
+/// use laneformer::{Context, Epilogue, Linear, MatMut, MatRef, PackedMatrix};
+/// let weight = PackedMatrix::from_out_in(MatRef::contiguous(&[1.0, 2.0, 3.0, 4.0], 2, 2)?)?;
+/// let linear = Linear::new(weight, Some(&[0.5, 0.0]))?;
+/// let mut y = [0.0; 2];
+/// let x = MatRef::contiguous(&[1.0, 1.0], 1, 2)?;
+/// linear.forward(Context::serial(), x, &Epilogue::NONE, MatMut::contiguous(&mut y, 1, 2)?)?;
+/// assert_eq!(y, [3.5, 7.0]);
+/// # Ok::<(), laneformer::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Linear {
+    weight: PackedMatrix,
+    /// As long as the panels are wide, so that the epilogue reads whole vectors.
+    bias: Aligned,
+}
+
+/// What happens to a product before it is stored: `activation(x W^T + b) + scale * residual`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Epilogue<'a> {
+    /// Applied after the bias.
+    pub activation: Activation,
+    /// Added last: a scale and a matrix of the output's shape.
+    pub residual: Option<(f32, MatRef<'a>)>,
+}
+
+impl Epilogue<'static> {
+    /// Bias only.
+    pub const NONE: Epilogue<'static> = Epilogue { activation: Activation::None, residual: None };
+
+    /// Bias, then `activation`.
+    pub const fn activation(activation: Activation) -> Self {
+        Epilogue { activation, residual: None }
+    }
+}
+
+impl<'a> Epilogue<'a> {
+    /// The same, then `scale * residual` is added.
+    pub const fn with_residual(self, scale: f32, residual: MatRef<'a>) -> Self {
+        Epilogue { residual: Some((scale, residual)), ..self }
+    }
+}
+
+/// Where a tile's residual is.
+#[derive(Clone, Copy)]
+pub(crate) enum Residual<'a> {
+    None,
+    /// Rows of the tile's own columns and rows.
+    Matrix(f32, MatRef<'a>),
+    /// What the output holds before it is written.
+    Out(f32),
+    /// The same, but as a factor: the gate of a gated FFN.
+    Gate,
+}
+
+impl Linear {
+    /// A linear map from packed weights `[in, out]` and a bias of `[out]`, zero if absent.
+    ///
+    /// # Errors
+    /// [`Error::Size`] if the bias has another length than there are outputs.
+    pub fn new(weight: PackedMatrix, bias: Option<&[f32]>) -> Result<Linear, Error> {
+        let mut padded = Aligned::zeroed(weight.panels() * PANEL);
+        if let Some(bias) = bias {
+            check_size("bias.len()", weight.n(), bias.len())?;
+            padded[..bias.len()].copy_from_slice(bias);
+        }
+        Ok(Linear { weight, bias: padded })
+    }
+
+    /// Inputs: columns of `x`.
+    pub fn in_features(&self) -> usize {
+        self.weight.k()
+    }
+
+    /// Outputs: columns of `y`.
+    pub fn out_features(&self) -> usize {
+        self.weight.n()
+    }
+
+    /// Bytes of the packed weights and the bias.
+    pub fn bytes(&self) -> usize {
+        self.weight.bytes() + self.bias.len() * size_of::<f32>()
+    }
+
+    /// `out = activation(x W^T + b) + scale * residual`.
+    ///
+    /// # Shapes
+    /// `x`: `[rows, in]`; `out` and the residual: `[rows, out]`; any row strides. Without rows there is nothing to do.
+    ///
+    /// # Special values
+    /// NaN and infinities follow IEEE 754; `0 * inf` is NaN.
+    ///
+    /// # Accuracy
+    /// That of a sum of `in` products in f32, added in blocks of [`K_BLOCK`](crate::gemm::K_BLOCK). An element depends only on its own
+    /// row: the same bits for any number of rows and threads, and on every instruction set that [keeps them](crate::Isa::keeps_bits).
+    ///
+    /// # Errors
+    /// [`Error::Size`] if the shapes disagree.
+    pub fn forward(
+        &self,
+        ctx: Context<'_>,
+        x: MatRef<'_>,
+        epilogue: &Epilogue<'_>,
+        out: MatMut<'_>,
+    ) -> Result<(), Error> {
+        check_size("x.cols", self.in_features(), x.cols())?;
+        check_size("out.rows", x.rows(), out.rows())?;
+        check_size("out.cols", self.out_features(), out.cols())?;
+        if let Some((_, residual)) = epilogue.residual {
+            check_size("residual.rows", out.rows(), residual.rows())?;
+            check_size("residual.cols", out.cols(), residual.cols())?;
+        }
+        dispatch!(ctx.isa(), |s| self.run(ctx, s, x, epilogue, out));
+        Ok(())
+    }
+
+    fn run<S: Simd>(
+        &self,
+        ctx: Context<'_>,
+        s: S,
+        x: MatRef<'_>,
+        epilogue: &Epilogue<'_>,
+        mut out: MatMut<'_>,
+    ) {
+        if x.rows() == 0 {
+            return;
+        }
+        // One row takes as long as some four: it waits for the weights, not for the multipliers.
+        let flops = 2 * x.rows().max(4) * self.in_features() * self.out_features();
+        let members = if flops < SERIAL_FLOPS { 1 } else { ctx.members() };
+        let split = Split::new(x.rows(), self.out_features(), MAX_ROWS, members);
+        Team::new(members, split.rows * PANEL).region(ctx.executor(), |crew| {
+            crew.blocks(
+                s,
+                &mut out,
+                (split.rows, split.cols),
+                #[inline(always)]
+                |row, col, mut block, scratch| {
+                    let rows = row..row + block.rows();
+                    let residual = match epilogue.residual {
+                        None => Residual::None,
+                        Some((scale, r)) => {
+                            Residual::Matrix(scale, r.block(rows.clone(), col..col + block.cols()))
+                        }
+                    };
+                    let x = x.block(rows, 0..x.cols());
+                    self.tile(s, x, col, epilogue.activation, residual, &mut block, scratch);
+                },
+            );
+        });
+    }
+
+    /// `out = epilogue(x W^T + b)` for the columns from `col`, a multiple of [`PANEL`].
+    /// `scratch` holds [`PANEL`] elements per row.
+    pub(crate) fn tile<S: Simd>(
+        &self,
+        s: S,
+        x: MatRef<'_>,
+        col: usize,
+        activation: Activation,
+        residual: Residual<'_>,
+        out: &mut MatMut<'_>,
+        scratch: &mut [f32],
+    ) {
+        let panels = col / PANEL..(col + out.cols()).div_ceil(PANEL);
+        self.panels(
+            s,
+            x,
+            panels,
+            activation,
+            scratch,
+            #[inline(always)]
+            |row, first, v, width| store_row(s, residual, out, row, first - col..first - col + width, v),
+        );
+    }
+
+    /// Calls `store(row, first column, activation(x W^T + b), columns)` for every row of every panel of the range. Vectors past
+    /// `columns` mean nothing.
+    pub(crate) fn panels<S: Simd>(
+        &self,
+        s: S,
+        x: MatRef<'_>,
+        panels: Range<usize>,
+        activation: Activation,
+        scratch: &mut [f32],
+        store: impl FnMut(usize, usize, [S::V; 4], usize),
+    ) {
+        let sums = MatMut::scratch(scratch, x.rows(), PANEL, PANEL);
+        let mut epilogue = self.epilogue(s, sums, store);
+        for panel in panels {
+            panel_product(s, x, &self.weight, panel, &mut epilogue.sums);
+            epilogue.first = panel * PANEL;
+            epilogue.write(activation);
+        }
+    }
+
+    /// Takes one canonical block of K, from `start`, into `sums`, which has whole panels: the first begins the sums.
+    pub(crate) fn accumulate<S: Simd>(&self, s: S, a: MatRef<'_>, start: usize, sums: &mut MatMut<'_>) {
+        for panel in 0..self.weight.panels() {
+            let mut sums = sums.block(0..a.rows(), panel * PANEL..(panel + 1) * PANEL);
+            block_product(s, a, &self.weight, panel, start, &mut sums);
+        }
+    }
+
+    /// `out = sums + b + residual`, the end of [`Linear::accumulate`].
+    pub(crate) fn finish<S: Simd>(
+        &self,
+        s: S,
+        sums: MatMut<'_>,
+        residual: Residual<'_>,
+        out: &mut MatMut<'_>,
+    ) {
+        let mut epilogue = self.epilogue(
+            s,
+            sums,
+            #[inline(always)]
+            |row, first, v, width| {
+                store_row(s, residual, out, row, first..first + width, v);
+            },
+        );
+        for panel in 0..self.weight.panels() {
+            epilogue.first = panel * PANEL;
+            epilogue.write(Activation::None);
+        }
+    }
+
+    fn epilogue<'a, S: Simd, F: FnMut(usize, usize, [S::V; 4], usize)>(
+        &'a self,
+        s: S,
+        sums: MatMut<'a>,
+        store: F,
+    ) -> Panels<'a, S, F> {
+        Panels { s, linear: self, sums, first: 0, store }
+    }
+}
+
+/// The loop of an epilogue, compiled once per activation.
+struct Panels<'a, S: Simd, F> {
+    s: S,
+    linear: &'a Linear,
+    /// Sums of one panel, or of all.
+    sums: MatMut<'a>,
+    first: usize,
+    store: F,
+}
+
+impl<S: Simd, F: FnMut(usize, usize, [S::V; 4], usize)> Panels<'_, S, F> {
+    /// A frame of its own: what calls it is compiled once per instruction set, not once per use.
+    fn write(&mut self, activation: Activation) {
+        let s = self.s;
+        s.vectorize(
+            #[inline(always)]
+            || activation.choose(s, self),
+        );
+    }
+}
+
+impl<S: Simd, F: FnMut(usize, usize, [S::V; 4], usize)> WithActivation<S> for Panels<'_, S, F> {
+    #[inline(always)]
+    fn run(&mut self, f: impl Fn(S::V) -> S::V) {
+        let (s, first) = (self.s, self.first);
+        let width = PANEL.min(self.linear.out_features() - first);
+        let bias = four(
+            #[inline(always)]
+            |j| s.load(&self.linear.bias[first + j * LANES..]),
+        );
+        let place = if self.sums.cols() == PANEL { 0 } else { first };
+        for row in 0..self.sums.rows() {
+            let sums = &self.sums.row(row)[place..place + PANEL];
+            let v = four(
+                #[inline(always)]
+                |j| f(s.load(&sums[j * LANES..]) + bias[j]),
+            );
+            (self.store)(row, first, v, width);
+        }
+    }
+}
+
+/// Adds the residual of columns `cols` and writes them to the row of `out`.
+#[inline(always)]
+fn store_row<S: Simd>(
+    s: S,
+    residual: Residual<'_>,
+    out: &mut MatMut<'_>,
+    row: usize,
+    cols: Range<usize>,
+    v: [S::V; 4],
+) {
+    let out = &mut out.row_mut(row)[cols.clone()];
+    match residual {
+        Residual::None => store(
+            v,
+            out,
+            #[inline(always)]
+            |v, _| v,
+        ),
+        Residual::Out(scale) => {
+            let scale = s.splat(scale);
+            store(
+                v,
+                out,
+                #[inline(always)]
+                |v, out| scale.mul_add(s.load_partial(out, scale), v),
+            );
+        }
+        Residual::Gate => store(
+            v,
+            out,
+            #[inline(always)]
+            |v, out| v * s.load_partial(out, v),
+        ),
+        Residual::Matrix(scale, rows) => {
+            let scale = s.splat(scale);
+            let mut parts = rows.row(row)[cols].chunks(LANES);
+            store(
+                v,
+                out,
+                #[inline(always)]
+                |v, _| scale.mul_add(s.load_partial(parts.next().unwrap_or(&[]), scale), v),
+            );
+        }
+    }
+}
+
+/// Writes the vectors to `out`, whole ones without a mask.
+#[inline(always)]
+fn store<V: Vector>(v: [V; 4], out: &mut [f32], mut f: impl FnMut(V, &[f32]) -> V) {
+    if let Ok(out) = <&mut [f32; PANEL]>::try_from(&mut *out) {
+        for (v, out) in v.into_iter().zip(out.as_chunks_mut::<LANES>().0) {
+            f(v, out).store(out);
+        }
+    } else {
+        for (v, out) in v.into_iter().zip(out.chunks_mut(LANES)) {
+            f(v, out).store_partial(out);
+        }
+    }
+}
+
+/// Work below which inviting helpers costs more than it brings: about 20 us on one core.
+const SERIAL_FLOPS: usize = 4_000_000;
+
+/// Rows of a tile at most: its sums (24 KiB) and a block of the panel (128 KiB) stay in L2 beside the rows of A.
+pub(crate) const MAX_ROWS: usize = 96;
+
+/// How a product's output is cut into tiles.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Split {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+}
+
+/// The stride of rows of scratch: a line longer than the row, so that rows of 4 KiB do not share L1 sets.
+pub(crate) fn padded_stride(cols: usize) -> usize {
+    cols.next_multiple_of(LANES) + LANES
+}
+
+impl Split {
+    /// Rows per member below which the columns are split: fewer would stream the weights faster than the last cache
+    /// delivers them.
+    const FEW: usize = 24;
+
+    /// Rows first: a tile of whole rows reads its part of A once and can be followed by a norm. With too few rows for
+    /// everybody the columns are split, so that each core keeps its slice of the weights in its L2.
+    pub(crate) fn new(rows: usize, cols: usize, max_rows: usize, members: usize) -> Split {
+        let tiles = rows.div_ceil(max_rows).next_multiple_of(members);
+        let by_rows = rows.div_ceil(tiles);
+        if by_rows >= Self::FEW || rows > Self::most_rows_by_cols(members) {
+            return Split { rows: by_rows, cols };
+        }
+        let panels = cols.div_ceil(PANEL);
+        // Two tiles for each member, so that a late helper still finds work.
+        Split { rows: rows.min(max_rows), cols: panels.div_ceil(2 * members) * PANEL }
+    }
+
+    /// The most rows whose columns are split.
+    pub(crate) fn most_rows_by_cols(members: usize) -> usize {
+        if members == 1 { 0 } else { members.saturating_mul(Self::FEW) }
+    }
+
+    /// Whether a tile holds whole rows.
+    pub(crate) fn is_by_rows(self, cols: usize) -> bool {
+        self.cols >= cols
+    }
+}

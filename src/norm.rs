@@ -1,0 +1,152 @@
+//! The norms of a layer and where they stand around a sub-layer.
+
+use crate::batchnorm::Affine;
+use crate::error::{Error, check_dim, check_size};
+use crate::layernorm::layernorm_row;
+use crate::linear::padded_stride;
+use crate::rmsnorm::rmsnorm_row;
+use crate::simd::Simd;
+use crate::view::{MatMut, MatRef};
+
+/// A norm with its weights.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Norm {
+    /// [`layernorm`](crate::layernorm()).
+    LayerNorm {
+        /// `[d_model]`.
+        gain: Vec<f32>,
+        /// `[d_model]`, or none.
+        bias: Option<Vec<f32>>,
+        /// Added to the variance.
+        eps: f32,
+    },
+    /// [`rmsnorm`](crate::rmsnorm()).
+    RmsNorm {
+        /// `[d_model]`.
+        gain: Vec<f32>,
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// Batch normalisation at inference.
+    BatchNorm(Affine),
+}
+
+impl Norm {
+    /// Columns that it normalises.
+    pub fn channels(&self) -> usize {
+        match self {
+            Norm::LayerNorm { gain, .. } | Norm::RmsNorm { gain, .. } => gain.len(),
+            Norm::BatchNorm(affine) => affine.channels(),
+        }
+    }
+
+    pub(crate) fn check(&self, d_model: usize) -> Result<(), Error> {
+        check_dim("d_model", d_model)?;
+        check_size("norm gain.len()", d_model, self.channels())?;
+        match self {
+            Norm::LayerNorm { bias: Some(bias), .. } => check_size("norm bias.len()", d_model, bias.len()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Normalises each row in place.
+    pub(crate) fn apply<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
+        s.vectorize(
+            #[inline(always)]
+            || self.rows(s, x),
+        );
+    }
+
+    #[inline(always)]
+    fn rows<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
+        match self {
+            Norm::LayerNorm { gain, bias, eps } => {
+                for i in 0..x.rows() {
+                    layernorm_row(s, x.row_mut(i), gain, bias.as_deref(), *eps);
+                }
+            }
+            Norm::RmsNorm { gain, eps } => {
+                for i in 0..x.rows() {
+                    rmsnorm_row(s, x.row_mut(i), gain, *eps);
+                }
+            }
+            Norm::BatchNorm(affine) => {
+                for i in 0..x.rows() {
+                    affine.apply_row(s, x.row_mut(i));
+                }
+            }
+        }
+    }
+}
+
+/// Where the norm stands around a sub-layer `f`.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Placement {
+    /// `x = norm(alpha x + f(x))`: the original Transformer and BERT with `alpha` 1, DeepNorm (arXiv:2203.00555) with its own.
+    Post {
+        /// After the residual.
+        norm: Norm,
+        /// Scale of the residual.
+        alpha: f32,
+    },
+    /// `x = x + f(norm(x))`: GPT-2 and most since.
+    Pre {
+        /// Before the sub-layer.
+        norm: Norm,
+    },
+    /// `x = x + after(f(before(x)))`.
+    Sandwich {
+        /// Before the sub-layer.
+        before: Norm,
+        /// Before the residual is added.
+        after: Norm,
+    },
+}
+
+impl Placement {
+    /// Post-norm with a plain residual.
+    pub fn post(norm: Norm) -> Placement {
+        Placement::Post { norm, alpha: 1.0 }
+    }
+
+    /// Pre-norm.
+    pub fn pre(norm: Norm) -> Placement {
+        Placement::Pre { norm }
+    }
+
+    /// The norm that the sub-layer's input passes.
+    pub(crate) fn before(&self) -> Option<&Norm> {
+        match self {
+            Placement::Post { .. } => None,
+            Placement::Pre { norm } | Placement::Sandwich { before: norm, .. } => Some(norm),
+        }
+    }
+
+    pub(crate) fn check(&self, d_model: usize) -> Result<(), Error> {
+        match self {
+            Placement::Post { norm, .. } | Placement::Pre { norm } => norm.check(d_model),
+            Placement::Sandwich { before, after } => {
+                before.check(d_model).and_then(|()| after.check(d_model))
+            }
+        }
+    }
+}
+
+/// `x`, or its rows normalised into `scratch`.
+pub(crate) fn normalised<'a, S: Simd>(
+    s: S,
+    x: MatRef<'a>,
+    norm: Option<&Norm>,
+    scratch: &'a mut [f32],
+) -> MatRef<'a> {
+    let Some(norm) = norm else { return x };
+    let stride = padded_stride(x.cols());
+    let mut rows = MatMut::scratch(scratch, x.rows(), x.cols(), stride);
+    for i in 0..x.rows() {
+        rows.row_mut(i).copy_from_slice(x.row(i));
+    }
+    norm.apply(s, &mut rows);
+    rows.into_ref()
+}

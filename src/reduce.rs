@@ -1,0 +1,83 @@
+//! The canonical order of sums, which no instruction set, tail or row length changes.
+//!
+//! A row is added in 64 slots: slot `i` takes `x[i], x[i + 64], ...` in that order. The slots are four vectors, folded as
+//! `(0 + 1) + (2 + 3)`; the sixteen lanes that remain are folded by halves. Lanes past the end of the row add `+0`.
+
+use crate::simd::{LANES, Simd, Vector};
+
+/// Slots of a sum: 4 registers of AVX-512, 8 of AVX2, 16 of NEON. Enough independent chains for each of them.
+const SLOTS: usize = 4 * LANES;
+
+/// `[f(0), f(1), f(2), f(3)]`, inlined for certain, which `core::array::from_fn` is not.
+#[inline(always)]
+pub(crate) fn four<T>(mut f: impl FnMut(usize) -> T) -> [T; 4] {
+    [f(0), f(1), f(2), f(3)]
+}
+
+/// Calls `f(j, v)` for every vector `v` of `row`, `j` being its slot group. Lanes past the end hold `fill`.
+#[inline(always)]
+pub(crate) fn for_each<S: Simd>(s: S, row: &[f32], fill: S::V, mut f: impl FnMut(usize, S::V)) {
+    let (whole, tail) = row.as_chunks::<SLOTS>();
+    for slots in whole {
+        for j in 0..4 {
+            f(j, s.load(&slots[j * LANES..]));
+        }
+    }
+    for (j, part) in tail.chunks(LANES).enumerate() {
+        f(j, s.load_partial(part, fill));
+    }
+}
+
+/// Folds four slot groups: `(0 + 1) + (2 + 3)`, then the lanes by halves.
+#[inline(always)]
+pub(crate) fn fold<V: Vector>(slots: [V; 4]) -> f32 {
+    ((slots[0] + slots[1]) + (slots[2] + slots[3])).sum()
+}
+
+/// The sum of `f(x)` over a row. `f(fill)` is `+0`.
+#[inline(always)]
+pub(crate) fn sum<S: Simd>(s: S, row: &[f32], fill: S::V, f: impl Fn(S::V) -> S::V) -> f32 {
+    let mut slots = [s.splat(0.0); 4];
+    for_each(
+        s,
+        row,
+        fill,
+        #[inline(always)]
+        |j, v| slots[j] = slots[j] + f(v),
+    );
+    fold(slots)
+}
+
+/// The largest element by `if a > b { a } else { b }`, `-inf` for an empty row. It may pass over a NaN.
+#[inline(always)]
+pub(crate) fn max<S: Simd>(s: S, row: &[f32]) -> f32 {
+    let least = s.splat(f32::NEG_INFINITY);
+    let mut slots = [least; 4];
+    for_each(
+        s,
+        row,
+        least,
+        #[inline(always)]
+        |j, v| slots[j] = v.max(slots[j]),
+    );
+    (slots[0].max(slots[1])).max(slots[2].max(slots[3])).max_lane()
+}
+
+/// Replaces every `x[i]` by `f(x)[i]`, tails by partial vectors of the same arithmetic.
+#[inline(always)]
+pub(crate) fn map<S: Simd>(s: S, row: &mut [f32], f: impl Fn(S::V) -> S::V) {
+    let (whole, tail) = row.as_chunks_mut::<SLOTS>();
+    for slots in whole {
+        // Four independent vectors at a time hide the latency of a polynomial.
+        let v = four(
+            #[inline(always)]
+            |j| f(s.load(&slots[j * LANES..])),
+        );
+        for (j, v) in v.into_iter().enumerate() {
+            v.store(&mut slots[j * LANES..]);
+        }
+    }
+    for part in tail.chunks_mut(LANES) {
+        f(s.load_partial(part, s.splat(0.0))).store_partial(part);
+    }
+}
