@@ -1,0 +1,231 @@
+//! Attention over graphs beyond an interval of positions, over other sequences' keys, and over a growing cache.
+
+mod common;
+
+use common::buffer::Guarded;
+use common::compare::{assert_bits, assert_close, slack};
+use common::data::Rng;
+use common::model::{offsets, reference_heads};
+use common::{on_every_isa, serial};
+use laneformer::reference as r;
+use laneformer::{Bits, Error, Graph, Heads, Isa, KeyStore, KvCache, MatRef, QueryRows, Terms, attention};
+
+const LIMIT: f64 = 3e-6;
+
+fn heads() -> Heads {
+    Heads::new(2, 8).unwrap()
+}
+
+fn view(x: &[f32]) -> MatRef<'_> {
+    MatRef::contiguous(x, x.len() / 16, 16).unwrap()
+}
+
+/// Queries, keys and values of these lengths.
+struct Batch {
+    queries: Vec<usize>,
+    keys: Vec<usize>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Batch {
+    fn new(queries: &[usize], keys: &[usize]) -> Batch {
+        let mut rng = Rng::new(1);
+        let (rows, keys_rows) = (queries.iter().sum::<usize>(), keys.iter().sum::<usize>());
+        Batch {
+            queries: queries.to_vec(),
+            keys: keys.to_vec(),
+            q: rng.vec(rows * 16, 2.0),
+            k: rng.vec(keys_rows * 16, 2.0),
+            v: rng.vec(keys_rows * 16, 1.0),
+        }
+    }
+
+    fn run(&self, isa: Isa, graph: &Graph) -> Vec<f32> {
+        let mut keys = KeyStore::new(&heads(), self.k.len() / 16, self.keys.len()).unwrap();
+        keys.set(view(&self.k), view(&self.v), &offsets(&self.keys)).unwrap();
+        let mut out = Guarded::unset(self.q.len() / 16, 16);
+        let offsets = offsets(&self.queries);
+        let queries = QueryRows::new(view(&self.q), &offsets);
+        keys.attend(serial(isa), &heads(), &queries, graph, &Terms::default(), out.view_mut()).unwrap();
+        out.values()
+    }
+
+    fn reference(&self, allowed: impl Fn(usize, usize, usize, usize) -> bool) -> Vec<f64> {
+        let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| r::to_f64(x));
+        let (queries, keys) = (offsets(&self.queries), offsets(&self.keys));
+        let shape = reference_heads(&heads());
+        r::attention_packed(&q, &k, &v, &shape, &queries, &keys, allowed, |_, _, _, _| 0.0)
+    }
+}
+
+/// A pattern without structure, in which some rows are empty.
+fn scattered(s: usize, h: usize, i: usize, j: usize) -> bool {
+    i % 5 != 3 && (s * 7 + h * 5 + i * 3 + j * 11).is_multiple_of(4)
+}
+
+on_every_isa! {
+    fn other_sequences_keys(isa) {
+        for (queries, keys) in [(&[3, 1, 70][..], &[5, 300, 1][..]), (&[2, 0, 1], &[0, 4, 64]), (&[1], &[257])] {
+            let batch = Batch::new(queries, keys);
+            let expected = batch.reference(|_, _, _, _| true);
+            assert_close(&batch.run(isa, &Graph::full()), &expected, LIMIT * slack(isa), "full");
+            // The last query stands at the last key.
+            let place = |s: usize, i: usize| (i + keys[s]) as isize - queries[s] as isize;
+            let expected = batch.reference(|s, _, i, j| j as isize <= place(s, i));
+            assert_close(&batch.run(isa, &Graph::causal()), &expected, LIMIT * slack(isa), "causal");
+        }
+    }
+
+    fn any_bits(isa) {
+        for lens in [&[1, 17][..], &[64, 65], &[300, 2]] {
+            let batch = Batch::new(lens, lens);
+            let longest = *lens.iter().max().unwrap();
+            let all = Bits::dense([2, 2, longest, longest], scattered).unwrap();
+            let actual = batch.run(isa, &Graph::full().with_bits(all));
+            let expected = batch.reference(scattered);
+            assert_close(&actual, &expected, LIMIT * slack(isa), &format!("dense {lens:?}"));
+            // One set for all sequences and heads, under a causal graph.
+            let shared = Bits::dense([1, 1, longest, longest], scattered).unwrap();
+            let actual = batch.run(isa, &Graph::causal().with_bits(shared));
+            let expected = batch.reference(|_, _, i, j| j <= i && scattered(0, 0, i, j));
+            assert_close(&actual, &expected, LIMIT * slack(isa), &format!("shared {lens:?}"));
+        }
+    }
+
+    fn a_row_without_keys_is_zero(isa) {
+        let batch = Batch::new(&[20], &[20]);
+        let bits = Bits::dense([1, 1, 20, 20], |_, _, i, j| i != 7 && j <= i).unwrap();
+        let y = batch.run(isa, &Graph::full().with_bits(bits));
+        assert_bits(&y[7 * 16..8 * 16], &[0.0; 16], "row 7");
+        assert!(y[6 * 16..7 * 16].iter().all(|x| *x != 0.0));
+    }
+
+    fn key_padding(isa) {
+        let batch = Batch::new(&[5, 70], &[5, 70]);
+        let masks: [Vec<bool>; 2] = [(0..5).map(|j| j < 3).collect(), (0..70).map(|j| j % 2 == 0).collect()];
+        let bits = Bits::keys(&[&masks[0], &masks[1]]).unwrap();
+        let expected = batch.reference(|s, _, _, j| masks[s][j]);
+        assert_close(&batch.run(isa, &Graph::full().with_bits(bits)), &expected, LIMIT * slack(isa), "padding");
+    }
+
+    fn global_columns_beside_a_window(isa) {
+        let batch = Batch::new(&[300], &[300]);
+        let global: Vec<bool> = (0..300).map(|j| j == 0 || j == 150).collect();
+        let graph = Graph::window(5, 5).with_columns(Bits::keys(&[&global]).unwrap());
+        let expected = batch.reference(|_, _, i, j| global[j] || i.abs_diff(j) <= 5);
+        assert_close(&batch.run(isa, &graph), &expected, LIMIT * slack(isa), "window and columns");
+    }
+
+    fn groups(isa) {
+        let batch = Batch::new(&[20, 70], &[20, 70]);
+        let ids: Vec<u32> = (0..90).map(|i| i * 7 % 3).collect();
+        let table = [true, false, true, false, true, false, false, false, false];
+        let bits = Bits::groups(&ids, &ids, &[0, 20, 90], 3, &table).unwrap();
+        let expected = batch.reference(|s, _, i, j| {
+            let first = [0, 20][s];
+            table[ids[first + i] as usize * 3 + ids[first + j] as usize]
+        });
+        assert_close(&batch.run(isa, &Graph::full().with_bits(bits)), &expected, LIMIT * slack(isa), "groups");
+    }
+
+    fn poison_behind_bits_does_not_reach_the_output(isa) {
+        let lens = [300];
+        let hidden = |j: usize| j % 3 == 1;
+        let graph = || Graph::full().with_bits(Bits::dense([1, 1, 1, 300], |_, _, _, j| !hidden(j)).unwrap());
+        let mut batch = Batch::new(&lens, &lens);
+        let expected = batch.run(isa, &graph());
+        for j in (0..300).filter(|j| hidden(*j)) {
+            batch.k[j * 16..][..16].fill(if j % 2 == 0 { f32::NAN } else { f32::INFINITY });
+            batch.v[j * 16..][..16].fill(if j % 2 == 0 { f32::NEG_INFINITY } else { f32::NAN });
+        }
+        assert_bits(&batch.run(isa, &graph()), &expected, "behind bits");
+    }
+
+    fn decoding_gives_the_bits_of_prefill(isa) {
+        let total = 530;
+        let mut rng = Rng::new(2);
+        let [q, k, v] = std::array::from_fn(|_| rng.vec(total * 16, 1.5));
+        for graph in [Graph::causal(), Graph::window(100, 0)] {
+            let mut whole = Guarded::unset(total, 16);
+            let (qs, ks, vs) = (view(&q), view(&k), view(&v));
+            attention(serial(isa), &heads(), qs, ks, vs, &[0, total], &graph, whole.view_mut()).unwrap();
+            let whole = whole.values();
+            let ring = KvCache::ring(&heads(), 1, 101).unwrap();
+            for (name, mut cache) in [("cache", KvCache::new(&heads(), 1, total).unwrap()), ("ring", ring)] {
+                if name == "ring" && graph == Graph::causal() {
+                    continue;
+                }
+                let mut done = 0;
+                // A prompt, then steps of several sizes over the edges of blocks and chunks.
+                for step in [1, 62, 1, 1, 63, 120, 7, 1, 1, 200, 54, 1, 1, 17] {
+                    let rows = done * 16..(done + step) * 16;
+                    cache.append(0, view(&k[rows.clone()]), view(&v[rows.clone()])).unwrap();
+                    let mut out = Guarded::unset(step, 16);
+                    let ends = [0, step];
+                    let queries = QueryRows::new(view(&q[rows.clone()]), &ends);
+                    let terms = Terms::default();
+                    cache.keys().attend(serial(isa), &heads(), &queries, &graph, &terms, out.view_mut()).unwrap();
+                    assert_bits(&out.values(), &whole[rows], &format!("{name}, {graph:?}, {step} from {done}"));
+                    done += step;
+                }
+                assert_eq!((done, cache.len(0)), (total, total));
+            }
+        }
+    }
+}
+
+#[test]
+fn caches_refuse_what_does_not_fit() {
+    let rows = vec![0.0; 20 * 16];
+    let mut cache = KvCache::new(&heads(), 2, 10).unwrap();
+    let some = |n: usize| view(&rows[..n * 16]);
+    cache.append(1, some(4), some(4)).unwrap();
+    let full = Error::TooLarge { arg: "tokens appended to the cache", max: 6, actual: 7 };
+    assert_eq!(cache.append(1, some(7), some(7)), Err(full));
+    assert_eq!(full.to_string(), "tokens appended to the cache: expected at most 6, got 7");
+    assert_eq!(
+        cache.append(2, some(1), some(1)),
+        Err(Error::TooLarge { arg: "sequence", max: 1, actual: 2 })
+    );
+    assert_eq!(cache.append(0, some(2), some(1)), Err(Error::Size { arg: "v.rows", expected: 2, actual: 1 }));
+    assert_eq!(cache.truncate(1, 5), Err(Error::TooLarge { arg: "len", max: 4, actual: 5 }));
+    assert_eq!((cache.len(0), cache.len(1), cache.len(7)), (0, 4, 0));
+    cache.truncate(1, 0).unwrap();
+    assert!(cache.is_empty());
+    assert_eq!(KvCache::new(&heads(), 0, 1).unwrap_err(), Error::ZeroDim { arg: "sequences" });
+    assert_eq!(KvCache::new(&heads(), 1, 0).unwrap_err(), Error::ZeroDim { arg: "capacity" });
+    for (sequences, capacity) in [(1, usize::MAX), (usize::MAX, 1), (usize::MAX, usize::MAX)] {
+        assert!(matches!(KvCache::new(&heads(), sequences, capacity), Err(Error::Overflow { .. })));
+        assert!(matches!(KvCache::ring(&heads(), sequences, capacity), Err(Error::Overflow { .. })));
+    }
+}
+
+#[test]
+fn bits_that_do_not_fit_the_batch_are_refused() {
+    let batch = Batch::new(&[5, 2, 1], &[5, 2, 1]);
+    let ends = [0, 5, 7, 8];
+    let mut keys = KeyStore::new(&heads(), 8, 3).unwrap();
+    keys.set(view(&batch.k), view(&batch.v), &ends).unwrap();
+    let mut out = Guarded::unset(8, 16);
+    for bits in [
+        Bits::dense([2, 1, 5, 5], |_, _, _, _| true).unwrap(),
+        Bits::dense([1, 1, 4, 5], |_, _, _, _| true).unwrap(),
+        Bits::dense([1, 1, 5, 4], |_, _, _, _| true).unwrap(),
+        Bits::keys(&[&[true; 5][..]; 2]).unwrap(),
+        Bits::groups(&[0; 7], &[0; 8], &ends, 1, &[true]).unwrap(),
+    ] {
+        let queries = QueryRows::new(view(&batch.q), &ends);
+        let (ctx, graph) = (laneformer::Context::serial(), Graph::full().with_bits(bits));
+        let result = keys.attend(ctx, &heads(), &queries, &graph, &Terms::default(), out.view_mut());
+        assert!(result.is_err(), "{graph:?}");
+    }
+    out.assert_unset();
+    assert!(Bits::dense([1, 0, 5, 5], |_, _, _, _| true).is_err());
+    assert!(Bits::dense([usize::MAX, 2, 5, 5], |_, _, _, _| true).is_err());
+    assert!(Bits::groups(&[0], &[2], &[0, 1], 2, &[true; 4]).is_err());
+    assert!(Bits::groups(&[0], &[0], &[0, 1], 2, &[true; 3]).is_err());
+    assert!(Bits::groups(&[0], &[0], &[0, 2], 1, &[true]).is_err());
+    assert!(Bits::groups(&[], &[], &[0], usize::MAX, &[]).is_err());
+}

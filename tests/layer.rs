@@ -1,0 +1,229 @@
+//! The layer, the stack and the FFN against the f64 reference.
+
+mod common;
+
+use common::buffer::Guarded;
+use common::compare::{assert_bits, assert_close, slack};
+use common::data::Rng;
+use common::model::{Model, NormKind, PlacementKind, Shape, offsets};
+use common::{executors, on_every_isa, serial};
+use laneformer::reference as r;
+use laneformer::{Activation, Context, Graph, Heads, Isa, Layer, MatMut, MatRef, Stack};
+
+/// Absolute error of a layer's outputs, which are of size 1 and pass some ten sums of up to a thousand products.
+const LIMIT: f64 = 2e-5;
+
+/// Runs the layer in place on a guarded buffer.
+fn run(ctx: Context<'_>, layer: &Layer, x: &[f32], lens: &[usize], graph: &Graph) -> Vec<f32> {
+    let offsets = offsets(lens);
+    let tokens = *offsets.last().unwrap();
+    let mut workspace = layer.workspace(tokens, lens.len(), ctx.members()).unwrap();
+    let mut y = Guarded::new(tokens, layer.d_model(), x);
+    layer.forward(ctx, y.view_mut(), &offsets, graph, &mut workspace).unwrap();
+    y.values()
+}
+
+fn check(ctx: Context<'_>, shape: Shape, lens: &[usize], graph: &Graph) {
+    let mut rng = Rng::new(lens.len() as u64);
+    let model = Model::new(shape, &mut rng);
+    let x = rng.vec(lens.iter().sum::<usize>() * shape.d_model, 1.5);
+    let expected = model.reference(&r::to_f64(&x), &offsets(lens), graph);
+    let actual = run(ctx, &model.layer(), &x, lens, graph);
+    let what = format!("{:?} {:?} {shape:?} {lens:?} {graph:?}", ctx.isa(), ctx.members());
+    assert_close(&actual, &expected, LIMIT * slack(ctx.isa()), &what);
+}
+
+const PLACEMENTS: [PlacementKind; 4] =
+    [PlacementKind::Post, PlacementKind::DeepNorm, PlacementKind::Pre, PlacementKind::Sandwich];
+const NORMS: [NormKind; 4] =
+    [NormKind::LayerNorm, NormKind::LayerNormWithoutBias, NormKind::RmsNorm, NormKind::BatchNorm];
+
+on_every_isa! {
+    fn every_norm_in_every_place(isa) {
+        for placement in PLACEMENTS {
+            for norm in NORMS {
+                let shape = Shape { norm, placement, ..Shape::new(2, 20, 70) };
+                check(serial(isa), shape, &[3, 0, 17], &Graph::full());
+            }
+        }
+    }
+
+    fn every_norm_in_every_place_with_helpers(isa) {
+        for (_, executor) in executors::of(2) {
+            for placement in PLACEMENTS {
+                for norm in NORMS {
+                    let shape = Shape { norm, placement, ..Shape::new(2, 20, 131) };
+                    check(Context::new(isa, &*executor), shape, &[3, 0, 17], &Graph::full());
+                }
+            }
+        }
+    }
+
+    fn widths(isa) {
+        // One column, a lane more and less than vectors and panels, a prime; a hidden width that needs two blocks of K.
+        for (n_heads, head_dim, d_ff) in [(1, 1, 1), (1, 15, 17), (2, 8, 64), (3, 21, 65), (5, 13, 63), (2, 32, 513)] {
+            check(serial(isa), Shape::new(n_heads, head_dim, d_ff), &[5, 2], &Graph::full());
+        }
+    }
+
+    fn every_graph(isa) {
+        let shape = Shape::new(2, 8, 32);
+        for graph in [Graph::full(), Graph::causal(), Graph::window(3, 0), Graph::window(70, 5), Graph::window(0, 0)] {
+            check(serial(isa), shape, &[1, 130, 0, 7], &graph);
+        }
+    }
+
+    fn other_heads(isa) {
+        let heads = Heads::new(4, 10).unwrap();
+        for heads in [
+            heads.with_kv_heads(2).unwrap(),
+            heads.with_kv_heads(1).unwrap().with_value_dim(7).unwrap(),
+            heads.with_softcap(0.7),
+            heads.with_scale(0.1),
+        ] {
+            check(serial(isa), Shape { heads, ..Shape::new(1, 24, 30) }, &[9, 4], &Graph::causal());
+        }
+    }
+
+    fn every_row_count_with_helpers(isa) {
+        // Whether the FFN is cut into rows or columns depends on the rows, on the threads, and on how many rows of this width
+        // fit into L2: more than 96, about 37, and fewer than a member's least share.
+        for d_model in [96, 2304, 6000] {
+            let mut rng = Rng::new(1);
+            let shape = Shape { activation: Activation::Relu, ..Shape::new(1, d_model, 70) };
+            let model = Model::without_attention(shape, &mut rng);
+            let (layer, ffn) = (model.ffn_layer(), model.ffn());
+            for threads in [2, 3] {
+                let executor = executors::Threads(threads);
+                for tokens in [1, 23, 37, 47, 48, 49, 60, 72, 73, 75, 96, 97, 145] {
+                    // On the slow instruction sets a few are enough.
+                    if matches!(isa.name(), "scalar" | "portable") && ![23, 49, 75].contains(&tokens) {
+                        continue;
+                    }
+                    let what = format!("{tokens} tokens of {d_model}, {threads} threads");
+                    let x = rng.vec(tokens * d_model, 1.5);
+                    let alone = run(serial(isa), &layer, &x, &[tokens], &Graph::full());
+                    let together = run(Context::new(isa, &executor), &layer, &x, &[tokens], &Graph::full());
+                    assert_bits(&together, &alone, &format!("layer, {what}"));
+
+                    let mut y = Guarded::unset(tokens, d_model);
+                    let x = Guarded::new(tokens, d_model, &x);
+                    ffn.forward(Context::new(isa, &executor), x.view(), y.view_mut()).unwrap();
+                    let together = y.values();
+                    ffn.forward(serial(isa), x.view(), y.view_mut()).unwrap();
+                    assert_bits(&together, &y.values(), &format!("ffn, {what}"));
+                }
+            }
+        }
+    }
+
+    fn ffn_meets_the_reference(isa) {
+        for (d_model, d_ff, rows) in [(1, 1, 1), (17, 65, 7), (64, 63, 13), (33, 513, 97)] {
+            for activation in common::model::ACTIVATIONS {
+                let shape = Shape { activation, ..Shape::new(1, d_model, d_ff) };
+                let mut rng = Rng::new(2);
+                let model = Model::new(shape, &mut rng);
+                let x = rng.vec(rows * d_model, 1.5);
+                let expected = r::ffn(&r::to_f64(&x), &model.reference_ffn());
+                let mut y = Guarded::unset(rows, d_model);
+                let x = Guarded::new(rows, d_model, &x);
+                model.ffn().forward(serial(isa), x.view(), y.view_mut()).unwrap();
+                let what = format!("{d_model} {d_ff} {rows} {activation:?}");
+                assert_close(&y.values(), &expected, LIMIT * slack(isa), &what);
+            }
+        }
+    }
+
+    fn a_stack_is_its_layers_in_order(isa) {
+        let mut rng = Rng::new(3);
+        let shapes = [Shape::new(2, 8, 40), Shape { placement: PlacementKind::Pre, ..Shape::new(1, 16, 20) }];
+        let [first, second] = shapes.map(|shape| Model::new(shape, &mut rng));
+        let lens = [4, 9];
+        let x = rng.vec(13 * 16, 1.0);
+        let once = run(serial(isa), &first.layer(), &x, &lens, &Graph::causal());
+        let twice = run(serial(isa), &second.layer(), &once, &lens, &Graph::causal());
+
+        let stack = Stack::new(vec![first.layer(), second.layer()]).unwrap();
+        let mut workspace = stack.workspace(13, 2, 1).unwrap();
+        let mut y = Guarded::new(13, 16, &x);
+        stack.forward(serial(isa), y.view_mut(), &offsets(&lens), &Graph::causal(), &mut workspace).unwrap();
+        assert_bits(&y.values(), &twice, "stack");
+    }
+
+    fn a_used_workspace_leaves_no_trace(isa) {
+        let mut rng = Rng::new(4);
+        let shape = Shape::new(2, 8, 40);
+        let layer = Model::new(shape, &mut rng).layer();
+        let mut workspace = layer.workspace(300, 4, 1).unwrap();
+        let mut poison = vec![f32::NAN; 300 * 16];
+        let whole = MatMut::contiguous(&mut poison, 300, 16).unwrap();
+        layer.forward(serial(isa), whole, &[0, 300], &Graph::full(), &mut workspace).unwrap();
+        for lens in [vec![5], vec![1, 70], vec![0, 0, 2]] {
+            let tokens = lens.iter().sum::<usize>();
+            let x = rng.vec(tokens * 16, 1.0);
+            let fresh = run(serial(isa), &layer, &x, &lens, &Graph::full());
+            let mut y = x.clone();
+            let view = MatMut::contiguous(&mut y, tokens, 16).unwrap();
+            layer.forward(serial(isa), view, &offsets(&lens), &Graph::full(), &mut workspace).unwrap();
+            assert_bits(&y, &fresh, "after a batch of NaN");
+        }
+    }
+
+    fn nothing_to_do(isa) {
+        let layer = Model::new(Shape::new(2, 8, 40), &mut Rng::new(5)).layer();
+        let mut workspace = layer.workspace(0, 2, 1).unwrap();
+        let empty = || MatMut::contiguous(&mut [], 0, 16).unwrap();
+        layer.forward(serial(isa), empty(), &[0], &Graph::full(), &mut workspace).unwrap();
+        layer.forward(serial(isa), empty(), &[0, 0, 0], &Graph::full(), &mut workspace).unwrap();
+    }
+
+    fn nan_stays_in_its_segment(isa) {
+        let mut rng = Rng::new(6);
+        let layer = Model::new(Shape::new(2, 8, 40), &mut rng).layer();
+        let mut x = rng.vec(20 * 16, 1.0);
+        let clean = run(serial(isa), &layer, &x, &[6, 6, 8], &Graph::full());
+        x[7 * 16] = f32::NAN;
+        let y = run(serial(isa), &layer, &x, &[6, 6, 8], &Graph::full());
+        assert_bits(&y[..6 * 16], &clean[..6 * 16], "before");
+        assert!(y[6 * 16..12 * 16].iter().all(|x| x.is_nan()), "all of the segment see it");
+        assert_bits(&y[12 * 16..], &clean[12 * 16..], "after");
+        // Under a causal graph only what comes after sees it.
+        let clean = run(serial(isa), &layer, &clean, &[20], &Graph::causal());
+        assert!(clean.iter().all(|x| x.is_finite()));
+        let y = run(serial(isa), &layer, &x, &[20], &Graph::causal());
+        assert!(y[..7 * 16].iter().all(|x| x.is_finite()) && y[7 * 16..].iter().all(|x| x.is_nan()));
+    }
+}
+
+#[test]
+fn shared_by_threads_with_their_own_workspaces() {
+    let mut rng = Rng::new(7);
+    let layer = Model::new(Shape::new(2, 8, 40), &mut rng).layer();
+    let x = rng.vec(50 * 16, 1.0);
+    let isa = Isa::best();
+    let alone = run(serial(isa), &layer, &x, &[50], &Graph::full());
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    let y = run(serial(isa), &layer, &x, &[50], &Graph::full());
+                    assert_bits(&y, &alone, "beside other threads");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn views_of_every_stride_give_the_same() {
+    let mut rng = Rng::new(8);
+    let layer = Model::new(Shape::new(2, 8, 40), &mut rng).layer();
+    let x = rng.vec(5 * 16, 1.0);
+    let guarded = run(Context::serial(), &layer, &x, &[5], &Graph::full());
+    let mut y = x.clone();
+    let mut workspace = layer.workspace(5, 1, 1).unwrap();
+    let view = MatMut::contiguous(&mut y, 5, 16).unwrap();
+    layer.forward(Context::serial(), view, &[0, 5], &Graph::full(), &mut workspace).unwrap();
+    assert_bits(&y, &guarded, "contiguous");
+    assert_eq!(MatRef::contiguous(&y, 5, 16).unwrap().row_stride(), 16);
+}
