@@ -1,0 +1,215 @@
+//! Attention whose queries, keys and values a model brings together itself: from another input than the rows (DETR, XLNet's
+//! second stream), with a memory before them (Transformer-XL), or from two sets of projections (Longformer).
+
+use std::borrow::Cow;
+
+use laneformer::{
+    Context, Epilogue, Graph, Heads, KeyStore, Layer, Linear, MatMut, MatRef, Placement, QueryRows,
+    RelativeTable, Stack, SubLayer, Terms,
+};
+
+use crate::embedding::Sinusoid;
+use crate::ragged::Scratch;
+use crate::weights::normalize_rows;
+use crate::{Error, Result};
+
+/// The rows of `x`, of `d` columns.
+pub(crate) fn rows(x: &[f32], d: usize) -> Result<MatRef<'_>> {
+    Ok(MatRef::contiguous(x, x.len() / d.max(1), d)?)
+}
+
+/// A linear layer over the rows of `x`.
+///
+/// # Errors
+/// What the library says of the sizes.
+pub fn project(ctx: Context<'_>, linear: &Linear, x: &[f32], epilogue: &Epilogue<'_>) -> Result<Vec<f32>> {
+    let (x, n) = (rows(x, linear.in_features())?, linear.out_features());
+    let mut y = vec![0.0; x.rows() * n];
+    linear.forward(ctx, x, epilogue, MatMut::contiguous(&mut y, x.rows(), n)?)?;
+    Ok(y)
+}
+
+/// The projections of one attention.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "the field's own terms")]
+pub struct Projections {
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub heads: Heads,
+}
+
+impl Projections {
+    /// The keys of `k` and the values of `v`, rows of the same tokens.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn keys(&self, ctx: Context<'_>, k: &[f32], v: &[f32], offsets: &[usize]) -> Result<KeyStore> {
+        let k = project(ctx, &self.k, k, &Epilogue::NONE)?;
+        let v = project(ctx, &self.v, v, &Epilogue::NONE)?;
+        store(&self.heads, &k, &v, offsets)
+    }
+
+    /// What the queries of the rows of `x` gather, before the output projection.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn attend(&self, ctx: Context<'_>, x: &[f32], seen: &Seen<'_>) -> Result<Vec<f32>> {
+        let q = project(ctx, &self.q, x, &Epilogue::NONE)?;
+        let q = rows(&q, self.heads.query_cols())?;
+        let mut queries = QueryRows::new(q, seen.offsets);
+        if let Some(positions) = seen.positions {
+            queries = queries.at(positions);
+        }
+        let cols = self.heads.output_cols();
+        let mut y = vec![0.0; q.rows() * cols];
+        let out = MatMut::contiguous(&mut y, q.rows(), cols)?;
+        seen.keys.attend(ctx, &self.heads, &queries, seen.graph, &seen.terms, out)?;
+        Ok(y)
+    }
+}
+
+/// What queries see.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// The keys and values.
+    pub keys: &'a KeyStore,
+    /// Where each sequence of queries begins, and the end.
+    pub offsets: &'a [usize],
+    /// Where each query stands among the keys of its sequence; if absent, the last at the last.
+    pub positions: Option<&'a [isize]>,
+    /// Who sees whom.
+    pub graph: &'a Graph,
+    /// Terms of the scores.
+    pub terms: Terms<'a>,
+}
+
+impl<'a> Seen<'a> {
+    /// Queries that end with the keys, without terms.
+    pub fn new(keys: &'a KeyStore, offsets: &'a [usize], graph: &'a Graph) -> Seen<'a> {
+        Seen { keys, offsets, positions: None, graph, terms: Terms::default() }
+    }
+}
+
+/// Projected keys and values, stored by head.
+///
+/// # Errors
+/// What the library says of the sizes.
+pub fn store(heads: &Heads, k: &[f32], v: &[f32], offsets: &[usize]) -> Result<KeyStore> {
+    let (k, v) = (rows(k, heads.key_cols())?, rows(v, heads.value_cols())?);
+    let mut keys = KeyStore::new(heads, k.rows(), offsets.len().saturating_sub(1))?;
+    keys.set(k, v, offsets)?;
+    Ok(keys)
+}
+
+/// A layer around such an attention: `x = norm(x + attention(x))`, or with the norm first `x = x + attention(norm(x))`,
+/// then the feed-forward network.
+#[derive(Debug)]
+pub struct Block {
+    /// Queries, keys and values.
+    pub projections: Projections,
+    out: Linear,
+    placement: Placement,
+    ffn: Stack,
+}
+
+impl Block {
+    /// A layer from its parts; `placement` is that of attention's norm.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn new(projections: Projections, out: Linear, placement: Placement, ffn: SubLayer) -> Result<Block> {
+        if !matches!(placement, Placement::Post { .. } | Placement::Pre { .. }) {
+            return Err(Error::NotBuilt("a norm on both sides of such an attention".into()));
+        }
+        let ffn = Stack::new(vec![Layer::new(vec![ffn])?])?;
+        Ok(Block { projections, out, placement, ffn })
+    }
+
+    /// What the projections read.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn input<'a>(&self, ctx: Context<'_>, x: &'a [f32]) -> Result<Cow<'a, [f32]>> {
+        let mut x = Cow::Borrowed(x);
+        if let Placement::Pre { norm } = &self.placement {
+            normalize_rows(ctx, norm, x.to_mut())?;
+        }
+        Ok(x)
+    }
+
+    /// The rest of the layer, from what [`Projections::attend`] gathered.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn close(
+        &self,
+        ctx: Context<'_>,
+        x: &mut Vec<f32>,
+        attended: &[f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let alpha = if let Placement::Post { alpha, .. } = self.placement { alpha } else { 1.0 };
+        let residual = Epilogue::NONE.with_residual(alpha, rows(x, self.out.out_features())?);
+        let mut y = project(ctx, &self.out, attended, &residual)?;
+        if let Placement::Post { norm, .. } = &self.placement {
+            normalize_rows(ctx, norm, &mut y)?;
+        }
+        let tokens = y.len() / self.out.out_features().max(1);
+        scratch.run(ctx, &self.ffn, &mut y, &[0, tokens], &Graph::full())?;
+        *x = y;
+        Ok(())
+    }
+}
+
+/// Distances of a query after a key as sinusoids, sines before cosines; each layer has its own projection of them.
+#[derive(Debug)]
+pub struct Distances {
+    first: isize,
+    sinusoids: Vec<f32>,
+}
+
+impl Distances {
+    /// The distances `first..first + n`, clamped to `-clamp..=clamp` if `clamp` is positive, in `d` columns.
+    pub fn new(first: isize, n: usize, clamp: i64, d: usize) -> Distances {
+        let distance = |i: usize| {
+            let distance = first as i64 + i as i64;
+            (if clamp > 0 { distance.clamp(-clamp, clamp) } else { distance }) as i32
+        };
+        let row = |i: usize| (0..d).map(move |c| Sinusoid::Halves.at(distance(i), c, d));
+        Distances { first, sinusoids: (0..n).flat_map(row).collect() }
+    }
+
+    /// The distances as a layer sees them.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn project(&self, ctx: Context<'_>, r: &Linear, n_heads: usize) -> Result<RelativeTable> {
+        let table = project(ctx, r, &self.sinusoids, &Epilogue::NONE)?;
+        Ok(RelativeTable::new(rows(&table, r.out_features())?, self.first, n_heads)?)
+    }
+}
+
+/// The length of each of `n` sequences of the same length, with `total` tokens.
+pub(crate) fn len_of_each(arg: &'static str, total: usize, n: usize) -> Result<usize> {
+    if total == 0 || n == 0 {
+        return Err(laneformer::Error::ZeroDim { arg }.into());
+    }
+    if !total.is_multiple_of(n) {
+        return Err(laneformer::Error::NotDivisible { arg, actual: total, by: n }.into());
+    }
+    Ok(total / n)
+}
+
+/// The rows of each of `n` sequences behind those of its memory: [n, M, cols] and [n, T, cols] to [n, M + T, cols].
+pub fn behind(memory: &[f32], x: &[f32], n: usize) -> Vec<f32> {
+    let sequences = |x: &[f32]| x.len() / n.max(1);
+    let (m, t) = (sequences(memory), sequences(x));
+    (0..n).flat_map(|b| [&memory[b * m..][..m], &x[b * t..][..t]]).flatten().copied().collect()
+}
+
+/// At most the last `len` rows of each of `n` sequences [n, T, cols].
+pub fn last_rows(x: &[f32], n: usize, cols: usize, len: usize) -> Vec<f32> {
+    let sequences = x.chunks_exact((x.len() / n.max(1)).max(1));
+    sequences.flat_map(|x| &x[x.len().saturating_sub(len.saturating_mul(cols))..]).copied().collect()
+}

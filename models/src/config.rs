@@ -1,0 +1,48 @@
+//! Configuration files in the terms of Hugging Face.
+
+use std::path::Path;
+
+use laneformer::Activation;
+use serde::de::DeserializeOwned;
+
+use crate::{Error, Result};
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Json`].
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read(path).map_err(Error::io(path))?;
+    serde_json::from_slice(&text).map_err(Error::json(path))
+}
+
+/// As [`read_json`], but `None` if there is no such file.
+///
+/// # Errors
+/// As [`read_json`].
+pub fn read_json_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    if path.exists() { read_json(path).map(Some) } else { Ok(None) }
+}
+
+/// The activation that a configuration names.
+///
+/// # Errors
+/// [`Error::Config`] with the name, if it is unknown.
+pub fn activation(path: &Path, field: &'static str, name: &str) -> Result<Activation> {
+    match name {
+        "relu" => Ok(Activation::Relu),
+        "gelu" => Ok(Activation::GeluErf),
+        "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        "quick_gelu" => Ok(Activation::QuickGelu),
+        "silu" | "swish" => Ok(Activation::Silu),
+        _ => Err(Error::config(path, field, "relu, gelu, gelu_new, quick_gelu or silu", name)),
+    }
+}
+
+/// `n_heads` divides `d_model`, and neither is zero.
+pub(crate) fn check_heads(path: &Path, field: &'static str, d_model: usize, n_heads: usize) -> Result<()> {
+    if d_model > 0 && n_heads > 0 && d_model.is_multiple_of(n_heads) {
+        return Ok(());
+    }
+    Err(Error::config(path, field, format!("a divisor of the model size {d_model}"), n_heads))
+}

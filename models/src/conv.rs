@@ -1,0 +1,206 @@
+//! Images and their convolutions: patches as the rows of a matrix (im2col), times a packed linear layer.
+
+use laneformer::{Activation, Context, Epilogue, Linear, MatMut, MatRef};
+
+use crate::Result;
+use crate::weights::{Weights, linear};
+
+/// Output pixels per product: enough for the threads to share, few enough for their patches to stay in the cache.
+const CHUNK_PIXELS: usize = 512;
+
+/// Images or feature maps of one size, channels last: a pixel is a row of a linear layer, and a token of a Transformer.
+#[derive(Clone, Debug)]
+#[allow(missing_docs, reason = "the field's own terms")]
+pub struct Images {
+    /// `[batch, height, width, channels]`.
+    pub(crate) pixels: Vec<f32>,
+    pub batch: usize,
+    pub height: usize,
+    pub width: usize,
+    pub channels: usize,
+}
+
+impl Images {
+    fn zeros(batch: usize, [height, width]: [usize; 2], channels: usize) -> Images {
+        Images { pixels: vec![0.0; batch * height * width * channels], batch, height, width, channels }
+    }
+
+    /// Images from planes `[batch, channels, height, width]`.
+    ///
+    /// # Errors
+    /// The library's [`Size`](laneformer::Error::Size) if `planes` has another length.
+    pub fn from_planes(planes: &[f32], [batch, channels, height, width]: [usize; 4]) -> Result<Images> {
+        let expected = batch * channels * height * width;
+        if planes.len() != expected {
+            return Err(laneformer::Error::Size { arg: "pixels", expected, actual: planes.len() }.into());
+        }
+        let pixels = transposed(planes, channels, height * width);
+        Ok(Images { pixels, batch, height, width, channels })
+    }
+
+    /// The planes `[batch, channels, height, width]`.
+    pub fn to_planes(&self) -> Vec<f32> {
+        transposed(&self.pixels, self.height * self.width, self.channels)
+    }
+
+    /// The channels of a pixel.
+    fn pixel(&self, image: usize, y: usize, x: usize) -> &[f32] {
+        &self.pixels[((image * self.height + y) * self.width + x) * self.channels..][..self.channels]
+    }
+
+    /// The largest of each channel over windows; what lies outside of the image does not count.
+    pub fn max_pool(&self, window: Window) -> Images {
+        let size = [window.places(self.height), window.places(self.width)];
+        let mut out = Images::zeros(self.batch, size, self.channels);
+        out.pixels.fill(f32::NEG_INFINITY);
+        for (i, largest) in out.pixels.chunks_exact_mut(self.channels.max(1)).enumerate() {
+            let (row, x) = (i / out.width, i % out.width);
+            for y in window.inside(row % out.height, self.height) {
+                for x in window.inside(x, self.width) {
+                    for (largest, &value) in largest.iter_mut().zip(self.pixel(row / out.height, y, x)) {
+                        // Unlike `max`, this keeps a NaN.
+                        *largest = if value <= *largest { *largest } else { value };
+                    }
+                }
+            }
+        }
+        out
+    }
+}
+
+/// Every matrix [rows, columns] of `x`, transposed.
+fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let matrices = x.chunks_exact((rows * cols).max(1));
+    matrices.flat_map(|m| (0..cols).flat_map(move |c| (0..rows).map(move |r| m[r * cols + c]))).collect()
+}
+
+/// A square that slides over an image with zeros around it.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "the field's own terms")]
+pub struct Window {
+    pub kernel: usize,
+    pub stride: usize,
+    pub padding: usize,
+}
+
+impl Window {
+    /// Windows along `len` pixels.
+    fn places(self, len: usize) -> usize {
+        let steps = (len + 2 * self.padding).checked_sub(self.kernel);
+        steps.map_or(0, |steps| steps / self.stride.max(1) + 1)
+    }
+
+    /// The pixels of `0..len` under the window at `place`.
+    fn inside(self, place: usize, len: usize) -> std::ops::Range<usize> {
+        let start = place * self.stride;
+        let end = (start + self.kernel).saturating_sub(self.padding).min(len);
+        start.saturating_sub(self.padding).min(end)..end
+    }
+}
+
+/// A convolution, with its batch norm if it has one.
+#[derive(Debug)]
+pub struct Conv {
+    linear: Linear,
+    channels: usize,
+    window: Window,
+}
+
+impl Conv {
+    /// The convolution here: `weight` [out, in, kernel, kernel] and, if there is one, `bias`.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`].
+    pub fn load(w: &Weights<'_>, channels: [usize; 2], window: Window) -> Result<Conv> {
+        let bias = if w.has("bias") { Some(w.tensor("bias", &[channels[1]])?) } else { None };
+        Conv::new(w, channels, window, |_| 1.0, bias.as_deref())
+    }
+
+    /// `convolution` with the running statistics of `normalization` folded into it.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`].
+    pub fn load_normalized(w: &Weights<'_>, channels: [usize; 2], window: Window, eps: f64) -> Result<Conv> {
+        let of = |name| w.at("normalization").tensor(name, &channels[1..]);
+        let (gain, bias) = (of("weight")?, of("bias")?);
+        let (mean, var) = (of("running_mean")?, of("running_var")?);
+        let scale = |c: usize| f64::from(gain[c]) / (f64::from(var[c]) + eps).sqrt();
+        let shift = |c: usize| (f64::from(bias[c]) - f64::from(mean[c]) * scale(c)) as f32;
+        let bias: Vec<_> = (0..channels[1]).map(shift).collect();
+        Conv::new(&w.at("convolution"), channels, window, scale, Some(&bias))
+    }
+
+    /// Each output channel scaled by `scale`. Patches have their channels last, and so have the packed weights.
+    fn new(
+        w: &Weights<'_>,
+        [channels, out]: [usize; 2],
+        window: Window,
+        scale: impl Fn(usize) -> f64,
+        bias: Option<&[f32]>,
+    ) -> Result<Conv> {
+        let weight = w.tensor("weight", &[out, channels, window.kernel, window.kernel])?;
+        let area = window.kernel * window.kernel;
+        let mut weight = transposed(&weight, channels, area);
+        for (c, row) in weight.chunks_exact_mut((area * channels).max(1)).enumerate() {
+            row.iter_mut().for_each(|weight| *weight = (f64::from(*weight) * scale(c)) as f32);
+        }
+        Ok(Conv { linear: linear(&weight, area * channels, out, bias)?, channels, window })
+    }
+
+    /// `activation(convolution + bias) + residual`.
+    ///
+    /// # Errors
+    /// The library's [`Size`](laneformer::Error::Size) for an input of other channels or a residual of another size.
+    pub fn forward(
+        &self,
+        ctx: Context<'_>,
+        x: &Images,
+        activation: Activation,
+        residual: Option<&Images>,
+    ) -> Result<Images> {
+        let (expected, n) = (self.channels, self.linear.out_features());
+        if x.channels != expected {
+            return Err(laneformer::Error::Size { arg: "channels", expected, actual: x.channels }.into());
+        }
+        let size = [x.height, x.width].map(|len| self.window.places(len));
+        let mut out = Images::zeros(x.batch, size, n);
+        let pixels = x.batch * size[0] * size[1];
+        let is_linear = matches!(self.window, Window { kernel: 1, stride: 1, padding: 0 });
+        let chunk = if is_linear { pixels.max(1) } else { CHUNK_PIXELS };
+        let mut patches = vec![];
+        for (i, out) in out.pixels.chunks_mut((chunk * n).max(1)).enumerate() {
+            let (first, rows) = (i * chunk, out.len() / n);
+            if !is_linear {
+                patches.clear();
+                (first..first + rows).for_each(|pixel| self.patch(x, size, pixel, &mut patches));
+            }
+            let patches = if is_linear { &x.pixels } else { &patches };
+            let mut epilogue = Epilogue::activation(activation);
+            if let Some(residual) = residual {
+                let rest = residual.pixels.get(first * n..).unwrap_or(&[]);
+                epilogue = epilogue.with_residual(1.0, MatRef::contiguous(rest, rows, n)?);
+            }
+            let patches = MatRef::contiguous(patches, rows, self.linear.in_features())?;
+            self.linear.forward(ctx, patches, &epilogue, MatMut::contiguous(out, rows, n)?)?;
+        }
+        Ok(out)
+    }
+
+    /// Appends what the window sees at an output pixel: its rows one behind the other.
+    fn patch(&self, x: &Images, [height, width]: [usize; 2], pixel: usize, patches: &mut Vec<f32>) {
+        let Window { kernel, stride, padding } = self.window;
+        let (row, column) = (pixel / width, pixel % width);
+        let (image, top) = (row / height, row % height * stride);
+        let inside = self.window.inside(column, x.width);
+        let before = (inside.start + padding).saturating_sub(column * stride) * x.channels;
+        for y in top..top + kernel {
+            let end = patches.len() + kernel * x.channels;
+            if (padding..x.height + padding).contains(&y) && !inside.is_empty() {
+                patches.resize(patches.len() + before, 0.0);
+                let start = ((image * x.height + y - padding) * x.width + inside.start) * x.channels;
+                patches.extend_from_slice(&x.pixels[start..][..inside.len() * x.channels]);
+            }
+            patches.resize(end, 0.0);
+        }
+    }
+}

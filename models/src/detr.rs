@@ -1,0 +1,179 @@
+//! The encoder of DETR (Carion et al. 2020, <https://arxiv.org/abs/2005.12872>): the pixels of a ResNet's feature map are the
+//! tokens of post-norm layers, whose queries and keys, but not values, see where they stand.
+
+use std::f64::consts::TAU;
+use std::path::Path;
+
+use laneformer::{Context, Epilogue, Graph, Heads, Linear};
+use serde::Deserialize;
+
+use crate::attend::{Block, Projections, Seen, project};
+use crate::checkpoint::Checkpoint;
+use crate::config::{activation, check_heads};
+use crate::conv::Images;
+use crate::encoder::{LayerSpec, NormKind, NormPlacement, Part};
+use crate::ragged::{Ragged, Scratch};
+use crate::resnet::{self, ResNet};
+use crate::weights::{Weights, linear};
+use crate::{Error, Result};
+
+/// `config.json` of a DETR directory.
+#[derive(Clone, Debug, Deserialize)]
+#[allow(missing_docs, reason = "the fields are those of Hugging Face")]
+pub struct Config {
+    pub d_model: usize,
+    pub encoder_layers: usize,
+    pub encoder_attention_heads: usize,
+    pub encoder_ffn_dim: usize,
+    pub activation_function: String,
+    pub position_embedding_type: String,
+    pub backbone_config: resnet::Config,
+}
+
+/// Backbone, projection and encoder.
+#[derive(Debug)]
+pub struct Detr {
+    config: Config,
+    backbone: ResNet,
+    projection: Linear,
+    layers: Vec<Block>,
+}
+
+impl Detr {
+    /// Packs the weights of a checkpoint, with or without `model.` before their names; `path` is for messages.
+    ///
+    /// # Errors
+    /// What is missing or disagrees, with its file and tensor.
+    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Detr> {
+        let d = config.d_model;
+        check_heads(path, "encoder_attention_heads", d, config.encoder_attention_heads)?;
+        if config.position_embedding_type != "sine" {
+            let actual = &config.position_embedding_type;
+            return Err(Error::config(path, "position_embedding_type", "\"sine\"", actual));
+        }
+        if !d.is_multiple_of(4) {
+            return Err(Error::config(
+                path,
+                "d_model",
+                "a multiple of 4, for sines and cosines of y and x",
+                d,
+            ));
+        }
+        let spec = LayerSpec {
+            d_model: d,
+            n_heads: config.encoder_attention_heads,
+            d_ff: config.encoder_ffn_dim,
+            activation: activation(path, "activation_function", &config.activation_function)?,
+            norm: NormKind::LayerNorm,
+            placement: NormPlacement::Post,
+            eps: 1e-5,
+        };
+        let w = checkpoint.root(&["", "model."], "input_projection.weight");
+        let layers = (0..config.encoder_layers).map(|i| layer(&w.at("encoder.layers").at(i), &spec));
+        let channels = config.backbone_config.hidden_sizes.last().copied().unwrap_or(0);
+        let weight = w.at("input_projection").tensor("weight", &[d, channels, 1, 1])?;
+        let bias = w.at("input_projection").tensor("bias", &[d])?;
+        Ok(Detr {
+            backbone: ResNet::load(path, &w.at("backbone.model"), &config.backbone_config)?,
+            projection: linear(&weight, channels, d, Some(&bias))?,
+            layers: layers.collect::<Result<_>>()?,
+            config,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The feature map of images.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn features(&self, ctx: Context<'_>, images: &Images) -> Result<Images> {
+        self.backbone.forward(ctx, images)
+    }
+
+    /// The last hidden state of every token: the pixels of the feature map that `tokens` lists, at these `positions`, both
+    /// [T, d_model].
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn encode(
+        &self,
+        ctx: Context<'_>,
+        features: &Images,
+        tokens: &Ragged,
+        positions: &[f32],
+    ) -> Result<Vec<f32>> {
+        let pixels = tokens.gather(&features.pixels, features.channels)?;
+        let mut x = project(ctx, &self.projection, &pixels, &Epilogue::NONE)?;
+        if positions.len() != x.len() {
+            let (expected, actual) = (x.len(), positions.len());
+            return Err(laneformer::Error::Size { arg: "positions", expected, actual }.into());
+        }
+        let (mut scratch, graph) = (Scratch::default(), Graph::full());
+        for layer in &self.layers {
+            let placed: Vec<_> = x.iter().zip(positions).map(|(x, position)| x + position).collect();
+            let keys = layer.projections.keys(ctx, &placed, &x, tokens.offsets())?;
+            let seen = Seen::new(&keys, tokens.offsets(), &graph);
+            let attended = layer.projections.attend(ctx, &placed, &seen)?;
+            layer.close(ctx, &mut x, &attended, &mut scratch)?;
+        }
+        Ok(x)
+    }
+}
+
+/// Which pixels of a feature map lie in the images, from which of theirs do: the nearest.
+pub fn token_mask(
+    pixel_mask: &[bool],
+    [height, width]: [usize; 2],
+    [rows, columns]: [usize; 2],
+) -> Vec<bool> {
+    let images = pixel_mask.chunks_exact((height * width).max(1));
+    let nearest = |mask: &[bool], i: usize| {
+        let (y, x) = (i / columns * height / rows, i % columns * width / columns);
+        mask[y * width + x]
+    };
+    images.flat_map(|mask| (0..rows * columns).map(move |i| nearest(mask, i))).collect()
+}
+
+/// Sinusoids of where each pixel [B, rows, columns] stands among those of the mask, as a part of a turn: half of the `d` channels
+/// for y, half for x.
+pub fn sine_positions(mask: &[bool], [rows, columns]: [usize; 2], d: usize) -> Vec<f32> {
+    let half = d / 2;
+    let mut positions = vec![];
+    for mask in mask.chunks_exact((rows * columns).max(1)) {
+        let count = |pixels: &mut dyn Iterator<Item = usize>| pixels.filter(|&i| mask[i]).count() as f64;
+        for i in 0..rows * columns {
+            let (y, x) = (i / columns, i % columns);
+            let up_to = [count(&mut (x..=i).step_by(columns)), count(&mut (i - x..=i))];
+            let all = [
+                count(&mut (x..rows * columns).step_by(columns)),
+                count(&mut (y * columns..(y + 1) * columns)),
+            ];
+            for (up_to, all) in up_to.into_iter().zip(all) {
+                let angle = up_to / (all + 1e-6) * TAU;
+                positions.extend((0..half).map(|c| {
+                    let angle = angle / 10000f64.powf((2 * (c / 2)) as f64 / half as f64);
+                    (if c % 2 == 0 { angle.sin() } else { angle.cos() }) as f32
+                }));
+            }
+        }
+    }
+    positions
+}
+
+fn layer(w: &Weights<'_>, spec: &LayerSpec) -> Result<Block> {
+    let d = spec.d_model;
+    let attention = w.at("self_attn");
+    let projection = |name| attention.at(name).linear(d, d);
+    let projections = Projections {
+        q: projection("q_proj")?,
+        k: projection("k_proj")?,
+        v: projection("v_proj")?,
+        heads: Heads::new(spec.n_heads, d / spec.n_heads)?,
+    };
+    let ffn = spec.part(w, Part::Ffn(["mlp.fc1", "mlp.fc2"], "final_layer_norm"))?;
+    Block::new(projections, projection("o_proj")?, spec.placement(w, "self_attn_layer_norm")?, ffn)
+}

@@ -1,0 +1,42 @@
+//! Transformer models built from laneformer layers.
+//!
+//! A model here is its embeddings, a [`laneformer::Stack`] of layers and a head: no model has a layer, an attention loop
+//! or a loader of its own. Batches are ragged: the tokens of all sequences are packed one behind the other, and padding
+//! is left out before the first layer ([`ragged`]).
+//!
+//! - [`checkpoint`] and [`weights`]: a memory-mapped safetensors file, and the parts of a layer read from it.
+//! - [`vanilla`], [`bert`], [`bart`], [`gpt`], [`longformer`], [`transformer_xl`], [`xlnet`], [`videobert`],
+//!   [`clip`], [`detr`], [`lavit`], [`fusion`], [`graph`], [`norms`]: the models. [`sentence`]: text to embedding
+//!   with BERT.
+//! - [`verify`]: golden cases, computed by independent implementations, run through the models.
+
+#![deny(unsafe_code)]
+
+pub mod attend;
+pub mod bart;
+pub mod bert;
+pub mod checkpoint;
+pub mod clip;
+pub mod config;
+pub mod conv;
+pub mod detr;
+pub mod embedding;
+pub mod encoder;
+mod error;
+pub mod fusion;
+pub mod gpt;
+pub mod graph;
+pub mod lavit;
+pub mod longformer;
+pub mod norms;
+pub mod ragged;
+pub mod resnet;
+pub mod sentence;
+pub mod transformer_xl;
+pub mod vanilla;
+pub mod verify;
+pub mod videobert;
+pub mod weights;
+pub mod xlnet;
+
+pub use error::{Error, Result};

@@ -1,0 +1,146 @@
+//! Padded batches as packed ones: the tokens that are real, one sequence behind the other.
+
+use laneformer::{Context, Graph, Inputs, MatMut, Stack, Workspace};
+
+use crate::{Error, Result};
+
+/// Which entries of a padded batch [B, T] are real. Padding may be left, right or in the middle.
+#[derive(Clone, Debug)]
+pub struct Ragged {
+    /// Where each packed token stands in the padded batch, as `sequence * T + place`.
+    places: Vec<usize>,
+    /// The place in its sequence of each packed token: its position, where positions count the padding.
+    positions: Vec<u32>,
+    /// Where each sequence begins among the packed tokens, and the end.
+    offsets: Vec<usize>,
+    padded_tokens: usize,
+}
+
+impl Ragged {
+    /// A batch of `mask.len() / seq_len` sequences; `true` is a real token.
+    pub fn from_mask(mask: &[bool], seq_len: usize) -> Ragged {
+        let mut ragged =
+            Ragged { places: vec![], positions: vec![], offsets: vec![0], padded_tokens: mask.len() };
+        for (b, sequence) in mask.chunks(seq_len.max(1)).enumerate() {
+            for place in (0..sequence.len()).filter(|&place| sequence[place]) {
+                ragged.places.push(b * seq_len + place);
+                ragged.positions.push(place as u32);
+            }
+            ragged.offsets.push(ragged.places.len());
+        }
+        ragged
+    }
+
+    /// As [`from_mask`](Ragged::from_mask), but padding between real tokens stays, for models whose distances count it.
+    pub fn from_spans(mask: &[bool], seq_len: usize) -> Ragged {
+        let mut spans = mask.to_vec();
+        for sequence in spans.chunks_mut(seq_len.max(1)) {
+            let ends = sequence.iter().position(|&real| real).zip(sequence.iter().rposition(|&real| real));
+            if let Some((first, last)) = ends {
+                sequence[first..=last].fill(true);
+            }
+        }
+        Ragged::from_mask(&spans, seq_len)
+    }
+
+    /// Where each sequence begins among the packed tokens, and the end.
+    pub fn offsets(&self) -> &[usize] {
+        &self.offsets
+    }
+
+    /// The place of each packed token in its padded sequence.
+    pub fn positions(&self) -> &[u32] {
+        &self.positions
+    }
+
+    /// The rows of `padded` [B * T, d] that are real.
+    ///
+    /// # Errors
+    /// The library's [`Size`](laneformer::Error::Size) if `padded` has another length.
+    pub fn gather<T: Copy>(&self, padded: &[T], d: usize) -> Result<Vec<T>> {
+        let expected = self.padded_tokens * d;
+        if padded.len() != expected {
+            return Err(laneformer::Error::Size { arg: "padded", expected, actual: padded.len() }.into());
+        }
+        Ok(self.places.iter().flat_map(|&place| &padded[place * d..][..d]).copied().collect())
+    }
+
+    /// The packed rows at their places in [B * T, d], zeros elsewhere.
+    pub fn scatter(&self, packed: &[f32], d: usize) -> Vec<f32> {
+        let mut padded = vec![0.0; self.padded_tokens * d];
+        self.scatter_into(packed, d, &mut padded);
+        padded
+    }
+
+    /// Writes the packed rows to their places in `padded` [B * T, d] and leaves the others alone.
+    ///
+    /// # Panics
+    /// If `padded` is shorter.
+    pub fn scatter_into(&self, packed: &[f32], d: usize, padded: &mut [f32]) {
+        for (row, &place) in packed.chunks_exact(d.max(1)).zip(&self.places) {
+            padded[place * d..][..d].copy_from_slice(row);
+        }
+    }
+}
+
+/// A workspace that grows with the batches it meets, for one model.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    workspace: Option<Workspace>,
+    tokens: usize,
+    segments: usize,
+    members: usize,
+}
+
+impl Scratch {
+    /// Runs the layers over packed tokens, in place.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn run(
+        &mut self,
+        ctx: Context<'_>,
+        stack: &Stack,
+        x: &mut [f32],
+        offsets: &[usize],
+        graph: &Graph,
+    ) -> Result<()> {
+        self.run_with(ctx, stack, x, &mut Inputs::new(offsets, graph))
+    }
+
+    /// The same with caches, sources and terms.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn run_with(
+        &mut self,
+        ctx: Context<'_>,
+        stack: &Stack,
+        x: &mut [f32],
+        inputs: &mut Inputs<'_>,
+    ) -> Result<()> {
+        let d = stack.d_model();
+        let tokens = x.len() / d;
+        let workspace = self.fit(stack, tokens, inputs.offsets.len().saturating_sub(1), ctx.members())?;
+        stack.forward_with(ctx, MatMut::contiguous(x, tokens, d)?, inputs, workspace).map_err(Error::from)
+    }
+
+    fn fit(
+        &mut self,
+        stack: &Stack,
+        tokens: usize,
+        segments: usize,
+        members: usize,
+    ) -> Result<&mut Workspace> {
+        if tokens > self.tokens || segments > self.segments || members > self.members {
+            self.workspace = None;
+        }
+        self.tokens = self.tokens.max(tokens);
+        self.segments = self.segments.max(segments);
+        self.members = self.members.max(members);
+        match &mut self.workspace {
+            Some(workspace) => Ok(workspace),
+            empty => Ok(empty.insert(stack.workspace(self.tokens, self.segments, self.members)?)),
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! ResNet (He et al. 2015, <https://arxiv.org/abs/1512.03385>) as a backbone: a stem, then stages of residual blocks, every
+//! convolution with its batch norm folded in.
+
+use std::path::Path;
+
+use laneformer::{Activation, Context, Function, MatMut, elementwise};
+use serde::Deserialize;
+
+use crate::config::activation;
+use crate::conv::{Conv, Images, Window};
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+/// The epsilon of all batch norms.
+const EPS: f64 = 1e-5;
+
+/// How the pooling behind the stem moves.
+const POOL: Window = Window { kernel: 3, stride: 2, padding: 1 };
+
+/// The configuration.
+#[derive(Clone, Debug, Deserialize)]
+#[allow(missing_docs, reason = "the fields are those of Hugging Face")]
+pub struct Config {
+    pub num_channels: usize,
+    pub embedding_size: usize,
+    pub hidden_sizes: Vec<usize>,
+    pub depths: Vec<usize>,
+    pub layer_type: LayerType,
+    #[serde(default = "relu")]
+    pub hidden_act: String,
+    #[serde(default)]
+    pub downsample_in_first_stage: bool,
+    #[serde(default)]
+    pub downsample_in_bottleneck: bool,
+}
+
+fn relu() -> String {
+    "relu".into()
+}
+
+/// The convolutions of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerType {
+    /// Two of 3x3.
+    Basic,
+    /// 1x1 to a quarter of the channels, 3x3, and 1x1 back.
+    Bottleneck,
+}
+
+/// The network up to its last feature map.
+#[derive(Debug)]
+pub struct ResNet {
+    stem: Conv,
+    blocks: Vec<Block>,
+    activation: (Activation, Function),
+}
+
+/// act(convs(x) + shortcut(x))
+#[derive(Debug)]
+struct Block {
+    convs: Vec<Conv>,
+    last: Conv,
+    shortcut: Option<Conv>,
+}
+
+impl ResNet {
+    /// The network here; `path` is for messages.
+    ///
+    /// # Errors
+    /// What is missing or disagrees, with its file and tensor.
+    pub fn load(path: &Path, w: &Weights<'_>, config: &Config) -> Result<ResNet> {
+        if config.depths.len() != config.hidden_sizes.len() {
+            let expected = format!("{} numbers, as hidden_sizes has", config.hidden_sizes.len());
+            return Err(Error::config(path, "depths", expected, config.depths.len()));
+        }
+        let act = activation(path, "hidden_act", &config.hidden_act)?;
+        let function = match act {
+            Activation::GeluErf => Function::GeluErf,
+            Activation::GeluTanh => Function::GeluTanh,
+            Activation::QuickGelu => Function::QuickGelu,
+            Activation::Silu => Function::Silu,
+            _ => Function::Relu,
+        };
+        let mut channels = config.embedding_size;
+        let stem = conv(&w.at("embedder.embedder"), [config.num_channels, channels], 7, 2)?;
+        let mut blocks = vec![];
+        for (stage, (&size, &depth)) in config.hidden_sizes.iter().zip(&config.depths).enumerate() {
+            let w = w.at(format_args!("encoder.stages.{stage}.layers"));
+            for i in 0..depth {
+                let downsamples = i == 0 && (stage > 0 || config.downsample_in_first_stage);
+                let stride = if downsamples { 2 } else { 1 };
+                blocks.push(Block::load(&w.at(i), config, [channels, size], stride)?);
+                channels = size;
+            }
+        }
+        Ok(ResNet { stem, blocks, activation: (act, function) })
+    }
+
+    /// The last feature map.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn forward(&self, ctx: Context<'_>, images: &Images) -> Result<Images> {
+        let mut x = self.stem.forward(ctx, images, self.activation.0, None)?.max_pool(POOL);
+        for block in &self.blocks {
+            x = block.forward(ctx, x)?;
+            let (rows, channels) = (x.batch * x.height * x.width, x.channels);
+            elementwise(ctx, self.activation.1, MatMut::contiguous(&mut x.pixels, rows, channels)?)?;
+        }
+        Ok(x)
+    }
+}
+
+impl Block {
+    fn load(w: &Weights<'_>, config: &Config, [from, to]: [usize; 2], stride: usize) -> Result<Block> {
+        let layer = |i: usize, channels, kernel, stride| conv(&w.at("layer").at(i), channels, kernel, stride);
+        let (convs, last) = match config.layer_type {
+            LayerType::Basic => (vec![layer(0, [from, to], 3, stride)?], layer(1, [to, to], 3, 1)?),
+            LayerType::Bottleneck => {
+                let inner = to / 4;
+                let strides = if config.downsample_in_bottleneck { [stride, 1] } else { [1, stride] };
+                let first = layer(0, [from, inner], 1, strides[0])?;
+                (vec![first, layer(1, [inner, inner], 3, strides[1])?], layer(2, [inner, to], 1, 1)?)
+            }
+        };
+        let shortcut = if from != to || stride != 1 {
+            Some(conv(&w.at("shortcut"), [from, to], 1, stride)?)
+        } else {
+            None
+        };
+        Ok(Block { convs, last, shortcut })
+    }
+
+    fn forward(&self, ctx: Context<'_>, x: Images) -> Result<Images> {
+        let convolve = |conv: &Conv, x: &Images| conv.forward(ctx, x, Activation::None, None);
+        let residual = self.shortcut.as_ref().map(|shortcut| convolve(shortcut, &x)).transpose()?;
+        let mut y = None;
+        for conv in &self.convs {
+            // Inside of a block it is always this one: as published, whatever the configuration has elsewhere.
+            y = Some(conv.forward(ctx, y.as_ref().unwrap_or(&x), Activation::Relu, None)?);
+        }
+        let residual = residual.as_ref().unwrap_or(&x);
+        self.last.forward(ctx, y.as_ref().unwrap_or(&x), Activation::None, Some(residual))
+    }
+}
+
+/// A convolution that keeps the size, up to its stride.
+fn conv(w: &Weights<'_>, channels: [usize; 2], kernel: usize, stride: usize) -> Result<Conv> {
+    Conv::load_normalized(w, channels, Window { kernel, stride, padding: kernel / 2 }, EPS)
+}

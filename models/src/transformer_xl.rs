@@ -1,0 +1,244 @@
+//! Transformer-XL (Dai et al. 2019, <https://arxiv.org/abs/1901.02860>): a decoder over consecutive segments, whose tokens
+//! also see the inputs that each layer had in the segments before, by relative positions.
+
+use std::path::Path;
+
+use laneformer::{
+    Activation, Context, Epilogue, Ffn, Graph, Heads, Linear, Placement, Relative, RelativeTable, SubLayer,
+    Terms,
+};
+use serde::Deserialize;
+
+use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, project, store};
+use crate::checkpoint::Checkpoint;
+use crate::embedding::Embedding;
+use crate::error::check_size;
+use crate::ragged::Scratch;
+use crate::weights::{Weights, linear};
+use crate::{Error, Result};
+
+/// The epsilon of PyTorch's LayerNorm.
+const EPS: f32 = 1e-5;
+
+/// The arguments of the original `MemTransformerLM`.
+#[derive(Clone, Debug, Deserialize)]
+#[allow(missing_docs, reason = "the fields are those of the original")]
+pub struct Config {
+    pub vocab_size: usize,
+    pub d_model: usize,
+    pub n_head: usize,
+    pub d_head: usize,
+    pub d_inner: usize,
+    pub n_layer: usize,
+    pub mem_len: usize,
+    #[serde(default)]
+    pub clamp_len: i64,
+    #[serde(default)]
+    pub same_length: bool,
+    #[serde(default)]
+    pub pre_lnorm: bool,
+    #[serde(default)]
+    pub untie_r: bool,
+    #[serde(default)]
+    pub attn_type: usize,
+    #[serde(default = "one")]
+    pub div_val: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+impl Config {
+    fn check(&self, path: &Path) -> Result<()> {
+        if self.attn_type != 0 {
+            return Err(Error::config(path, "attn_type", "0, relative positions", self.attn_type));
+        }
+        if self.div_val != 1 {
+            let one_table = "1, one embedding table";
+            return Err(Error::config(path, "div_val", one_table, self.div_val));
+        }
+        if self.same_length && self.mem_len == 0 {
+            // Every token would see the last 0 tokens.
+            return Err(Error::config(path, "mem_len", "a memory, with same_length", 0));
+        }
+        if self.d_model == 0 || !self.d_model.is_multiple_of(2) {
+            return Err(Error::config(path, "d_model", "an even number", self.d_model));
+        }
+        if self.n_head.checked_mul(self.d_head).is_none() {
+            return Err(Error::config(path, "d_head", "a width that fits n_head heads", self.d_head));
+        }
+        Ok(())
+    }
+}
+
+/// The decoder with its embeddings and its language-model head.
+#[derive(Debug)]
+pub struct TransformerXl {
+    config: Config,
+    tokens: Embedding,
+    layers: Vec<Layer>,
+    head: Linear,
+}
+
+#[derive(Debug)]
+struct Layer {
+    block: Block,
+    r: Linear,
+    u: Vec<f32>,
+    w: Vec<f32>,
+}
+
+/// What the layers remember of a batch of sequences: their inputs and, so that no row is projected twice, its keys and values.
+#[derive(Debug)]
+pub struct Memory {
+    sequences: usize,
+    /// Rows of each sequence.
+    len: usize,
+    layers: Vec<LayerMemory>,
+    /// Projected positions of each layer, for distances below `reach`.
+    positions: Vec<RelativeTable>,
+    reach: usize,
+}
+
+/// Rows [sequences, len, columns].
+#[derive(Clone, Debug, Default)]
+struct LayerMemory {
+    inputs: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl Memory {
+    /// The inputs that layer `i` remembers, [sequences, rows, d_model].
+    pub fn inputs(&self, i: usize) -> Option<&[f32]> {
+        self.layers.get(i).map(|layer| &layer.inputs[..])
+    }
+}
+
+impl TransformerXl {
+    /// Packs the weights; `path` is for messages.
+    ///
+    /// # Errors
+    /// What is missing or disagrees, with its file and tensor.
+    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<TransformerXl> {
+        config.check(path)?;
+        let w = Weights::new(checkpoint, "");
+        let tokens = w.embedding("word_emb.emb_layers.0", config.vocab_size, config.d_model)?;
+        let head = tokens.as_linear(Some(&w.tensor("crit.out_layers.0.bias", &[config.vocab_size])?))?;
+        let layers = (0..config.n_layer).map(|i| Layer::load(&w, i, &config)).collect::<Result<_>>()?;
+        Ok(TransformerXl { config, tokens, layers, head })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The memory before the first segment of `sequences` sequences.
+    pub fn memory(&self, sequences: usize) -> Memory {
+        let layers = vec![LayerMemory::default(); self.layers.len()];
+        Memory { sequences, len: 0, layers, positions: vec![], reach: 0 }
+    }
+
+    /// The last hidden state of every token of the next segment, [sequences, T, d_model], of ids [sequences, T].
+    ///
+    /// # Errors
+    /// [`Error::Index`], and what the library says of the sizes.
+    pub fn forward(
+        &self,
+        ctx: Context<'_>,
+        ids: &[u32],
+        memory: &mut Memory,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<f32>> {
+        self.tokens.check(ids)?;
+        check_size("memory layers", self.layers.len(), memory.layers.len())?;
+        let n = memory.sequences;
+        let queries = len_of_each("tokens", ids.len(), n)?;
+        let keys = memory.len + queries;
+        self.reach(ctx, keys, queries, memory)?;
+        let graph = self.graph(memory.len, queries);
+        let offsets = |len: usize| (0..=n).map(|b| b * len).collect::<Vec<_>>();
+        let (offsets, key_offsets) = (offsets(queries), offsets(keys));
+
+        let scale = (self.config.d_model as f32).sqrt();
+        let mut x: Vec<f32> = ids.iter().flat_map(|&id| self.tokens.row(id)).map(|e| e * scale).collect();
+        for ((layer, memory), table) in self.layers.iter().zip(&mut memory.layers).zip(&memory.positions) {
+            let Projections { k, v, heads, .. } = &layer.block.projections;
+            let input = layer.block.input(ctx, &x)?;
+            let keys = behind(&memory.keys, &project(ctx, k, &input, &Epilogue::NONE)?, n);
+            let values = behind(&memory.values, &project(ctx, v, &input, &Epilogue::NONE)?, n);
+            let stored = store(heads, &keys, &values, &key_offsets)?;
+            let terms =
+                Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
+            let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };
+            let attended = layer.block.projections.attend(ctx, &input, &seen)?;
+            let last = |x: &[f32], cols| last_rows(x, n, cols, self.config.mem_len);
+            *memory = LayerMemory {
+                inputs: last(&behind(&memory.inputs, &x, n), self.config.d_model),
+                keys: last(&keys, heads.key_cols()),
+                values: last(&values, heads.value_cols()),
+            };
+            layer.block.close(ctx, &mut x, &attended, scratch)?;
+        }
+        memory.len = keys.min(self.config.mem_len);
+        Ok(x)
+    }
+
+    /// The logits of the next token, [T, vocab_size], for any rows of the last hidden state.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
+        project(ctx, &self.head, hidden, &Epilogue::NONE)
+    }
+
+    /// All of the memory and what comes before; with `same_length` as many keys for every query.
+    fn graph(&self, memory: usize, queries: usize) -> Graph {
+        let mem_len = self.config.mem_len;
+        if !self.config.same_length || memory + queries <= mem_len {
+            return Graph::causal();
+        }
+        Graph::window(mem_len - 1, 0)
+    }
+
+    /// Projects positions up to `keys`, and some more while the memory grows.
+    fn reach(&self, ctx: Context<'_>, keys: usize, queries: usize, memory: &mut Memory) -> Result<()> {
+        if keys > memory.reach {
+            let reach = (2 * keys).min(self.config.mem_len.saturating_add(queries));
+            let distances = Distances::new(0, reach, self.config.clamp_len, self.config.d_model);
+            let table = |layer: &Layer| distances.project(ctx, &layer.r, self.config.n_head);
+            memory.positions = self.layers.iter().map(table).collect::<Result<_>>()?;
+            memory.reach = reach;
+        }
+        Ok(())
+    }
+}
+
+impl Layer {
+    fn load(root: &Weights<'_>, i: usize, config: &Config) -> Result<Layer> {
+        let Config { d_model: d, n_head, d_head, d_inner, .. } = *config;
+        let w = root.at(format_args!("layers.{i}"));
+        let (attention, net) = (w.at("dec_attn"), w.at("pos_ff.CoreNet"));
+        let heads = Heads::new(n_head, d_head)?;
+        let cols = heads.query_cols();
+        let weight = attention.tensor("qkv_net.weight", &[cols.saturating_mul(3), d])?;
+        let part = |i: usize| linear(&weight[i * cols * d..][..cols * d], d, cols, None);
+        let projections = Projections { q: part(0)?, k: part(1)?, v: part(2)?, heads };
+        let w1 = net.at(0).linear(d, d_inner)?;
+        let ffn = Ffn::new(w1, Activation::Relu, net.at(3).linear(d_inner, d)?)?;
+        let placement = if config.pre_lnorm { Placement::pre } else { Placement::post };
+        let norm = |w: &Weights<'_>| w.at("layer_norm").layer_norm(d, EPS).map(placement);
+        let ffn = SubLayer::ffn(ffn, norm(&w.at("pos_ff"))?)?;
+        let out = attention.at("o_net").linear(cols, d)?;
+        let biases = if config.untie_r { &attention } else { root };
+        let bias = |name| biases.tensor(name, &[n_head, d_head]).map(|bias| bias.into_owned());
+        Ok(Layer {
+            block: Block::new(projections, out, norm(&attention)?, ffn)?,
+            r: attention.at("r_net").linear(d, cols)?,
+            u: bias("r_w_bias")?,
+            w: bias("r_r_bias")?,
+        })
+    }
+}

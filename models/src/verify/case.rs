@@ -1,0 +1,191 @@
+//! The files of a golden case.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use crate::checkpoint::Checkpoint;
+use crate::config::read_json;
+use crate::ragged::Ragged;
+use crate::{Error, Result};
+
+/// The version of the format that is read here.
+const FORMAT: u64 = 1;
+
+/// Computed outputs by name, without the `out.`.
+pub(super) type Outputs = BTreeMap<String, Vec<f32>>;
+
+#[derive(Debug, Deserialize)]
+struct Description {
+    format: u64,
+    system: String,
+    config: serde_json::Value,
+    #[serde(default)]
+    run: Run,
+    outputs: BTreeMap<String, OutputSpec>,
+}
+
+/// Options of the run.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Run {
+    #[serde(default)]
+    pub train: bool,
+    #[serde(default)]
+    pub hidden_states: bool,
+    #[serde(default)]
+    pub no_pooler: bool,
+    /// Feed the decoder one token at a time, with a cache.
+    #[serde(default)]
+    pub cached: bool,
+    /// Tokens to choose one after another, always the most probable.
+    #[serde(default)]
+    pub greedy_steps: usize,
+    /// Lengths of the pieces that are fed one after another, with a cache.
+    #[serde(default)]
+    pub chunks: Vec<usize>,
+    /// Lengths of consecutive segments with a memory.
+    #[serde(default)]
+    pub segments: Vec<usize>,
+}
+
+/// What is known of an output.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct OutputSpec {
+    dtype: String,
+    pub rows: Option<String>,
+    #[serde(default)]
+    torch_f32_max_abs: f64,
+    #[serde(default)]
+    ref_max_abs: f64,
+}
+
+impl OutputSpec {
+    /// The largest error that passes: integers are exact.
+    pub fn limit(&self) -> f64 {
+        if self.is_integer() { 0.0 } else { 4.0 * self.torch_f32_max_abs + 1e-6 * self.ref_max_abs }
+    }
+
+    pub fn is_integer(&self) -> bool {
+        self.dtype == "i64"
+    }
+}
+
+/// A golden case.
+#[derive(Debug)]
+pub struct Case {
+    name: String,
+    path: PathBuf,
+    description: Description,
+    io: Checkpoint,
+    weights: Checkpoint,
+}
+
+impl Case {
+    /// Reads the case in a directory.
+    ///
+    /// # Errors
+    /// What is missing or does not parse.
+    pub fn open(dir: &Path) -> Result<Case> {
+        let path = dir.join("case.json");
+        let description: Description = read_json(&path)?;
+        if description.format != FORMAT {
+            return Err(Error::config(&path, "format", FORMAT.to_string(), description.format));
+        }
+        let name = dir.canonicalize().map_err(Error::io(dir))?;
+        let name = name.file_name().unwrap_or(name.as_os_str()).to_string_lossy().into_owned();
+        let io = Checkpoint::open(&dir.join("io.safetensors"))?;
+        let weights = Checkpoint::open(&dir.join("weights.safetensors"))?;
+        Ok(Case { name, path, description, io, weights })
+    }
+
+    /// The name of the directory.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The system: `"bert"`, `"op"`, ...
+    pub fn system(&self) -> &str {
+        &self.description.system
+    }
+
+    /// `case.json`, for messages.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn weights(&self) -> &Checkpoint {
+        &self.weights
+    }
+
+    pub(super) fn config<T: DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_value(self.description.config.clone()).map_err(Error::json(&self.path))
+    }
+
+    pub(super) fn run(&self) -> &Run {
+        &self.description.run
+    }
+
+    /// The outputs, without the `out.` of their names.
+    pub(super) fn outputs(&self) -> impl Iterator<Item = (&str, &OutputSpec)> {
+        let outputs = self.description.outputs.iter();
+        outputs.map(|(name, spec)| (name.strip_prefix("out.").unwrap_or(name), spec))
+    }
+
+    /// The file of inputs and expected outputs.
+    pub(super) fn io(&self) -> &Checkpoint {
+        &self.io
+    }
+
+    /// Whether there is an input of this name.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.io.has(&format!("in.{name}"))
+    }
+
+    /// The shape of an input with this number of dimensions.
+    pub(super) fn shape<const N: usize>(&self, name: &str) -> Result<[usize; N]> {
+        let shape = self.io.shape(&format!("in.{name}"))?;
+        shape.try_into().map_err(|_| self.error(format!("in.{name}: expected {N} dimensions, got {shape:?}")))
+    }
+
+    /// An input of floats.
+    pub(super) fn f32(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.io.f32(&format!("in.{name}"))?.into_owned())
+    }
+
+    /// An input of floats that may be left out.
+    pub(super) fn f32_if_there(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        if self.has(name) { self.f32(name).map(Some) } else { Ok(None) }
+    }
+
+    /// An input of token ids or the like.
+    pub(super) fn indices(&self, name: &str) -> Result<Vec<u32>> {
+        let name = format!("in.{name}");
+        let index = |&i| u32::try_from(i).map_err(|_| self.error(format!("{name}: {i} is not an index")));
+        self.io.i64(&name)?.iter().map(index).collect()
+    }
+
+    /// A mask; `true` is a real token.
+    pub(super) fn mask(&self, name: &str) -> Result<Vec<bool>> {
+        Ok(self.io.u8(&format!("in.{name}"))?.iter().map(|&byte| byte != 0).collect())
+    }
+
+    /// A mask [B, T] as the real tokens of B sequences.
+    pub(super) fn ragged(&self, mask: &str) -> Result<Ragged> {
+        let [_, seq_len] = self.shape(mask)?;
+        Ok(Ragged::from_mask(&self.mask(mask)?, seq_len))
+    }
+
+    /// The same, or all tokens of a batch [B, T] if there is no mask.
+    pub(super) fn ragged_or_full(&self, mask: &str, [sequences, seq_len]: [usize; 2]) -> Result<Ragged> {
+        if self.has(mask) {
+            return self.ragged(mask);
+        }
+        Ok(Ragged::from_mask(&vec![true; sequences * seq_len], seq_len))
+    }
+
+    pub(super) fn error(&self, message: String) -> Error {
+        Error::Case { path: self.path.clone(), message }
+    }
+}

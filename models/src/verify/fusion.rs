@@ -1,0 +1,24 @@
+//! Cases of two fused streams.
+
+use laneformer::Context;
+
+use super::case::{Case, Outputs};
+use crate::Result;
+use crate::fusion::{Config, Fusion, Stream};
+
+pub(super) fn fusion(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+    let config: Config = case.config()?;
+    let d = config.layers.d_model;
+    let fusion = Fusion::load(case.path(), &config, case.weights())?;
+    let is_sum = config.fusion == "early_sum";
+    // A sum is of tokens at the same places: those that are real in `a`.
+    let (tokens_a, tokens_b) =
+        (case.ragged("mask_a")?, case.ragged(if is_sum { "mask_a" } else { "mask_b" })?);
+    let mut a = Stream { x: tokens_a.gather(&case.f32("a")?, d)?, offsets: tokens_a.offsets().to_vec() };
+    let mut b = Stream { x: tokens_b.gather(&case.f32("b")?, d)?, offsets: tokens_b.offsets().to_vec() };
+    let bottleneck = fusion.forward(ctx, &mut a, &mut b)?;
+    let (a, b) = (tokens_a.scatter(&a.x, d), tokens_b.scatter(&b.x, d));
+    let mut outputs = Outputs::from([(if is_sum { "z" } else { "a" }.into(), a), ("b".into(), b)]);
+    outputs.extend(bottleneck.map(|x| ("bottleneck".into(), x)));
+    Ok(outputs)
+}

@@ -1,0 +1,43 @@
+//! Cases of GPT and GPT-2.
+
+use laneformer::Context;
+
+use super::case::{Case, Outputs};
+use crate::Result;
+use crate::gpt::{Batch, Gpt, Version};
+use crate::ragged::{Ragged, Scratch};
+
+/// Feeds the tokens in the pieces that the case lists, with a cache, or all at once without.
+pub(super) fn gpt(ctx: Context<'_>, case: &Case, version: Version) -> Result<Outputs> {
+    let model = Gpt::load(case.path(), version, case.config()?, case.weights())?;
+    let [sequences, seq_len] = case.shape("attention_mask")?;
+    let (mask, ids) = (case.mask("attention_mask")?, case.indices("input_ids")?);
+    let whole = [seq_len];
+    let chunks = if case.run().chunks.is_empty() { &whole[..] } else { &case.run().chunks };
+    if chunks.iter().sum::<usize>() != seq_len {
+        return Err(case.error(format!("run.chunks: expected a sum of {seq_len}, got {chunks:?}")));
+    }
+    let mut caches = if chunks.len() > 1 { model.caches(sequences, seq_len)? } else { vec![] };
+
+    let (d, vocab_size) = (model.config().n_embd, model.config().vocab_size);
+    let mut hidden = vec![0.0; mask.len() * d];
+    let mut logits = vec![0.0; mask.len() * vocab_size];
+    let (mut scratch, mut start) = (Scratch::default(), 0);
+    for chunk in chunks {
+        let end = start + chunk;
+        let in_chunk = |(i, &real): (usize, &bool)| real && (start..end).contains(&(i % seq_len));
+        let tokens = Ragged::from_mask(&mask.iter().enumerate().map(in_chunk).collect::<Vec<_>>(), seq_len);
+        let ids = tokens.gather(&ids, 1)?;
+        let positions = if case.has("position_ids") {
+            tokens.gather(&case.indices("position_ids")?, 1)?
+        } else {
+            tokens.positions().to_vec()
+        };
+        let batch = Batch { ids: &ids, positions: &positions, offsets: tokens.offsets() };
+        let x = model.forward(ctx, batch, &mut caches, &mut scratch)?;
+        tokens.scatter_into(&model.logits(ctx, &x)?, vocab_size, &mut logits);
+        tokens.scatter_into(&x, d, &mut hidden);
+        start = end;
+    }
+    Ok(Outputs::from([("last_hidden_state".into(), hidden), ("logits".into(), logits)]))
+}

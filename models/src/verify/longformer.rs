@@ -1,0 +1,36 @@
+//! Cases of Longformer.
+
+use laneformer::Context;
+
+use super::case::{Case, Outputs};
+use crate::Result;
+use crate::bert::Batch;
+use crate::longformer::{Config, Longformer};
+use crate::ragged::{Ragged, Scratch};
+
+pub(super) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+    let config = Config::from_json(case.path(), case.config()?)?;
+    let model = Longformer::load(case.path(), config, case.weights())?;
+    let [_, seq_len] = case.shape("input_ids")?;
+    let mask = case.mask("attention_mask")?;
+    let tokens = Ragged::from_spans(&mask, seq_len);
+    let ids = case.indices("input_ids")?;
+    let positions: Vec<_> = ids.chunks(seq_len.max(1)).flat_map(|ids| model.positions(ids)).collect();
+    let (ids, positions) = (tokens.gather(&ids, 1)?, tokens.gather(&positions, 1)?);
+    let type_ids = tokens.gather(&case.indices("token_type_ids")?, 1)?;
+    let is_real = tokens.gather(&mask, 1)?;
+    let is_global = tokens.gather(&case.mask("global_attention_mask")?, 1)?;
+    let is_global: Vec<_> = is_global.iter().zip(&is_real).map(|(&global, &real)| global && real).collect();
+
+    let offsets = tokens.offsets();
+    let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets };
+    let hidden = model.forward(ctx, batch, &is_global, &is_real, &mut Scratch::default())?;
+    let padded = tokens.scatter(&hidden, model.config().bert.hidden_size);
+    let mut outputs = Outputs::from([("last_hidden_state".into(), padded)]);
+    if !case.run().no_pooler
+        && let Some(pooled) = model.pool(ctx, &hidden, offsets)?
+    {
+        outputs.insert("pooler_output".into(), pooled);
+    }
+    Ok(outputs)
+}

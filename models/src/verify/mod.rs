@@ -1,0 +1,74 @@
+//! Golden cases: inputs, weights and float64 outputs of an independent implementation, run through the models.
+//!
+//! A case is a directory with `case.json`, `weights.safetensors` and `io.safetensors` (tensors `in.*` and `out.*`).
+
+mod attention;
+mod bart;
+mod case;
+mod clip;
+mod compare;
+mod detr;
+mod fusion;
+mod gpt;
+mod graph;
+mod lavit;
+mod longformer;
+mod op;
+mod systems;
+mod transformer_xl;
+mod videobert;
+mod xlnet;
+
+use std::path::Path;
+
+use laneformer::Context;
+
+pub use case::Case;
+pub use compare::{Outcome, Verdict};
+
+use crate::gpt::Version;
+use crate::{Error, Result};
+
+/// Runs the case in `dir` and compares every output. What keeps a case or one of its outputs from being computed is
+/// an outcome of that output.
+///
+/// # Errors
+/// Only if the case itself cannot be read.
+pub fn verify(ctx: Context<'_>, dir: &Path) -> Result<Vec<Verdict>> {
+    let case = Case::open(dir)?;
+    let computed = run(ctx, &case);
+    case.outputs()
+        .map(|(name, spec)| match &computed {
+            Err(error) => Ok(Verdict::without_result(&case, name, spec, error.to_string())),
+            Ok(outputs) => match outputs.get(name) {
+                Some(values) => compare::compare(&case, name, spec, values),
+                None => {
+                    let error = Error::NotBuilt(format!("output {name} of system {}", case.system()));
+                    Ok(Verdict::without_result(&case, name, spec, error.to_string()))
+                }
+            },
+        })
+        .collect()
+}
+
+fn run(ctx: Context<'_>, case: &Case) -> Result<case::Outputs> {
+    match case.system() {
+        "bert" => systems::bert(ctx, case),
+        "transformer-xl" => transformer_xl::transformer_xl(ctx, case),
+        "vanilla" => systems::vanilla(ctx, case),
+        "norms" => systems::norms(ctx, case),
+        "graph" => graph::graph(ctx, case),
+        "fusion" => fusion::fusion(ctx, case),
+        "bart" => bart::bart(ctx, case),
+        "gpt1" => gpt::gpt(ctx, case, Version::Gpt1),
+        "gpt2" => gpt::gpt(ctx, case, Version::Gpt2),
+        "clip" => clip::clip(ctx, case),
+        "videobert" => videobert::videobert(ctx, case),
+        "lavit" => lavit::lavit(ctx, case),
+        "longformer" => longformer::longformer(ctx, case),
+        "detr" => detr::detr(ctx, case),
+        "op" => op::run(ctx, case),
+        "xlnet" => xlnet::xlnet(ctx, case),
+        other => Err(Error::NotBuilt(format!("system {other}"))),
+    }
+}

@@ -1,0 +1,103 @@
+//! Cases of whole models: inputs to calls, results to outputs.
+
+use laneformer::{BatchStats, Context, MatMut, batchnorm_train};
+use serde::Deserialize;
+
+use super::case::{Case, Outputs};
+use crate::bert::{self, Batch, Bert};
+use crate::ragged::Scratch;
+use crate::vanilla::{self, Vanilla};
+use crate::weights::Weights;
+use crate::{Result, encoder, norms};
+
+pub(super) fn bert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+    let config = bert::Config::from_json(case.path(), case.config()?)?;
+    let d = config.hidden_size;
+    let model = Bert::load(case.path(), config, case.weights())?;
+    let tokens = case.ragged("attention_mask")?;
+    let ids = tokens.gather(&case.indices("input_ids")?, 1)?;
+    let type_ids = tokens.gather(&case.indices("token_type_ids")?, 1)?;
+    let (positions, offsets) = (tokens.positions(), tokens.offsets());
+    let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets };
+
+    let mut outputs = Outputs::new();
+    let hidden = model.forward(ctx, batch, &mut Scratch::default())?;
+    outputs.insert("last_hidden_state".into(), tokens.scatter(&hidden, d));
+    if !case.run().no_pooler
+        && let Some(pooled) = model.pool(ctx, &hidden, offsets)?
+    {
+        outputs.insert("pooler_output".into(), pooled);
+    }
+    if case.run().hidden_states {
+        for (i, x) in model.hidden_states(ctx, batch)?.iter().enumerate() {
+            outputs.insert(format!("hidden_states.{i}"), tokens.scatter(x, d));
+        }
+    }
+    Ok(outputs)
+}
+
+pub(super) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+    let config: vanilla::Config = case.config()?;
+    let d = config.d_model;
+    let model = Vanilla::load(case.path(), &config, case.weights())?;
+    let src = case.ragged("src_mask")?;
+    let mut memory = match &model.vocabulary {
+        Some(vocabulary) => vocabulary.source(&src.gather(&case.indices("src_ids")?, 1)?, src.positions())?,
+        None => src.gather(&case.f32("src")?, d)?,
+    };
+    model.encoder.forward(ctx, &mut memory, src.offsets(), &mut Scratch::default())?;
+    let mut outputs = Outputs::from([("memory".into(), src.scatter(&memory, d))]);
+
+    let Some(decoder) = &model.decoder else { return Ok(outputs) };
+    let tgt = case.ragged("tgt_mask")?;
+    let mut x = match &model.vocabulary {
+        Some(vocabulary) => vocabulary.target(&tgt.gather(&case.indices("tgt_ids")?, 1)?, tgt.positions())?,
+        None => tgt.gather(&case.f32("tgt")?, d)?,
+    };
+    let sources = decoder.sources(ctx, &memory, src.offsets())?;
+    decoder.decode(ctx, &mut x, tgt.offsets(), (&sources, &mut []), &mut Scratch::default())?;
+    if let Some(vocabulary) = &model.vocabulary {
+        let logits = vocabulary.logits(ctx, &x)?;
+        outputs.insert("logits".into(), tgt.scatter(&logits, config.vocab_size));
+    }
+    outputs.insert("last_hidden_state".into(), tgt.scatter(&x, d));
+    Ok(outputs)
+}
+
+pub(super) fn norms(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+    if case.run().train {
+        return batchnorm_training(ctx, case);
+    }
+    let config: encoder::Config = case.config()?;
+    let encoder = norms::load(case.path(), &config, case.weights())?;
+    let tokens = case.ragged("attention_mask")?;
+    let mut x = tokens.gather(&case.f32("x")?, config.d_model)?;
+    encoder.forward(ctx, &mut x, tokens.offsets(), &mut Scratch::default())?;
+    Ok(Outputs::from([("y".into(), tokens.scatter(&x, config.d_model))]))
+}
+
+fn batchnorm_training(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+    #[derive(Deserialize)]
+    struct Config {
+        d_model: usize,
+        eps: f32,
+        momentum: f32,
+    }
+    let Config { d_model, eps, momentum } = case.config()?;
+    let w = Weights::new(case.weights(), "norm");
+    let of = |name| w.tensor(name, &[d_model]);
+    let (gain, bias) = (of("weight")?, of("bias")?);
+    let mut stats =
+        BatchStats::new(of("running_mean")?.into_owned(), of("running_var")?.into_owned(), momentum)?;
+    let mut y = case.f32("x")?;
+    let valid = case.mask("attention_mask")?;
+    let x = MatMut::contiguous(&mut y, valid.len(), d_model)?;
+    batchnorm_train(ctx, x, Some(&valid), &gain, &bias, eps, &mut stats)?;
+    Ok(Outputs::from([
+        ("y".into(), y),
+        ("batch_mean".into(), stats.batch_mean),
+        ("batch_var".into(), stats.batch_var),
+        ("running_mean".into(), stats.running_mean),
+        ("running_var".into(), stats.running_var),
+    ]))
+}

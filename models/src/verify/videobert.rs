@@ -1,0 +1,41 @@
+//! Cases of VideoBERT.
+
+use laneformer::Context;
+
+use super::case::{Case, Outputs};
+use crate::Result;
+use crate::bert::Batch;
+use crate::ragged::Scratch;
+use crate::videobert::VideoBert;
+
+pub(super) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+    let model = VideoBert::load(case.path(), case.config()?, case.weights())?;
+    let video_ids = model.video_ids(ctx, &case.f32("video_features")?)?;
+    let (text, masked) = (case.indices("input_ids")?, case.mask("video_masked")?);
+    let ([_, text_len], [_, clips]) = (case.shape("input_ids")?, case.shape("video_masked")?);
+    let (mut ids, mut type_ids) = (vec![], vec![]);
+    let videos = video_ids.chunks(clips.max(1)).zip(masked.chunks(clips.max(1)));
+    for (text, (video_ids, masked)) in text.chunks(text_len.max(1)).zip(videos) {
+        let (sequence, types) = model.joint_sequence(text, video_ids, masked)?;
+        ids.extend(sequence);
+        type_ids.extend(types);
+    }
+
+    let tokens = case.ragged("attention_mask")?;
+    let (ids, type_ids) = (tokens.gather(&ids, 1)?, tokens.gather(&type_ids, 1)?);
+    let (positions, offsets) = (tokens.positions(), tokens.offsets());
+    let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets };
+    let hidden = model.bert.forward(ctx, batch, &mut Scratch::default())?;
+    let config = &model.config().bert;
+    let vocab_size = config.vocab_size + model.config().num_centroids;
+    let mut outputs = Outputs::from([
+        ("video_ids".into(), video_ids.iter().map(|&id| id as f32).collect()),
+        ("last_hidden_state".into(), tokens.scatter(&hidden, config.hidden_size)),
+        ("logits".into(), tokens.scatter(&model.logits(ctx, &hidden)?, vocab_size)),
+    ]);
+    if let Some(pooled) = model.bert.pool(ctx, &hidden, offsets)? {
+        outputs.insert("alignment_logits".into(), model.alignment_logits(ctx, &pooled)?);
+        outputs.insert("pooler_output".into(), pooled);
+    }
+    Ok(outputs)
+}

@@ -1,0 +1,62 @@
+//! Cases of XLNet.
+
+use laneformer::Context;
+
+use super::case::{Case, Outputs};
+use crate::Result;
+use crate::attend::{behind, last_rows};
+use crate::ragged::Scratch;
+use crate::xlnet::{Batch, Config, XlNet};
+
+pub(super) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+    let model = XlNet::load(case.path(), case.config()?, case.weights())?;
+    let [sequences, _] = case.shape("input_ids")?;
+    let Config { n_layer, mem_len, .. } = *model.config();
+    let mask = |name| case.has(name).then(|| case.mask(name)).transpose();
+    let (is_real, is_hidden) = (mask("attention_mask")?, mask("perm_mask")?);
+    let segments = case.has("token_type_ids").then(|| case.indices("token_type_ids")).transpose()?;
+    let targets = case.has("target_mapping").then(|| targets(case)).transpose()?;
+    let layers = if case.has("mems.0") { n_layer } else { 0 };
+    let mems = (0..layers).map(|i| case.f32(&format!("mems.{i}"))).collect::<Result<Vec<_>>>()?;
+    let memory = if case.has("mems.0") { case.shape::<3>("mems.0")?[1] } else { 0 };
+    let batch = Batch {
+        sequences,
+        ids: &case.indices("input_ids")?,
+        is_real: is_real.as_deref(),
+        segments: segments.as_deref(),
+        is_hidden: is_hidden.as_deref(),
+        targets: targets.as_deref(),
+        mems: &mems,
+    };
+    let output = model.forward(ctx, &batch, &mut Scratch::default())?;
+
+    let mut outputs = Outputs::new();
+    let mut last = output.content;
+    if let Some(queries) = output.queries {
+        outputs.insert("content_hidden_state".into(), last);
+        last = queries;
+    }
+    outputs.insert("logits".into(), model.logits(ctx, &last)?);
+    outputs.insert("last_hidden_state".into(), last);
+    for (i, mems) in output.mems.into_iter().enumerate() {
+        outputs.insert(format!("mems.{i}"), mems);
+    }
+    if let Some(is_real) = is_real {
+        let is_real: Vec<_> = is_real.iter().map(|&real| f32::from(u8::from(real))).collect();
+        let is_real = behind(&vec![1.0; sequences * memory], &is_real, sequences);
+        let mem_len = mem_len.filter(|&len| len > 0).unwrap_or(usize::MAX);
+        outputs.insert("mems_mask".into(), last_rows(&is_real, sequences, 1, mem_len));
+    }
+    Ok(outputs)
+}
+
+/// The places that a one-hot mapping [sequences, targets, T] points at.
+fn targets(case: &Case) -> Result<Vec<usize>> {
+    let [.., seq_len] = case.shape::<3>("target_mapping")?;
+    let mapping = case.mask("target_mapping")?;
+    let place = |row: &[bool]| {
+        let place = row.iter().position(|&here| here);
+        place.ok_or_else(|| case.error("in.target_mapping: a target without a place".into()))
+    };
+    mapping.chunks(seq_len.max(1)).map(place).collect()
+}

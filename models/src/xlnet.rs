@@ -1,0 +1,334 @@
+//! XLNet (Yang et al. 2019, <https://arxiv.org/abs/1906.08237>): Transformer-XL's relative positions and memory, in both
+//! directions, with relative segments and, where targets are predicted, a second stream that does not see its own token.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use laneformer::{
+    Activation, Bits, Context, Epilogue, Ffn, Graph, Heads, KeyStore, Linear, MatRef, PackedMatrix,
+    Placement, Relative, RelativeTable, SegmentTerm, SubLayer, Terms,
+};
+use serde::Deserialize;
+
+use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, project};
+use crate::checkpoint::Checkpoint;
+use crate::config::{activation, check_heads};
+use crate::embedding::Embedding;
+use crate::error::check_size;
+use crate::ragged::Scratch;
+use crate::weights::{Weights, linear};
+use crate::{Error, Result};
+
+/// `config.json` of an XLNet directory.
+#[derive(Clone, Debug, Deserialize)]
+#[allow(missing_docs, reason = "the fields are those of Hugging Face")]
+pub struct Config {
+    pub vocab_size: usize,
+    pub d_model: usize,
+    pub n_head: usize,
+    pub d_inner: usize,
+    pub n_layer: usize,
+    #[serde(default = "gelu")]
+    pub ff_activation: String,
+    #[serde(default = "bi")]
+    pub attn_type: String,
+    #[serde(default)]
+    pub clamp_len: i64,
+    #[serde(default)]
+    pub same_length: bool,
+    #[serde(default)]
+    pub bi_data: bool,
+    #[serde(default)]
+    pub mem_len: Option<usize>,
+    #[serde(default)]
+    pub reuse_len: Option<usize>,
+    #[serde(default = "tiny")]
+    pub layer_norm_eps: f32,
+}
+
+fn gelu() -> String {
+    "gelu".into()
+}
+
+fn bi() -> String {
+    "bi".into()
+}
+
+fn tiny() -> f32 {
+    1e-12
+}
+
+impl Config {
+    fn check(&self, path: &Path) -> Result<()> {
+        check_heads(path, "n_head", self.d_model, self.n_head)?;
+        if !self.d_model.is_multiple_of(2) {
+            return Err(Error::config(path, "d_model", "an even number", self.d_model));
+        }
+        if !["bi", "uni"].contains(&&self.attn_type[..]) {
+            return Err(Error::config(path, "attn_type", "bi or uni", &self.attn_type));
+        }
+        if self.bi_data {
+            return Err(Error::config(path, "bi_data", "false", true));
+        }
+        match self.reuse_len {
+            None | Some(0) => Ok(()),
+            Some(rows) => Err(Error::config(path, "reuse_len", "null", rows)),
+        }
+    }
+}
+
+/// A batch of sequences of the same length T, padding included.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Batch<'a> {
+    /// How many sequences.
+    pub sequences: usize,
+    /// Tokens [sequences, T].
+    pub ids: &'a [u32],
+    /// Which tokens are no padding [sequences, T]; all if absent.
+    pub is_real: Option<&'a [bool]>,
+    /// The segment of every token [sequences, T]; without them there is no such term.
+    pub segments: Option<&'a [u32]>,
+    /// Whom a token may not see, [sequences, T, T].
+    pub is_hidden: Option<&'a [bool]>,
+    /// The places to predict, as many for each sequence: [sequences, targets].
+    pub targets: Option<&'a [usize]>,
+    /// The memory of each layer [sequences, M, d_model], of segment 0; none at first.
+    pub mems: &'a [Vec<f32>],
+}
+
+/// What the layers make of a batch.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// The content stream [sequences, T, d_model].
+    pub content: Vec<f32>,
+    /// The query stream [sequences, targets, d_model], if there are targets.
+    pub queries: Option<Vec<f32>>,
+    /// The memory of each layer for the next call [sequences, M, d_model].
+    pub mems: Vec<Vec<f32>>,
+}
+
+/// The layers with their embeddings and the language-model head.
+#[derive(Debug)]
+pub struct XlNet {
+    config: Config,
+    tokens: Embedding,
+    mask_emb: Vec<f32>,
+    layers: Vec<Layer>,
+    head: Linear,
+}
+
+#[derive(Debug)]
+struct Layer {
+    block: Block,
+    r: Linear,
+    u: Vec<f32>,
+    w: Vec<f32>,
+    s: Vec<f32>,
+    seg_embed: Vec<f32>,
+}
+
+impl XlNet {
+    /// Packs the weights; `path` is for messages.
+    ///
+    /// # Errors
+    /// What is missing or disagrees, with its file and tensor.
+    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<XlNet> {
+        config.check(path)?;
+        let act = activation(path, "ff_activation", &config.ff_activation)?;
+        let root = Weights::new(checkpoint, "");
+        let w = root.at("transformer");
+        let tokens = w.embedding("word_embedding", config.vocab_size, config.d_model)?;
+        let head = tokens.as_linear(Some(&root.tensor("lm_loss.bias", &[config.vocab_size])?))?;
+        let mask_emb = w.tensor("mask_emb", &[1, 1, config.d_model])?.into_owned();
+        let layer = |i| Layer::load(&w.at("layer").at(i), &config, act);
+        let layers = (0..config.n_layer).map(layer).collect::<Result<_>>()?;
+        Ok(XlNet { config, tokens, mask_emb, layers, head })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Runs the content stream and, if there are targets, the query stream.
+    ///
+    /// # Errors
+    /// [`Error::Index`], and what the library says of the sizes.
+    pub fn forward(&self, ctx: Context<'_>, batch: &Batch<'_>, scratch: &mut Scratch) -> Result<Output> {
+        self.tokens.check(batch.ids)?;
+        let sizes = self.sizes(batch)?;
+        let (n, d) = (batch.sequences, self.config.d_model);
+        let key_offsets: Vec<_> = (0..=n).map(|b| b * (sizes.memory + sizes.queries)).collect();
+        let nearest = 1 - sizes.queries as isize;
+        let distances = sizes.memory + 2 * sizes.queries - 1;
+        let distances = Distances::new(nearest, distances, self.config.clamp_len, d);
+        let graph = self.graph(sizes.memory);
+        let content = Stream::content(batch, &sizes, &graph)?;
+        let targets =
+            batch.targets.map(|targets| Stream::targets(batch, &sizes, &graph, targets)).transpose()?;
+        let mem_len = self.config.mem_len.filter(|&len| len > 0).unwrap_or(usize::MAX);
+
+        let mut h: Vec<f32> = batch.ids.iter().flat_map(|&id| self.tokens.row(id)).copied().collect();
+        let mut g = batch.targets.map(|targets| self.mask_emb.repeat(targets.len()));
+        let mut mems = vec![];
+        for (i, layer) in self.layers.iter().enumerate() {
+            // Both streams read the content as it enters the layer.
+            let source = behind(batch.mems.get(i).map_or(&[], |mems| mems), &h, n);
+            let keys = layer.block.projections.keys(ctx, &source, &source, &key_offsets)?;
+            let table = distances.project(ctx, &layer.r, self.config.n_head)?;
+            layer.advance(ctx, &mut h, &content, &keys, &table, scratch)?;
+            if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
+                layer.advance(ctx, g, targets, &keys, &table, scratch)?;
+            }
+            mems.push(last_rows(&source, n, d, mem_len));
+        }
+        Ok(Output { content: h, queries: g, mems })
+    }
+
+    /// The logits of tokens, [T, vocab_size], for any rows of a stream.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
+        project(ctx, &self.head, hidden, &Epilogue::NONE)
+    }
+
+    /// In one direction only what comes before, with `same_length` as many keys for every query.
+    fn graph(&self, memory: usize) -> Graph {
+        match (&self.config.attn_type[..], self.config.same_length) {
+            ("bi", _) => Graph::full(),
+            (_, false) => Graph::causal(),
+            (_, true) => Graph::window(memory, 0),
+        }
+    }
+
+    /// The lengths, if everything fits.
+    fn sizes(&self, batch: &Batch<'_>) -> Result<Sizes> {
+        let (n, tokens) = (batch.sequences, batch.ids.len());
+        let queries = len_of_each("tokens", tokens, n)?;
+        let memory = batch.mems.first().map_or(0, Vec::len) / (n * self.config.d_model);
+        if !batch.mems.is_empty() {
+            check_size("mems.len()", self.layers.len(), batch.mems.len())?;
+        }
+        for mems in batch.mems {
+            check_size("mems", n * memory * self.config.d_model, mems.len())?;
+        }
+        check_size("is_real", tokens, batch.is_real.map_or(tokens, <[bool]>::len))?;
+        check_size("segments", tokens, batch.segments.map_or(tokens, <[u32]>::len))?;
+        check_size("is_hidden", tokens * queries, batch.is_hidden.map_or(tokens * queries, <[bool]>::len))?;
+        if let Some(targets) = batch.targets {
+            len_of_each("targets", targets.len(), n)?;
+            if let Some(&actual) = targets.iter().find(|&&target| target >= queries) {
+                return Err(laneformer::Error::TooLarge { arg: "target", max: queries - 1, actual }.into());
+            }
+        }
+        Ok(Sizes { queries, memory })
+    }
+}
+
+impl Layer {
+    fn load(w: &Weights<'_>, config: &Config, act: Activation) -> Result<Layer> {
+        let Config { d_model: d, n_head, d_inner, layer_norm_eps: eps, .. } = *config;
+        let heads = Heads::new(n_head, d / n_head)?;
+        let (attention, ff) = (w.at("rel_attn"), w.at("ff"));
+        let tensor = |name| attention.tensor(name, &[d, n_head, heads.head_dim]);
+        let inward = |name| -> Result<Linear> {
+            let weight = PackedMatrix::from_in_out(MatRef::contiguous(&tensor(name)?, d, d)?)?;
+            Ok(Linear::new(weight, None)?)
+        };
+        let projections = Projections { q: inward("q")?, k: inward("k")?, v: inward("v")?, heads };
+        let out = linear(&tensor("o")?, d, d, None)?;
+        let norm = |w: &Weights<'_>| w.at("layer_norm").layer_norm(d, eps).map(Placement::post);
+        let ffn = Ffn::new(ff.at("layer_1").linear(d, d_inner)?, act, ff.at("layer_2").linear(d_inner, d)?)?;
+        let ffn = SubLayer::ffn(ffn, norm(&ff)?)?;
+        let bias = |name| attention.tensor(name, &[n_head, heads.head_dim]).map(Cow::into_owned);
+        Ok(Layer {
+            block: Block::new(projections, out, norm(&attention)?, ffn)?,
+            r: inward("r")?,
+            u: bias("r_w_bias")?,
+            w: bias("r_r_bias")?,
+            s: bias("r_s_bias")?,
+            seg_embed: attention.tensor("seg_embed", &[2, n_head, heads.head_dim])?.into_owned(),
+        })
+    }
+
+    /// The layer over the rows of a stream.
+    fn advance(
+        &self,
+        ctx: Context<'_>,
+        x: &mut Vec<f32>,
+        stream: &Stream,
+        keys: &KeyStore,
+        table: &RelativeTable,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let segment = stream.same.as_ref();
+        let segment = segment.map(|same| SegmentTerm { s: &self.s, e: &self.seg_embed, same });
+        let relative = Some(Relative { u: &self.u, w: &self.w, table });
+        let terms = Terms { relative, segment, ..Terms::default() };
+        let positions = stream.positions.as_deref();
+        let seen = Seen { positions, terms, ..Seen::new(keys, &stream.offsets, &stream.graph) };
+        let attended = self.block.projections.attend(ctx, x, &seen)?;
+        self.block.close(ctx, x, &attended, scratch)
+    }
+}
+
+/// The lengths of every sequence.
+struct Sizes {
+    queries: usize,
+    memory: usize,
+}
+
+/// The rows of a stream: where they stand, and what they see.
+struct Stream {
+    offsets: Vec<usize>,
+    /// If they are not those of the last keys.
+    positions: Option<Vec<isize>>,
+    graph: Graph,
+    same: Option<Bits>,
+}
+
+impl Stream {
+    /// A row for every token, which always sees itself.
+    fn content(batch: &Batch<'_>, sizes: &Sizes, graph: &Graph) -> Result<Stream> {
+        Stream::new(batch, sizes, graph, sizes.queries, |_, i| i, true)
+    }
+
+    /// A row for every target, which knows its place but not its token.
+    fn targets(batch: &Batch<'_>, sizes: &Sizes, graph: &Graph, targets: &[usize]) -> Result<Stream> {
+        let rows = targets.len() / batch.sequences;
+        let stream = Stream::new(batch, sizes, graph, rows, |b, i| targets[b * rows + i], false)?;
+        let positions = targets.iter().map(|&place| (sizes.memory + place) as isize).collect();
+        Ok(Stream { positions: Some(positions), ..stream })
+    }
+
+    /// `rows` rows per sequence, row `i` of sequence `b` at `place(b, i)`.
+    fn new(
+        batch: &Batch<'_>,
+        &Sizes { queries: t, memory }: &Sizes,
+        graph: &Graph,
+        rows: usize,
+        place: impl Fn(usize, usize) -> usize,
+        sees_itself: bool,
+    ) -> Result<Stream> {
+        let dims = [batch.sequences, 1, rows, memory + t];
+        let mut graph = graph.clone();
+        if batch.is_real.is_some() || batch.is_hidden.is_some() {
+            graph = graph.with_bits(Bits::dense(dims, |b, _, i, key| {
+                let (i, Some(j)) = (place(b, i), key.checked_sub(memory)) else { return true };
+                let is_real = batch.is_real.is_none_or(|is_real| is_real[b * t + j]);
+                let is_hidden = batch.is_hidden.is_some_and(|is_hidden| is_hidden[(b * t + i) * t + j]);
+                (sees_itself && i == j) || (is_real && !is_hidden)
+            })?);
+        }
+        let same = |segments: &[u32]| {
+            Bits::dense(dims, |b, _, i, key| {
+                let of_key = key.checked_sub(memory).map_or(0, |j| segments[b * t + j]);
+                segments[b * t + place(b, i)] == of_key
+            })
+        };
+        let same = batch.segments.map(same).transpose()?;
+        let offsets = (0..=batch.sequences).map(|b| b * rows).collect();
+        Ok(Stream { offsets, positions: None, graph, same })
+    }
+}

@@ -1,0 +1,207 @@
+//! Checkpoints and models that load, and those that are refused with the file, the tensor and the shapes.
+
+mod common;
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+use common::golden;
+use laneformer::Context;
+use laneformer_models::bert::{Batch, Bert, Config};
+use laneformer_models::checkpoint::Checkpoint;
+use laneformer_models::ragged::{Ragged, Scratch};
+use laneformer_models::weights::Weights;
+use laneformer_models::{Error, Result};
+use safetensors::tensor::{SafeTensors, TensorView};
+use safetensors::{Dtype, serialize};
+use tempfile::TempDir;
+
+/// Writes tensors to a file and keeps its directory.
+fn file(tensors: Vec<(&str, Dtype, Vec<usize>, Vec<u8>)>) -> (TempDir, PathBuf) {
+    let views = tensors.iter().map(|(name, dtype, shape, data)| {
+        (*name, TensorView::new(*dtype, shape.clone(), data).expect("a tensor"))
+    });
+    write(&serialize(views, None).expect("tensors"))
+}
+
+fn write(bytes: &[u8]) -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("model.safetensors");
+    std::fs::write(&path, bytes).expect("a file");
+    (dir, path)
+}
+
+fn bytes(x: &[f32]) -> Vec<u8> {
+    x.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+#[test]
+fn floats_of_every_width_are_read() {
+    let halves = [1.5f32, -2.0].map(|x| half::f16::from_f32(x).to_le_bytes()).concat();
+    let bfloats = [1.5f32, -2.0].map(|x| half::bf16::from_f32(x).to_le_bytes()).concat();
+    let (_dir, path) = file(vec![
+        ("single", Dtype::F32, vec![2], bytes(&[1.5, -2.0])),
+        ("half", Dtype::F16, vec![2], halves),
+        ("bfloat", Dtype::BF16, vec![2], bfloats),
+        ("integer", Dtype::I64, vec![1], 7i64.to_le_bytes().to_vec()),
+    ]);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    for name in ["single", "half", "bfloat"] {
+        assert_eq!(*checkpoint.f32(name).unwrap(), [1.5, -2.0], "{name}");
+    }
+    assert_eq!(*checkpoint.i64("integer").unwrap(), [7]);
+    let error = checkpoint.f32("integer").unwrap_err().to_string();
+    assert!(error.contains("integer") && error.contains("I64") && error.contains("F32"), "{error}");
+}
+
+/// A writer that does not pad its header moves the data off the alignment of f32.
+#[test]
+fn unaligned_data_is_copied() {
+    let mut aligned = 0;
+    for padding in 0..4 {
+        let header = format!(
+            "{{\"x\":{{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}}}{}",
+            " ".repeat(padding)
+        );
+        let mut data = (header.len() as u64).to_le_bytes().to_vec();
+        data.extend(header.as_bytes());
+        data.extend(bytes(&[3.0, 4.0]));
+        let (_dir, path) = write(&data);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let x = checkpoint.f32("x").unwrap();
+        assert_eq!(*x, [3.0, 4.0]);
+        aligned += usize::from(matches!(x, Cow::Borrowed(_)));
+    }
+    assert_eq!(aligned, 1);
+}
+
+#[test]
+fn files_that_are_not_safetensors_are_named() {
+    let good = std::fs::read(golden("bert-right-pad/weights.safetensors")).unwrap();
+    let mut longer = good.clone();
+    longer.push(0);
+    for bytes in
+        [&[][..], b"short", b"not a safetensors file at all", &good[..good.len() - 1], &good[..50], &longer]
+    {
+        let (_dir, path) = write(bytes);
+        let error = Checkpoint::open(&path).unwrap_err();
+        assert!(matches!(error, Error::Safetensors { .. }), "{error}");
+        assert!(error.to_string().contains("model.safetensors"), "{error}");
+    }
+    let error = Checkpoint::open(Path::new("nowhere/model.safetensors")).unwrap_err();
+    assert!(error.to_string().contains("nowhere/model.safetensors"), "{error}");
+}
+
+#[test]
+fn missing_tensors_and_other_shapes_are_named() {
+    let (_dir, path) = file(vec![("a.weight", Dtype::F32, vec![2, 3], bytes(&[0.0; 6]))]);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let w = Weights::new(&checkpoint, "");
+    let error = w.at("a").linear(2, 3).unwrap_err().to_string();
+    assert!(error.contains("a.weight: expected shape [3, 2], got [2, 3]"), "{error}");
+    let error = w.at("b").linear(2, 3).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors: no tensor b.weight"), "{error}");
+}
+
+fn config() -> serde_json::Value {
+    let case = std::fs::read(golden("bert-right-pad/case.json")).unwrap();
+    serde_json::from_slice::<serde_json::Value>(&case).unwrap()["config"].clone()
+}
+
+fn load(config: serde_json::Value, checkpoint: &Checkpoint) -> Result<Bert> {
+    let path = Path::new("config.json");
+    Bert::load(path, Config::from_json(path, config)?, checkpoint)
+}
+
+fn last_hidden_state(bert: &Bert) -> Vec<f32> {
+    let batch =
+        Batch { ids: &[1, 2, 3, 4, 5], type_ids: &[0; 5], positions: &[0, 1, 0, 1, 2], offsets: &[0, 2, 5] };
+    bert.forward(Context::serial(), batch, &mut Scratch::default()).unwrap()
+}
+
+#[test]
+fn names_with_a_prefix_and_old_names_of_norms_load() {
+    let path = golden("bert-right-pad/weights.safetensors");
+    let data = std::fs::read(&path).unwrap();
+    let tensors = SafeTensors::deserialize(&data).unwrap();
+    let old_name = |name: &str| {
+        let name =
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta");
+        format!("bert.{name}")
+    };
+    let renamed = tensors.tensors().into_iter().map(|(name, tensor)| (old_name(&name), tensor));
+    let (_dir, old_path) = write(&serialize(renamed, None).unwrap());
+
+    let new = load(config(), &Checkpoint::open(&path).unwrap()).unwrap();
+    let old = load(config(), &Checkpoint::open(&old_path).unwrap()).unwrap();
+    assert_eq!(last_hidden_state(&new), last_hidden_state(&old));
+}
+
+#[test]
+fn configurations_that_cannot_be_followed_are_refused() {
+    let checkpoint = Checkpoint::open(&golden("bert-right-pad/weights.safetensors")).unwrap();
+    for (field, value, expected) in [
+        ("model_type", serde_json::json!("gpt2"), "model_type: expected \"bert\", got \"gpt2\""),
+        ("hidden_act", serde_json::json!("gelu_10"), "hidden_act: expected relu, gelu"),
+        ("num_attention_heads", serde_json::json!(7), "num_attention_heads: expected a divisor of"),
+        ("num_attention_heads", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
+        ("hidden_size", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
+        ("hidden_size", serde_json::json!(-1), "config.json: invalid value"),
+        ("hidden_size", serde_json::Value::Null, "config.json: invalid type: null"),
+        ("position_embedding_type", serde_json::json!("relative_key"), "position_embedding_type: expected"),
+        ("is_decoder", serde_json::json!(true), "is_decoder: expected false, got true"),
+        (
+            "vocab_size",
+            serde_json::json!(61),
+            "embeddings.word_embeddings.weight: expected shape [61, 60], got [60, 60]",
+        ),
+        ("num_hidden_layers", serde_json::json!(3), "no tensor encoder.layer.2.attention.self.query.weight"),
+    ] {
+        let mut config = config();
+        config[field] = value;
+        let error = load(config, &checkpoint).unwrap_err().to_string();
+        assert!(error.contains(expected), "{field}: {error}");
+    }
+}
+
+#[test]
+fn tokens_outside_the_tables_are_refused() {
+    let checkpoint = Checkpoint::open(&golden("bert-right-pad/weights.safetensors")).unwrap();
+    let bert = load(config(), &checkpoint).unwrap();
+    let forward = |ids, type_ids, positions| {
+        let batch = Batch { ids, type_ids, positions, offsets: &[0, 2] };
+        bert.forward(Context::serial(), batch, &mut Scratch::default()).unwrap_err().to_string()
+    };
+    assert!(forward(&[1, 60], &[0, 0], &[0, 1]).contains("word_embeddings: index 60 at token 1"));
+    assert!(forward(&[1, 2], &[2, 0], &[0, 1]).contains("token_type_embeddings: index 2 at token 0"));
+    assert!(forward(&[1, 2], &[0, 0], &[0, 80]).contains("position_embeddings: index 80 at token 1"));
+    assert!(forward(&[1, 2], &[0], &[0, 1]).contains("type_ids: expected 2, got 1"));
+}
+
+#[test]
+fn a_sequence_without_tokens_has_nothing_to_pool() {
+    let checkpoint = Checkpoint::open(&golden("bert-right-pad/weights.safetensors")).unwrap();
+    let bert = load(config(), &checkpoint).unwrap();
+    let hidden = last_hidden_state(&bert);
+    assert_eq!(bert.pool(Context::serial(), &hidden, &[0, 2, 5]).unwrap().unwrap().len(), 2 * 60);
+    for offsets in [&[0, 5, 5][..], &[0, 0, 5], &[5, 6]] {
+        let error = bert.pool(Context::serial(), &hidden, offsets).unwrap_err().to_string();
+        assert!(error.contains("tokens of a sequence"), "{error}");
+    }
+}
+
+#[test]
+fn padding_anywhere_is_left_out_and_put_back() {
+    let mask = [false, true, true, true, false, true, false, false, false];
+    let ragged = Ragged::from_mask(&mask, 3);
+    assert_eq!(ragged.offsets(), [0, 2, 4, 4]);
+    assert_eq!(ragged.positions(), [1, 2, 0, 2]);
+    let padded: Vec<f32> = (0..18u8).map(f32::from).collect();
+    let packed = ragged.gather(&padded, 2).unwrap();
+    assert_eq!(packed, [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 10.0, 11.0]);
+    let back = ragged.scatter(&packed, 2);
+    for (i, (&before, &after)) in padded.iter().zip(&back).enumerate() {
+        assert_eq!(after, if mask[i / 2] { before } else { 0.0 });
+    }
+    assert!(ragged.gather(&padded, 3).is_err());
+}
