@@ -1,0 +1,146 @@
+//! `laneformer compare`: the same work by laneformer and by its peers, in one session, in turns.
+
+mod contest;
+mod host;
+mod ours;
+mod peers;
+pub mod picture;
+mod report;
+mod rust_peers;
+mod task;
+
+use std::fs;
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use laneformer::Isa;
+
+use crate::bench::data::Buffer;
+use crate::bench::roof::Roof;
+use crate::compare::contest::{Line, Rounds, contest};
+use crate::compare::peers::Handover;
+use crate::compare::report::{Report, Roofs};
+use crate::compare::task::Task;
+use crate::runtime::Runtime;
+
+/// Arguments of `compare`.
+#[derive(clap::Args)]
+pub struct CompareArgs {
+    /// Only tasks whose name contains this; no report is written then
+    #[arg(value_name = "FILTER", default_value = "", hide_default_value = true)]
+    filter: String,
+    /// Thread budgets of everybody [default: one, and all that the system gives this process]
+    #[arg(long, value_name = "N", value_delimiter = ',')]
+    threads: Vec<NonZeroUsize>,
+    /// One JSON object per task instead of the tables
+    #[arg(long)]
+    json: bool,
+    /// Rounds of each peer
+    #[arg(long, value_name = "N", default_value = "7")]
+    rounds: NonZeroUsize,
+    /// Milliseconds of a round
+    #[arg(long, value_name = "MS", default_value = "30")]
+    round_ms: u64,
+    /// Measure what the library costs to build, too
+    #[arg(long)]
+    build_cost: bool,
+    /// Directory for BENCHMARKS.md and docs/img
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    out: PathBuf,
+}
+
+/// Runs everybody, prints, and writes the report of a whole run.
+pub fn run(args: CompareArgs) -> Result<ExitCode> {
+    let tasks: Vec<Task> = task::all().into_iter().filter(|task| task.name.contains(&args.filter)).collect();
+    if tasks.is_empty() {
+        let names: Vec<String> = task::all().into_iter().map(|task| task.name).collect();
+        bail!("no task contains {:?}; the tasks are {}", args.filter, names.join(", "));
+    }
+    let budgets: Vec<usize> = if args.threads.is_empty() {
+        default_budgets()
+    } else {
+        args.threads.iter().map(|n| n.get()).collect()
+    };
+    let rounds = Rounds { count: args.rounds.get(), length: Duration::from_millis(args.round_ms) };
+    let python = peers::install();
+    if let Err(error) = &python {
+        eprintln!("laneformer: no Python peers: {error:#}");
+    }
+    let handover = Handover::new()?;
+    let mut report = Report::new(host::Host::detect()?, rounds);
+    if args.build_cost {
+        report.build_cost = Some(host::output("sh", &["benches/peers/build_cost.sh"])?);
+    }
+    for threads in budgets {
+        let runtime = Runtime::new(Isa::best(), threads)?;
+        let mut contestants = match &python {
+            Ok(python) => peers::start(python, threads),
+            Err(_) => peers::absent("not installed"),
+        };
+        contestants.extend(rust_peers::start(threads));
+        let mut lines = vec![];
+        for task in &tasks {
+            let line = contest(runtime.context(), task, &mut contestants, &handover, rounds)
+                .with_context(|| task.name.clone())?;
+            announce(&line, args.json)?;
+            lines.push(line);
+        }
+        let columns = contestants.iter().map(|c| c.name().to_owned()).collect();
+        report.add(Roofs::measure(threads), columns, lines);
+    }
+    if args.filter.is_empty() {
+        write_report(&report, &args.out)?;
+    }
+    if !args.json {
+        print!("{}", report.tables());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn default_budgets() -> Vec<usize> {
+    let all = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    if all == 1 { vec![1] } else { vec![1, all] }
+}
+
+/// A line as soon as it is known: JSON on standard output, or a sign of life on standard error.
+fn announce(line: &Line, json: bool) -> Result<()> {
+    if json {
+        let mut out = io::stdout().lock();
+        writeln!(out, "{}", serde_json::to_string(line)?)?;
+        return Ok(out.flush()?);
+    }
+    eprintln!("{} threads {}: {}", line.name, line.threads, report::time(line.ns));
+    Ok(())
+}
+
+fn write_report(report: &Report, dir: &Path) -> Result<()> {
+    let images = dir.join("docs/img");
+    fs::create_dir_all(&images).with_context(|| images.display().to_string())?;
+    let images: Vec<String> = report.pictures(&images)?;
+    let path = dir.join("BENCHMARKS.md");
+    fs::write(&path, report.markdown(&images)).with_context(|| path.display().to_string())?;
+    eprintln!("laneformer: wrote {}", path.display());
+    Ok(())
+}
+
+impl Roofs {
+    /// The limits of this machine with so many threads: the best of several bursts.
+    fn measure(threads: usize) -> Roofs {
+        let roof = Roof { isa: Isa::best(), threads };
+        let best = |burst: &dyn Fn() -> f64| (0..8).map(|_| burst()).fold(0.0, f64::max);
+        let read = |bytes: usize| {
+            let buffer = Buffer::filled(bytes / size_of::<f32>(), 1.0);
+            best(&|| roof.read(&buffer))
+        };
+        Roofs {
+            threads,
+            gflops: best(&|| roof.fma()),
+            l2_gbps: read(threads << 19),
+            dram_gbps: read(256 << 20),
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Sentences, one per line.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+
+use anyhow::{Context as _, anyhow};
+
+/// Large enough to fill many batches at one go.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// The lines of a file or of standard input.
+pub struct Lines {
+    name: String,
+    /// Length of the input if it is a file.
+    pub total_bytes: Option<u64>,
+    reader: BufReader<Box<dyn Read>>,
+    /// Bytes of the lines so far.
+    pub bytes: u64,
+    /// Number of lines so far.
+    pub count: usize,
+}
+
+impl Lines {
+    /// `None` is standard input.
+    pub fn open(path: Option<&Path>) -> anyhow::Result<Lines> {
+        let (name, total_bytes, source): (_, _, Box<dyn Read>) = match path {
+            None => ("standard input".into(), None, Box::new(io::stdin())),
+            Some(path) => {
+                let name = path.display().to_string();
+                let file = File::open(path).with_context(|| name.clone())?;
+                let metadata = file.metadata().with_context(|| name.clone())?;
+                (name, metadata.is_file().then_some(metadata.len()), Box::new(file))
+            }
+        };
+        let reader = BufReader::with_capacity(BUFFER_BYTES, source);
+        Ok(Lines { name, total_bytes, reader, bytes: 0, count: 0 })
+    }
+
+    /// The next line without its end; `None` behind the last.
+    pub fn next(&mut self) -> anyhow::Result<Option<String>> {
+        let mut line = vec![];
+        let bytes = self.reader.read_until(b'\n', &mut line).with_context(|| self.name.clone())?;
+        if bytes == 0 {
+            return Ok(None);
+        }
+        self.bytes += bytes as u64;
+        self.count += 1;
+        if line.ends_with(b"\n") {
+            line.pop();
+            if line.ends_with(b"\r") {
+                line.pop();
+            }
+        }
+        let line = String::from_utf8(line);
+        let at = |error: std::string::FromUtf8Error| {
+            let valid = error.utf8_error().valid_up_to();
+            anyhow!("{}: not UTF-8 from byte {} on", self.place(), valid + 1)
+        };
+        line.map(Some).map_err(at)
+    }
+
+    /// Whether the next line has already been read from the source, so that it can be had without waiting.
+    pub fn is_ready(&self) -> bool {
+        self.reader.buffer().contains(&b'\n')
+    }
+
+    /// The last line, for messages.
+    pub fn place(&self) -> String {
+        format!("{}: line {}", self.name, self.count)
+    }
+}

@@ -1,0 +1,63 @@
+//! `laneformer`: sentence embeddings, verification against golden cases, benchmarks.
+
+mod bench;
+mod compare;
+mod embed;
+mod info;
+mod input;
+mod output;
+mod runtime;
+mod verify;
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "laneformer", version, about = "Fast, reproducible Transformer layers on CPUs")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show the CPU, its features and caches, and measure its peaks
+    Info(info::InfoArgs),
+    /// Check each operation against the f64 reference, then time it against the measured peak
+    Bench(bench::BenchArgs),
+    /// Run the same work here and in other libraries, in turns, and write BENCHMARKS.md
+    Compare(compare::CompareArgs),
+    /// Turn sentences, one per line, into embeddings
+    Embed(embed::EmbedArgs),
+    /// Compare with golden cases computed by reference implementations
+    Verify(verify::VerifyArgs),
+}
+
+/// Status of bad input or arguments, as clap's own errors have it.
+const BAD_INPUT: u8 = 2;
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Info(args) => info::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(args),
+        Command::Compare(args) => compare::run(args),
+        Command::Embed(args) => embed::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Verify(args) => verify::run(args),
+    };
+    result.unwrap_or_else(|error| {
+        if is_broken_pipe(&error) {
+            return ExitCode::SUCCESS; // The reader has seen enough, as `head` does.
+        }
+        eprintln!("laneformer: {error:#}");
+        ExitCode::from(BAD_INPUT)
+    })
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}

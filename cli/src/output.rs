@@ -1,0 +1,128 @@
+//! Where embeddings go: JSON lines on standard output, or a safetensors file.
+
+use std::fs;
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::Serialize;
+use tempfile::NamedTempFile;
+
+/// A place for embeddings.
+pub enum Sink {
+    Lines(JsonLines),
+    File(SafetensorsFile),
+}
+
+impl Sink {
+    /// `None` is standard output. A file is begun here, so that it is known to be writable before the work.
+    pub fn open(path: Option<&Path>, dim: usize) -> anyhow::Result<Sink> {
+        match path {
+            None => Ok(Sink::Lines(JsonLines { out: BufWriter::new(io::stdout()), index: 0 })),
+            Some(path) => {
+                let file = SafetensorsFile::create(path, dim);
+                Ok(Sink::File(file.with_context(|| format!("cannot write {}", path.display()))?))
+            }
+        }
+    }
+
+    /// Writes whole rows of `dim` elements.
+    pub fn write(&mut self, rows: &[f32], dim: usize) -> anyhow::Result<()> {
+        match self {
+            Sink::Lines(lines) => lines.write(rows, dim).context("standard output"),
+            Sink::File(file) => file.write(rows).with_context(|| file.path.display().to_string()),
+        }
+    }
+
+    /// Puts a file in its place.
+    pub fn finish(self) -> anyhow::Result<()> {
+        match self {
+            Sink::Lines(_) => Ok(()),
+            Sink::File(file) => {
+                let path = file.path.clone();
+                file.finish().with_context(|| path.display().to_string())
+            }
+        }
+    }
+}
+
+/// One JSON object per embedding.
+pub struct JsonLines {
+    out: BufWriter<io::Stdout>,
+    index: usize,
+}
+
+#[derive(Serialize)]
+struct Record<'a> {
+    index: usize,
+    embedding: &'a [f32],
+}
+
+impl JsonLines {
+    fn write(&mut self, rows: &[f32], dim: usize) -> io::Result<()> {
+        for embedding in rows.chunks_exact(dim) {
+            serde_json::to_writer(&mut self.out, &Record { index: self.index, embedding })?;
+            self.out.write_all(b"\n")?;
+            self.index += 1;
+        }
+        self.out.flush()
+    }
+}
+
+/// A file with one tensor `embeddings` [rows, dim], written beside its place and renamed at the end. Rows are written
+/// as they come, so that memory does not grow with the input: the header follows when their number is known.
+pub struct SafetensorsFile {
+    path: PathBuf,
+    file: BufWriter<NamedTempFile>,
+    dim: usize,
+    rows: usize,
+}
+
+/// Room for the header, a multiple of the alignment that readers want for the data behind it.
+const HEADER_BYTES: usize = 256;
+
+impl SafetensorsFile {
+    fn create(path: &Path, dim: usize) -> io::Result<SafetensorsFile> {
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut builder = tempfile::Builder::new();
+        // The usual mode of a new file, less the umask, instead of a private one.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = BufWriter::new(builder.prefix(".laneformer-").tempfile_in(dir)?);
+        if fs::metadata(path).is_ok_and(|there| there.is_dir()) {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
+        file.write_all(&[b' '; HEADER_BYTES])?;
+        Ok(SafetensorsFile { path: path.into(), file, dim, rows: 0 })
+    }
+
+    fn write(&mut self, rows: &[f32]) -> io::Result<()> {
+        self.rows += rows.len() / self.dim;
+        rows.iter().try_for_each(|x| self.file.write_all(&x.to_le_bytes()))
+    }
+
+    fn finish(mut self) -> io::Result<()> {
+        let header = self.header()?;
+        self.file.seek(SeekFrom::Start(0))?;
+        self.file.write_all(&header)?;
+        self.file.into_inner()?.persist(self.path)?;
+        Ok(())
+    }
+
+    /// The length of the header, the header, and spaces up to the data.
+    fn header(&self) -> io::Result<Vec<u8>> {
+        let tensor = TensorInfo {
+            dtype: Dtype::F32,
+            shape: vec![self.rows, self.dim],
+            data_offsets: (0, self.rows * self.dim * size_of::<f32>()),
+        };
+        let metadata = Metadata::new(None, vec![("embeddings".into(), tensor)]).map_err(io::Error::other)?;
+        let json = serde_json::to_string(&metadata)?;
+        let room = HEADER_BYTES - size_of::<u64>();
+        let mut header = (room as u64).to_le_bytes().to_vec();
+        write!(header, "{json:room$}")?;
+        Ok(header)
+    }
+}

@@ -1,0 +1,246 @@
+//! `laneformer embed` on a tiny model: what it writes, and how it refuses bad input.
+
+mod common;
+
+use std::fs;
+
+use common::{Model, golden, laneformer, parts};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+
+/// The embeddings of JSON lines, whose indices must ascend from 0.
+fn embeddings(stdout: &str) -> Vec<Vec<f32>> {
+    let embedding = |(index, line): (usize, &str)| {
+        let record: Value = serde_json::from_str(line).expect("JSON");
+        assert_eq!(record["index"], index);
+        let embedding = record["embedding"].as_array().expect("an array");
+        embedding.iter().map(|x| x.as_f64().expect("a number") as f32).collect()
+    };
+    stdout.lines().enumerate().map(embedding).collect()
+}
+
+#[test]
+fn json_lines_come_in_order_and_have_length_one() {
+    let model = Model::new();
+    let args = ["embed", "--model", model.arg(), "--threads", "1"];
+    let (status, stdout, stderr) = parts(&laneformer(&args, b"w1 w2 w3\n\nw4\nw1 w2 w3"));
+    assert_eq!(status, 0, "{stderr}");
+    let embeddings = embeddings(&stdout);
+    assert_eq!(embeddings.len(), 4);
+    for embedding in &embeddings {
+        assert_eq!(embedding.len(), 96);
+        let length = embedding.iter().map(|x| x * x).sum::<f32>().sqrt();
+        assert!((length - 1.0).abs() < 1e-6, "{length}");
+    }
+    assert_eq!(embeddings[0], embeddings[3]);
+    assert_ne!(embeddings[0], embeddings[1]);
+    assert!(stderr.contains("4 sentences, 15 tokens"), "{stderr}");
+    assert!(stderr.contains("sentences/s") && stderr.contains("tokens/s"), "{stderr}");
+}
+
+#[test]
+fn line_ends_of_either_kind_and_threads_change_nothing() {
+    let model = Model::new();
+    let run = |input: &[u8], threads| {
+        parts(&laneformer(&["embed", "--model", model.arg(), "--threads", threads], input)).1
+    };
+    let expected = run(b"w1 w2\nw3\n", "1");
+    assert_eq!(expected.lines().count(), 2);
+    assert_eq!(run(b"w1 w2\r\nw3", "1"), expected);
+    assert_eq!(run(b"w1 w2\nw3\n", "3"), expected);
+    assert_eq!(run(b"", "1"), "");
+}
+
+#[test]
+fn many_lines_go_through_many_batches() {
+    let model = Model::new();
+    let input: String = (0..2000).map(|i| format!("w{} w{}\n", i % 57, i % 5)).collect();
+    let path = model.path().join("input.txt");
+    fs::write(&path, &input).unwrap();
+    let args = ["embed", "--model", model.arg(), "--input", path.to_str().unwrap()];
+    let (status, stdout, stderr) = parts(&laneformer(&args, b""));
+    assert_eq!(status, 0, "{stderr}");
+    let embeddings = embeddings(&stdout);
+    assert_eq!(embeddings.len(), 2000);
+    // The sentences repeat after 57 * 5 lines; their neighbours in the batch are others.
+    assert_eq!(embeddings[..285], embeddings[285..570]);
+}
+
+#[test]
+fn a_safetensors_file_holds_the_same_numbers() {
+    let model = Model::new();
+    let output = model.path().join("out.safetensors");
+    fs::write(&output, "what was there before").unwrap();
+    let input = b"w1\nw2 w3\n\n";
+    let args = ["embed", "--model", model.arg()];
+    let (_, stdout, _) = parts(&laneformer(&args, input));
+    let with_output = [&args[..], &["--output", output.to_str().unwrap()]].concat();
+    let before = fs::read_dir(model.path()).unwrap().count();
+    let (status, nothing, stderr) = parts(&laneformer(&with_output, input));
+    assert_eq!((status, nothing.as_str()), (0, ""), "{stderr}");
+    assert_eq!(fs::read_dir(model.path()).unwrap().count(), before, "a temporary file is left");
+
+    let data = fs::read(&output).unwrap();
+    let file = SafeTensors::deserialize(&data).unwrap();
+    let tensor = file.tensor("embeddings").unwrap();
+    assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::F32, &[3, 96][..]));
+    let rows = tensor.data().chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap()));
+    assert_eq!(rows.collect::<Vec<_>>(), embeddings(&stdout).concat());
+}
+
+#[test]
+fn truncation_is_noted_once() {
+    let model = Model::new();
+    let long = "w1 w2 w3 w4 w5 w6 w7 w8 w9";
+    let input = format!("{long}\n{long} w10\nw1 w2 w3 w4 w5 w6\n");
+    let (status, stdout, stderr) = parts(&laneformer(&["embed", "--model", model.arg()], input.as_bytes()));
+    assert_eq!(status, 0, "{stderr}");
+    let embeddings = embeddings(&stdout);
+    assert_eq!(embeddings[0], embeddings[1], "the first six words and the special tokens are left of both");
+    assert_eq!(embeddings[0], embeddings[2]);
+    assert_eq!(stderr.matches("truncated").count(), 1, "{stderr}");
+    assert!(stderr.contains("2 of 3 sentences truncated at 8 tokens"), "{stderr}");
+}
+
+#[test]
+fn special_tokens_are_never_cut_off() {
+    let model = Model::new();
+    model.set("sentence_bert_config.json", "max_seq_length", json!(1));
+    refused(&model, &["sentence_bert_config.json", "max_seq_length", "2 special tokens", "got 1"]);
+    model.set("sentence_bert_config.json", "max_seq_length", json!(2));
+    let (status, stdout, stderr) = parts(&laneformer(&["embed", "--model", model.arg()], b"w1\n\n"));
+    assert_eq!(status, 0, "{stderr}");
+    let embeddings = embeddings(&stdout);
+    assert_eq!(embeddings[0], embeddings[1]);
+}
+
+/// Status 2, a message with all of `expected`, and nothing on standard output.
+fn refused(model: &Model, expected: &[&str]) {
+    let (status, stdout, stderr) = parts(&laneformer(&["embed", "--model", model.arg()], b"w1\n"));
+    assert_eq!((status, stdout.as_str()), (2, ""), "{stderr}");
+    for part in expected {
+        assert!(stderr.contains(part), "{part:?} is not in: {stderr}");
+    }
+}
+
+#[test]
+fn files_that_are_not_there_are_named() {
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        let model = Model::new();
+        fs::remove_file(model.path().join(name)).unwrap();
+        refused(&model, &[name, "No such file"]);
+    }
+}
+
+#[test]
+fn broken_files_are_named() {
+    for (name, expected) in [
+        ("config.json", "line 1 column 3"),
+        ("tokenizer.json", "tokenizer.json"),
+        ("sentence_bert_config.json", "line 1 column 3"),
+        ("model.safetensors", "not a complete safetensors file"),
+    ] {
+        let model = Model::new();
+        fs::write(model.path().join(name), "{ this is not it").unwrap();
+        refused(&model, &[name, expected]);
+    }
+    let model = Model::new();
+    let weights = model.path().join("model.safetensors");
+    let data = fs::read(&weights).unwrap();
+    fs::write(&weights, &data[..data.len() / 2]).unwrap();
+    refused(&model, &["model.safetensors", "not a complete safetensors file"]);
+}
+
+#[test]
+fn another_architecture_is_refused() {
+    let model = Model::new();
+    model.write_json("config.json", &json!({ "model_type": "gpt2", "n_embd": 96 }));
+    refused(&model, &["config.json", "model_type", "bert", "gpt2"]);
+    let model = Model::new();
+    model.set("config.json", "hidden_act", json!("mish"));
+    refused(&model, &["config.json", "hidden_act", "mish"]);
+    let model = Model::new();
+    model.write_json(
+        "modules.json",
+        &json!([{ "type": "sentence_transformers.models.Dense", "path": "2_Dense" }]),
+    );
+    refused(&model, &["modules.json", "Dense"]);
+    let model = Model::new();
+    model
+        .write_json("modules.json", &json!([{ "type": "sentence_transformers.models.Pooling", "path": "" }]));
+    model.set("config.json", "pooling_mode_cls_token", json!(true));
+    refused(&model, &["config.json", "pooling_mode_cls_token"]);
+}
+
+#[test]
+fn tensors_that_are_missing_or_of_another_shape_are_named() {
+    let model = Model::new();
+    model.set("config.json", "num_hidden_layers", json!(2));
+    refused(&model, &["model.safetensors", "no tensor encoder.layer.1.attention.self.query.weight"]);
+    let model = Model::new();
+    model.set("config.json", "intermediate_size", json!(53));
+    refused(
+        &model,
+        &["model.safetensors", "encoder.layer.0.intermediate.dense.weight", "[53, 96]", "[52, 96]"],
+    );
+}
+
+#[test]
+fn a_bad_line_is_named_and_the_lines_before_it_are_written() {
+    let model = Model::new();
+    let args = ["embed", "--model", model.arg()];
+    let (status, stdout, stderr) = parts(&laneformer(&args, b"w1\nw2 w3\nw4 \xff w5\nw6\n"));
+    assert_eq!(status, 2, "{stderr}");
+    assert_eq!(embeddings(&stdout).len(), 2);
+    assert!(stderr.contains("standard input: line 3") && stderr.contains("not UTF-8"), "{stderr}");
+
+    // Without a length to truncate at, a line longer than the 80 positions is bad input.
+    fs::remove_file(model.path().join("sentence_bert_config.json")).unwrap();
+    let (fits, too_long) = ("w1 ".repeat(78), "w1 ".repeat(79));
+    let input = model.path().join("input.txt");
+    fs::write(&input, format!("{fits}\n{too_long}\n{fits}\n")).unwrap();
+    let output = model.path().join("out.safetensors");
+    let files = ["--input", input.to_str().unwrap(), "--output", output.to_str().unwrap()];
+    let (status, _, stderr) = parts(&laneformer(&[&args[..], &files].concat(), b""));
+    assert_eq!(status, 2, "{stderr}");
+    assert!(stderr.contains("input.txt: line 2: 81 tokens, but the model has 80 positions"), "{stderr}");
+    let data = fs::read(&output).unwrap();
+    assert_eq!(SafeTensors::deserialize(&data).unwrap().tensor("embeddings").unwrap().shape(), [1, 96]);
+}
+
+#[test]
+fn a_tokenizer_of_another_model_is_refused_at_its_line() {
+    let model = Model::new();
+    let mut tokenizer: Value =
+        serde_json::from_slice(&fs::read(model.path().join("tokenizer.json")).unwrap()).unwrap();
+    tokenizer["model"]["vocab"]["foreign"] = json!(60);
+    model.write_json("tokenizer.json", &tokenizer);
+    let (status, stdout, stderr) =
+        parts(&laneformer(&["embed", "--model", model.arg()], b"w1\nw2 foreign\n"));
+    assert_eq!((status, stdout.lines().count()), (2, 1), "{stderr}");
+    assert!(stderr.contains("line 2: word_embeddings: index 60"), "{stderr}");
+}
+
+#[test]
+fn arguments_that_make_no_sense_are_refused() {
+    let model = Model::new();
+    let missing = model.path().join("nowhere/out.safetensors");
+    for (args, expected) in [
+        (vec!["--isa", "mmx"], "scalar, portable, avx2, avx512"),
+        (vec!["--threads", "0"], "--threads"),
+        (vec!["--input", "nowhere.txt"], "nowhere.txt"),
+        (vec!["--input", model.arg()], model.arg()),
+        (vec!["--output", missing.to_str().unwrap()], "nowhere/out.safetensors"),
+        (vec!["--output", model.arg()], model.arg()),
+        (vec!["--nonsense"], "--nonsense"),
+    ] {
+        let args = [&["embed", "--model", model.arg()][..], &args].concat();
+        let (status, stdout, stderr) = parts(&laneformer(&args, b"w1\n"));
+        assert_eq!((status, stdout.as_str()), (2, ""), "{args:?} {stderr}");
+        assert!(stderr.contains(expected), "{expected:?} is not in: {stderr}");
+    }
+    let case = golden("bert-right-pad");
+    let (status, _, stderr) = parts(&laneformer(&["embed", "--model", case.to_str().unwrap()], b""));
+    assert_eq!(status, 2);
+    assert!(stderr.contains("config.json"), "{stderr}");
+}
