@@ -1,0 +1,150 @@
+"""The model of docs/performance.md: the time of a layer from the times of its parts.
+
+    laneformer compare --json > run.jsonl
+    python benches/peers/schedule_model.py run.jsonl
+
+Every rate comes from the run: the products from the rows gemm/f32/m1024*, scores and exponentials from the softmax row, gelu and norm from theirs.
+What is added for other core counts is the number of tiles of a phase, which `Split` in src/linear.rs decides, and the waits between phases.
+"""
+
+import json
+import sys
+from math import ceil
+
+PANEL, MAX_ROWS, FEW, BLOCK = 64, 96, 24, 64
+PADDING = 16
+
+# Microseconds from the last tile of a phase to the first of the next: a line that travels to every core.
+BARRIER_US = 0.3
+
+
+def split(rows, cols, max_rows, members):
+    """`Split::new`: rows and columns of a tile."""
+    tiles = ceil(ceil(rows / max_rows) / members) * members
+    by_rows = ceil(rows / tiles)
+    if members == 1 or by_rows >= FEW:
+        return by_rows, cols
+    return min(rows, max_rows), ceil(ceil(cols / PANEL) / (2 * members)) * PANEL
+
+
+def ffn_rows(d, f):
+    scratch = PANEL + min(512, f) + PADDING + d + PADDING
+    return max(6, min(MAX_ROWS, 704 * 1024 // 4 // (d + scratch)))
+
+
+class Rates:
+    """GFLOP/s of one core's products and nanoseconds per element of the rest, of one thread."""
+
+    def __init__(self, lines):
+        one = {line["name"]: line for line in lines if line["threads"] == 1}
+        rate = lambda name: one[name]["flops"] / one[name]["ns"]
+        element = lambda name: one[name]["ns"] / one[name]["elements"]
+        self.peak = max(line["peak_gflops"] for line in one.values())
+        self.wide = rate("gemm/f32/m1024n3072k768")
+        self.deep = rate("gemm/f32/m1024n768k3072")
+        # Fewer rows than a register tile takes: the panel's loads are the bound.
+        self.few = {m: rate(f"gemm/f32/m{m}n3072k768") for m in (8, 16)}
+        self.softmax = element("softmax/f32/384x512")
+        self.gelu = element("gelu_erf/f32/64x3072")
+        self.norm = element("layernorm/f32/256x768")
+
+    def product(self, rows, deep=False):
+        rate = self.deep if deep else self.wide
+        return min(rate, self.few[16]) if rows <= 16 else rate
+
+
+class Phase:
+    def __init__(self, name, flops, weights, down, across, ns):
+        self.name, self.flops, self.weights = name, flops, weights
+        self.tiles, self.down, self.ns = down * across, down, ns
+
+    def time(self, members):
+        """Nanoseconds: the busiest member's tiles, then the wait."""
+        rounds = ceil(self.tiles / members)
+        wait = 0 if members == 1 else BARRIER_US * 1e3 * max(1, members / 4)
+        return self.ns * rounds / self.tiles + wait
+
+
+def phases(dims, batch, seq_len, members, rates):
+    """A post-norm layer as `layer.rs` runs it; `ns` is one core's time for all of a phase."""
+    d, heads, f = dims
+    t = batch * seq_len
+    result = []
+
+    def product(name, flops, weights, rows, cols, max_rows, deep=False, extra=0.0):
+        r, c = split(rows, cols, max_rows, members)
+        down, across = ceil(rows / r), ceil(cols / c)
+        ns = flops / rates.product(r, deep) + extra
+        result.append(Phase(name, flops, weights * down, down, across, ns))
+        return across == 1
+
+    by_block = members > 1 and t < 2 * BLOCK * members
+    down = batch * ceil(seq_len / BLOCK) if by_block else max(1, t // BLOCK)
+    parts = min(heads, ceil(2 * BLOCK * members / t), 2 * members) if by_block else 1
+    qkv = 6 * t * d * d
+    result.append(Phase("qkv", qkv, 12 * d * d * down, down, parts, qkv / rates.product(min(t, BLOCK))))
+
+    blocks = batch * ceil(seq_len / BLOCK)
+    rows = t / blocks
+    per_tile = max(1, min(ceil(heads / members), int((1 << 14) / (rows * min(seq_len, 1 << 14)))))
+    scores = 4 * t * seq_len * d
+    ns = scores / (0.94 * rates.wide) + t * seq_len * heads * rates.softmax
+    result.append(Phase("attention", scores, 0, blocks, ceil(heads / per_tile), ns))
+
+    norm = 2 * t * d * rates.norm / 2
+    whole = product("out", 2 * t * d * d, 4 * d * d, t, d, MAX_ROWS, extra=norm)
+    if not whole:
+        result.append(Phase("norm", 0, 0, members, 1, norm))
+    most = ffn_rows(d, f)
+    gelu = t * f * max(0.0, rates.gelu - 0.03)  # The loads and stores of the row operation are the product's own.
+    r, _ = split(t, d, most, members)
+    if members == 1 or split(t, d, most, members)[1] >= d:
+        down = ceil(t / r)
+        ns = 2 * t * d * f / rates.product(r) + 2 * t * d * f / rates.product(r, True) + gelu + norm
+        result.append(Phase("ffn", 4 * t * d * f, 8 * d * f * down, down, 1, ns))
+    else:
+        product("up", 2 * t * d * f, 4 * d * f, t, f, MAX_ROWS, extra=gelu)
+        if not product("down", 2 * t * d * f, 4 * d * f, t, d, MAX_ROWS, deep=True):
+            result.append(Phase("norm", 0, 0, members, 1, norm))
+    return result
+
+
+DIMS = {"bert-base": (768, 12, 3072), "minilm": (384, 12, 1536)}
+CORES = (8, 16, 64)
+
+
+def main():
+    lines = [json.loads(line) for line in open(sys.argv[1])]
+    rates = Rates(lines)
+    print(f"peak {rates.peak:.0f} GFLOP/s, products {rates.wide:.0f} and {rates.deep:.0f}")
+    layers = [line for line in lines if line["name"].startswith("layer/")]
+    names = list(dict.fromkeys(line["name"] for line in layers))
+    measured = {(line["name"], line["threads"]): line for line in layers}
+    threads = sorted({line["threads"] for line in layers})
+    head = [f"{n} thread{'s' * (n > 1)}: predicted | measured | ratio" for n in threads]
+    print("| layer |", " | ".join(head), "|\n|---|" + "---:|" * 3 * len(threads))
+    for name in names:
+        _, _, model, shape = name.split("/")
+        batch, seq_len = map(int, shape[1:].split("s"))
+        cells = []
+        for n in threads:
+            line = measured[name, n]
+            time = sum(p.time(n) for p in phases(DIMS[model], batch, seq_len, n, rates))
+            cells.append(f"{time / 1e6:.3f} | {line['ns'] / 1e6:.3f} ms | {line['ns'] / time:.2f}")
+        print("|", name, "|", " | ".join(cells), "|")
+    print("\n| layer |", " | ".join(f"{n} cores | GB/s" for n in CORES), "|\n|---|" + "---:|---:|" * len(CORES))
+    for name in names:
+        _, _, model, shape = name.split("/")
+        batch, seq_len = map(int, shape[1:].split("s"))
+        cells = []
+        for n in CORES:
+            steps = phases(DIMS[model], batch, seq_len, n, rates)
+            time = sum(p.time(n) for p in steps)
+            flops = sum(p.flops for p in steps)
+            weights = sum(p.weights for p in steps)
+            cells.append(f"{time / 1e6:.3f} ms, {100 * flops / time / rates.peak / n:.0f} % | {weights / time:.0f}")
+        print("|", name, "|", " | ".join(cells), "|")
+
+
+if __name__ == "__main__":
+    main()
