@@ -35,9 +35,9 @@ const RELATIVE_STRIDE: usize = RELATIVE_COLS + LANES;
 /// Rows whose scores (8 KiB) go through both passes of softmax together.
 const SOFTMAX_ROWS: usize = 8;
 
-/// Scratch of a tile, in elements; what relative positions take is never touched without them.
-pub(crate) fn scratch_len(heads: &Heads) -> usize {
-    let relative = 2 * padded_stride(heads.head_dim) + RELATIVE_STRIDE;
+/// Scratch of a tile, in elements, with or without relative positions.
+pub(crate) fn scratch_len(heads: &Heads, has_relative: bool) -> usize {
+    let relative = if has_relative { 2 * padded_stride(heads.head_dim) + RELATIVE_STRIDE } else { 0 };
     ROWS * (SCORE_STRIDE + 2 * heads.layout().value_stride() + 2 + relative)
 }
 
@@ -103,6 +103,12 @@ pub(crate) fn attend<S: Simd>(
     let (max, rest) = rest.split_at_mut(ROWS);
     let (sum, rest) = rest.split_at_mut(ROWS);
     max[..rows].fill(f32::NEG_INFINITY);
+    // Rows far apart are nothing that the hardware foresees.
+    for row in 0..rows {
+        for line in queries.q.row(row).chunks(LANES) {
+            s.prefetch(line.as_ptr());
+        }
+    }
     let mut score = MatMut::scratch(score, rows, CHUNK, SCORE_STRIDE);
     let mut part = MatMut::scratch(part, rows, stride, stride);
     let mut total = MatMut::scratch(total, rows, stride, stride);
@@ -152,8 +158,13 @@ pub(crate) fn attend<S: Simd>(
             continue;
         }
         let inv = s.splat(1.0 / sum[row]);
-        for (out, total) in out.chunks_mut(LANES).zip(total.row(row).as_chunks::<LANES>().0) {
-            (s.load(total) * inv).store_partial(out);
+        let (total, (whole, tail)) = (total.row(row), out.as_chunks_mut::<LANES>());
+        let mut total = total.as_chunks::<LANES>().0.iter();
+        for (out, total) in whole.iter_mut().zip(&mut total) {
+            (s.load(total) * inv).store(out);
+        }
+        for total in total {
+            (s.load(total) * inv).store_partial(tail);
         }
     }
 }
@@ -188,7 +199,11 @@ fn attend_chunk<S: Simd>(
     for (i, block, seen) in tiles.iter() {
         let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
         let mut tile = score.block(0..n, cols);
-        let next = keys.keys(tiles.after(i).unwrap_or(block), kv_head);
+        // Behind the last block's keys come the first block's values, and behind its values mostly the next head's keys.
+        let next = match tiles.after(i) {
+            Some(block) => keys.keys(block, kv_head),
+            None => keys.values(tiles.first_block + tiles.iter().next().map_or(0, |(i, ..)| i), kv_head),
+        };
         product(s, *q, &keys.keys(block, kv_head)[seen.start..], BLOCK, Start::Zero, &mut tile, next);
     }
     if let (Some(relative), Some((w, mut buffer))) = (&call.terms.relative, positions) {
@@ -230,7 +245,10 @@ fn attend_chunk<S: Simd>(
     for (i, block, seen) in tiles.iter() {
         let p = score.as_ref().block(0..n, i * BLOCK + seen.start..i * BLOCK + seen.end);
         let values = &keys.values(block, kv_head)[seen.start * stride..];
-        let next = keys.values(tiles.after(i).unwrap_or(block), kv_head);
+        let next = match tiles.after(i) {
+            Some(block) => keys.values(block, kv_head),
+            None => keys.behind(tiles.first_block, kv_head),
+        };
         product(s, p, values, stride, start, out, next);
         start = Start::Continue;
     }
