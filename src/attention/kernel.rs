@@ -103,7 +103,7 @@ pub(crate) fn attend<S: Simd>(
     let (max, rest) = rest.split_at_mut(ROWS);
     let (sum, rest) = rest.split_at_mut(ROWS);
     max[..rows].fill(f32::NEG_INFINITY);
-    // Rows far apart are nothing that the hardware foresees.
+    // Short rows far apart, to be read and to be written, are nothing that the hardware foresees.
     for row in 0..rows {
         for line in queries.q.row(row).chunks(LANES) {
             s.prefetch(line.as_ptr());
@@ -127,7 +127,7 @@ pub(crate) fn attend<S: Simd>(
 
     for chunk in keys.first_block() / CHUNK_BLOCKS..keys.len.div_ceil(CHUNK) {
         // Where not all see all, a few rows at a time: the fewer, the closer their common keys are to each one's own.
-        let cover = Tiles::cover(call, queries, keys.len, chunk);
+        let cover = Tiles::cover(call, queries, Tiles::keys(chunk, keys.len), keys.len);
         let step = match cover {
             Cover::Empty => continue,
             Cover::Partial => GROUP,
@@ -250,7 +250,7 @@ fn attend_chunk<S: Simd>(
     }
     if !tiles.full {
         for row in 0..n {
-            if chunk_max[row] != f32::NEG_INFINITY && out.row(row).iter().any(|x| !x.is_finite()) {
+            if chunk_max[row] != f32::NEG_INFINITY && !is_finite(s, out.row(row)) {
                 // A NaN or infinity behind the mask may have come in as 0 * NaN.
                 only_allowed(s, score.row(row), &tiles, row, keys, kv_head, out.row_mut(row));
             }
@@ -278,15 +278,30 @@ struct Tiles {
 }
 
 impl Tiles {
-    /// What can be told without looking at each row.
+    /// What of some keys the rows see, as far as that can be told without looking at each row.
     #[inline(always)]
-    fn cover(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Cover {
+    fn cover(call: &Call<'_>, queries: &Queries<'_>, keys: Range<usize>, len: usize) -> Cover {
         let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
-        let keys = (chunk * CHUNK, len.min((chunk + 1) * CHUNK));
-        match call.graph.cover(queries.first, span, keys, len) {
+        match call.graph.cover(queries.first, span, (keys.start, keys.end), len) {
             Cover::Full if call.terms.bias.is_some() => Cover::Partial,
             cover => cover,
         }
+    }
+
+    /// The keys of a block that a row sees.
+    #[inline(always)]
+    fn word_of(call: &Call<'_>, queries: &Queries<'_>, row: usize, block: usize, len: usize) -> u64 {
+        let (query, position) = queries.query(row);
+        let word = call.graph.word(query, position, block, len);
+        let Some(bias) = &call.terms.bias else { return word };
+        let bias = bias.row(query)[block * BLOCK..].iter().take(BLOCK).enumerate();
+        word & !bias.fold(0, |word, (j, &b)| word | u64::from(b == f32::NEG_INFINITY) << j)
+    }
+
+    /// The keys of a chunk.
+    #[inline(always)]
+    fn keys(chunk: usize, len: usize) -> Range<usize> {
+        chunk * CHUNK..len.min((chunk + 1) * CHUNK)
     }
 
     #[inline(always)]
@@ -295,12 +310,12 @@ impl Tiles {
         let valid = |i: usize| len.saturating_sub((first_block + i) * BLOCK).min(BLOCK);
         let mut tiles = Tiles {
             first_block,
-            len: len.saturating_sub(chunk * CHUNK).min(CHUNK),
+            len: Self::keys(chunk, len).len(),
             seen: core::array::from_fn(|i| 0..valid(i)),
             full: true,
             words: [[0; CHUNK_BLOCKS]; ROWS],
         };
-        match Self::cover(call, queries, len, chunk) {
+        match Self::cover(call, queries, Self::keys(chunk, len), len) {
             Cover::Empty => tiles.seen = core::array::from_fn(|_| 0..0),
             Cover::Partial => tiles.find_words(call, queries, len),
             Cover::Full => {}
@@ -314,15 +329,14 @@ impl Tiles {
         for (i, seen) in self.seen.iter_mut().enumerate().filter(|(_, seen)| seen.start < seen.end) {
             let block = self.first_block + i;
             let valid = u64::MAX >> (BLOCK - seen.end);
+            let cover = Self::cover(call, queries, block * BLOCK..block * BLOCK + seen.end, len);
             let (mut any, mut all) = (0, valid);
             for row in 0..queries.q.rows() {
-                let (query, position) = queries.query(row);
-                let mut word = call.graph.word(query, position, block, len) & valid;
-                if let Some(bias) = &call.terms.bias {
-                    let bias = bias.row(query)[block * BLOCK..].iter().take(seen.end);
-                    let forbidden = bias.enumerate().map(|(j, &b)| u64::from(b == f32::NEG_INFINITY) << j);
-                    word &= !forbidden.fold(0, |word, bit| word | bit);
-                }
+                let word = match cover {
+                    Cover::Full => valid,
+                    Cover::Empty => 0,
+                    Cover::Partial => valid & Self::word_of(call, queries, row, block, len),
+                };
                 self.words[row][i] = word;
                 any |= word;
                 all &= word;
@@ -552,7 +566,8 @@ fn fold_chunk<S: Simd>(
         let (m, c) = (s.load_partial(max, least), s.load_partial(new_max, least));
         let both = m.max(c);
         let (old_weight, new_weight) = (exp_nonpositive(s, m - both), exp_nonpositive(s, c - both));
-        let sums = s.load_partial(sum, least).mul_add(old_weight, s.load_partial(new_sum, least) * new_weight);
+        let sums =
+            s.load_partial(sum, least).mul_add(old_weight, s.load_partial(new_sum, least) * new_weight);
         let (mut maxima, mut folded) = ([0.0; LANES], [0.0; LANES]);
         both.store(&mut maxima);
         sums.store(&mut folded);
@@ -570,11 +585,24 @@ fn fold_chunk<S: Simd>(
             }
             (max[i], sum[i]) = (maxima[i], folded[i]);
             let (old, new) = (s.splat(weights[0][i]), s.splat(weights[1][i]));
-            for (total, part) in total.as_chunks_mut::<LANES>().0.iter_mut().zip(part.as_chunks::<LANES>().0) {
+            for (total, part) in total.as_chunks_mut::<LANES>().0.iter_mut().zip(part.as_chunks::<LANES>().0)
+            {
                 s.load(total).mul_add(old, s.load(part) * new).store(total);
             }
         }
     }
+}
+
+/// Whether a row of whole vectors has neither a NaN nor an infinity: `x - x` is 0 then.
+#[inline(always)]
+fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
+    let vectors = row.as_chunks::<LANES>().0;
+    let mut sum = s.splat(0.0);
+    for x in vectors {
+        let x = s.load(x);
+        sum = sum + (x - x);
+    }
+    sum.sum() == 0.0
 }
 
 /// The chunk's output of one row over its allowed keys only: the same chain without the masked zeros.
