@@ -229,7 +229,13 @@ fn attend_chunk<S: Simd>(
         for row in group {
             let scores = score.row_mut(row);
             chunk_sum[row] = if direct && chunk_max[row] != f32::NEG_INFINITY {
-                exp_sum(s, &mut scores[..tiles.len], scale, chunk_max[row])
+                exp_sum(
+                    s,
+                    &mut scores[..tiles.len],
+                    chunk_max[row],
+                    #[inline(always)]
+                    |x| x * s.splat(scale),
+                )
             } else {
                 exponentials(s, scores, &tiles, chunk_max[row])
             };
