@@ -26,7 +26,7 @@ pub(crate) fn for_rows<S: Simd>(
     s: S,
     source: Option<MatRef<'_>>,
     mut x: MatMut<'_>,
-    f: impl Fn(&mut MatMut<'_>) + Sync,
+    f: impl Fn(&mut MatMut<'_>) + Copy + Sync,
 ) {
     let (rows, cols) = (x.rows(), x.cols());
     if cols == 0 {
@@ -45,7 +45,7 @@ pub(crate) fn for_rows<S: Simd>(
             &mut x,
             ((GRAIN / cols).max(1), cols),
             #[inline(always)]
-            |first, _, mut block, _| each_group(source, first, &mut block, &f),
+            |first, _, mut block, _| each_group(source, first, &mut block, f),
         );
     });
 }

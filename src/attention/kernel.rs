@@ -255,8 +255,8 @@ fn attend_chunk<S: Simd>(
         start = Start::Continue;
     }
     if !tiles.full {
-        for row in 0..n {
-            if chunk_max[row] != f32::NEG_INFINITY && !is_finite(s, out.row(row)) {
+        for (row, &max) in chunk_max[..n].iter().enumerate() {
+            if max != f32::NEG_INFINITY && !is_finite(s, out.row(row)) {
                 // A NaN or infinity behind the mask may have come in as 0 * NaN.
                 only_allowed(s, score.row(row), &tiles, row, keys, kv_head, out.row_mut(row));
             }
@@ -605,14 +605,13 @@ fn fold_chunk<S: Simd>(
     }
 }
 
-/// Whether a row of whole vectors has neither a NaN nor an infinity: `x - x` is 0 then.
+/// Whether a row of whole vectors has neither a NaN nor an infinity: `0 * x` is 0 then.
 #[inline(always)]
 fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
-    let vectors = row.as_chunks::<LANES>().0;
-    let mut sum = s.splat(0.0);
-    for x in vectors {
-        let x = s.load(x);
-        sum = sum + (x - x);
+    let zero = s.splat(0.0);
+    let mut sum = zero;
+    for x in row.as_chunks::<LANES>().0 {
+        sum = s.load(x).mul_add(zero, sum);
     }
     sum.sum() == 0.0
 }

@@ -10,7 +10,7 @@ use crate::attention::Heads;
 use crate::attention::plan::{Plan, Segment, check_offsets, max_blocks};
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::view::MatRef;
-use crate::workspace::Aligned;
+use crate::workspace::AlignedBuffer;
 
 /// Tokens of a block: the columns of a panel.
 pub(crate) const BLOCK: usize = crate::gemm::PANEL;
@@ -148,7 +148,7 @@ impl<'a> Keys<'a> {
 pub struct KeyStore {
     pub(crate) layout: KeyLayout,
     pub(crate) plan: Plan,
-    data: Aligned,
+    data: AlignedBuffer,
     /// Blocks per sequence, if they are a cache's.
     ring: Option<usize>,
 }
@@ -175,7 +175,7 @@ impl KeyStore {
         Ok(KeyStore {
             layout,
             plan: Plan::with_capacity(blocks, segments),
-            data: Aligned::zeroed(len),
+            data: AlignedBuffer::scratch(len),
             ring: None,
         })
     }
