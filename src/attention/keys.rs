@@ -112,6 +112,14 @@ impl<'a> Keys<'a> {
         &self.unit(block, head)[self.layout.head_dim * BLOCK..]
     }
 
+    /// What follows the unit of a block in memory, if anything: mostly the next head's.
+    #[inline(always)]
+    pub(crate) fn behind(&self, block: usize, head: usize) -> &'a [f32] {
+        let len = self.layout.unit_len();
+        let start = (block % self.ring * self.layout.n_heads + head + 1) * len;
+        &self.blocks[start.min(self.blocks.len())..(start + self.layout.head_dim * BLOCK).min(self.blocks.len())]
+    }
+
     #[inline(always)]
     fn unit(&self, block: usize, head: usize) -> &'a [f32] {
         let len = self.layout.unit_len();
