@@ -110,13 +110,13 @@ impl Heads {
         self.n_heads * self.value_dim
     }
 
-    /// Bytes of scratch that each thread of an attention takes, whatever the length of the sequences.
+    /// Bytes of scratch that each thread of an attention takes, whatever the length of the sequences. Relative positions take more.
     ///
     /// # Errors
     /// [`Error::ZeroDim`], [`Error::NotDivisible`], [`Error::Overflow`].
     pub fn scratch_bytes(&self) -> Result<usize, Error> {
         self.check()?;
-        Ok(scratch_len(self) * size_of::<f32>())
+        Ok(scratch_len(self, false) * size_of::<f32>())
     }
 
     /// Whether every size is at least 1, the heads divide, and rows of heads have a length.
