@@ -11,7 +11,7 @@ use crate::attention::bits::Query;
 use crate::attention::graph::{Cover, Graph};
 use crate::attention::keys::{BLOCK, CHUNK_BLOCKS, Keys};
 use crate::attention::terms::{Relative, SegmentTerm, Terms};
-use crate::gemm::{Start, product};
+use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
 use crate::reduce::{self, fold};
@@ -193,12 +193,9 @@ fn attend_chunk<S: Simd>(
     for (i, block, seen) in tiles.iter() {
         let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
         let mut tile = score.block(0..n, cols);
-        // Behind the last block's keys come the first block's values, and behind its values mostly the next head's keys.
-        let next = match tiles.after(i) {
-            Some(block) => keys.keys(block, kv_head),
-            None => keys.values(tiles.first_block + tiles.iter().next().map_or(0, |(i, ..)| i), kv_head),
-        };
-        product(s, *q, &keys.keys(block, kv_head)[seen.start..], BLOCK, Start::Zero, &mut tile, next);
+        let panel = Rhs::rows(&keys.keys(block, kv_head)[seen.start..], BLOCK);
+        let next = tiles.after(i).map_or(&[][..], |block| keys.unit(block, kv_head));
+        product(s, *q, panel, Start::Zero, &mut tile, next);
     }
     if let (Some(relative), Some((w, mut buffer))) = (&call.terms.relative, positions) {
         add_relative(s, relative, w, queries.first.head, queries.position, chunk, &mut buffer, score);
@@ -236,14 +233,13 @@ fn attend_chunk<S: Simd>(
     let is_first = max.iter().all(|&max| max == f32::NEG_INFINITY);
     let out = if is_first { &mut *total } else { &mut *part };
     let mut start = Start::Zero;
-    for (i, block, seen) in tiles.iter() {
-        let p = score.as_ref().block(0..n, i * BLOCK + seen.start..i * BLOCK + seen.end);
-        let values = &keys.values(block, kv_head)[seen.start * stride..];
-        let next = match tiles.after(i) {
-            Some(block) => keys.values(block, kv_head),
-            None => keys.behind(tiles.first_block, kv_head),
-        };
-        product(s, p, values, stride, start, out, next);
+    for seen in tiles.runs() {
+        let values = keys.values_from(tiles.first_block + seen.start / BLOCK, kv_head);
+        let first = seen.start % BLOCK;
+        let gap = keys.layout.block_len() - BLOCK * stride;
+        let values = Rhs::rows(&values[first * stride..], stride).in_runs(BLOCK - first, BLOCK, gap);
+        let p = score.as_ref().block(0..n, seen);
+        product(s, p, values, start, out, keys.after(chunk, kv_head));
         start = Start::Continue;
     }
     if !tiles.full {
@@ -358,6 +354,25 @@ impl Tiles {
         self.iter().any(|(i, _, seen)| scores[i * BLOCK..][seen].iter().any(|x| x.is_nan()))
     }
 
+    /// Keys of the chunk without a gap that some row sees.
+    #[inline(always)]
+    fn runs(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut i = 0;
+        core::iter::from_fn(move || {
+            while i < CHUNK_BLOCKS && self.seen[i].is_empty() {
+                i += 1;
+            }
+            let Range { start, end } = self.seen.get(i)?;
+            let (start, mut end) = (i * BLOCK + start, i * BLOCK + end);
+            i += 1;
+            while end == i * BLOCK && i < CHUNK_BLOCKS && self.seen[i].start == 0 {
+                end += self.seen[i].end;
+                i += 1;
+            }
+            Some(start..end)
+        })
+    }
+
     /// The block that is taken after block `i` of the chunk.
     #[inline(always)]
     fn after(&self, i: usize) -> Option<usize> {
@@ -405,7 +420,7 @@ fn add_relative<S: Simd>(
     for i in 0..(panels as usize).min(RELATIVE_COLS / BLOCK) {
         let mut tile = buffer.block(0..rows, i * BLOCK..(i + 1) * BLOCK);
         match relative.table.panel(head, first + i as isize) {
-            Some(panel) => product(s, w, panel, BLOCK, Start::Zero, &mut tile, &[]),
+            Some(panel) => product(s, w, Rhs::rows(panel, BLOCK), Start::Zero, &mut tile, &[]),
             None => {
                 for row in 0..rows {
                     tile.row_mut(row).fill(0.0);

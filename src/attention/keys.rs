@@ -112,18 +112,34 @@ impl<'a> Keys<'a> {
         &self.unit(block, head)[self.layout.head_dim * BLOCK..]
     }
 
-    /// What follows the unit of a block in memory, if anything: mostly the next head's.
+    /// The same and what follows it in memory: the values of the next block of the chunk are [`KeyLayout::block_len`] further.
     #[inline(always)]
-    pub(crate) fn behind(&self, block: usize, head: usize) -> &'a [f32] {
-        let len = self.layout.unit_len();
-        let start = (block % self.ring * self.layout.n_heads + head + 1) * len;
-        &self.blocks[start.min(self.blocks.len())..(start + self.layout.head_dim * BLOCK).min(self.blocks.len())]
+    pub(crate) fn values_from(&self, block: usize, head: usize) -> &'a [f32] {
+        &self.blocks[self.start(block, head) + self.layout.head_dim * BLOCK..]
+    }
+
+    /// What is mostly read after a chunk: the unit of the next chunk's first block, or after the last chunk the next head's.
+    #[inline(always)]
+    pub(crate) fn after(&self, chunk: usize, head: usize) -> &'a [f32] {
+        let block = (chunk + 1) * CHUNK_BLOCKS;
+        let start = if block * BLOCK < self.len {
+            self.start(block, head)
+        } else {
+            self.start(self.first_block(), head + 1)
+        };
+        let end = self.blocks.len().min(start + self.layout.unit_len());
+        &self.blocks[start.min(end)..end]
+    }
+
+    /// Keys and values of a block.
+    #[inline(always)]
+    pub(crate) fn unit(&self, block: usize, head: usize) -> &'a [f32] {
+        &self.blocks[self.start(block, head)..][..self.layout.unit_len()]
     }
 
     #[inline(always)]
-    fn unit(&self, block: usize, head: usize) -> &'a [f32] {
-        let len = self.layout.unit_len();
-        &self.blocks[(block % self.ring * self.layout.n_heads + head) * len..][..len]
+    fn start(&self, block: usize, head: usize) -> usize {
+        (block % self.ring * self.layout.n_heads + head) * self.layout.unit_len()
     }
 }
 
