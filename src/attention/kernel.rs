@@ -563,7 +563,8 @@ fn fold_chunk<S: Simd>(
         let (m, c) = (s.load_partial(max, least), s.load_partial(new_max, least));
         let both = m.max(c);
         let (old_weight, new_weight) = (exp_nonpositive(s, m - both), exp_nonpositive(s, c - both));
-        let sums = s.load_partial(sum, least).mul_add(old_weight, s.load_partial(new_sum, least) * new_weight);
+        let sums =
+            s.load_partial(sum, least).mul_add(old_weight, s.load_partial(new_sum, least) * new_weight);
         let (mut maxima, mut folded) = ([0.0; LANES], [0.0; LANES]);
         both.store(&mut maxima);
         sums.store(&mut folded);
@@ -581,7 +582,8 @@ fn fold_chunk<S: Simd>(
             }
             (max[i], sum[i]) = (maxima[i], folded[i]);
             let (old, new) = (s.splat(weights[0][i]), s.splat(weights[1][i]));
-            for (total, part) in total.as_chunks_mut::<LANES>().0.iter_mut().zip(part.as_chunks::<LANES>().0) {
+            for (total, part) in total.as_chunks_mut::<LANES>().0.iter_mut().zip(part.as_chunks::<LANES>().0)
+            {
                 s.load(total).mul_add(old, s.load(part) * new).store(total);
             }
         }

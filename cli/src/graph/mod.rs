@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use laneformer::{Cover, Tile};
 
+pub use crate::graph::kinds::with_global;
 use crate::graph::kinds::{Kind, Mask};
 use crate::graph::picture::Grid;
 
