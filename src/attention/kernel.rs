@@ -103,7 +103,7 @@ pub(crate) fn attend<S: Simd>(
     let (max, rest) = rest.split_at_mut(ROWS);
     let (sum, rest) = rest.split_at_mut(ROWS);
     max[..rows].fill(f32::NEG_INFINITY);
-    // Rows far apart are nothing that the hardware foresees.
+    // Short rows far apart, to be read and to be written, are nothing that the hardware foresees.
     for row in 0..rows {
         for line in queries.q.row(row).chunks(LANES) {
             s.prefetch(line.as_ptr());
@@ -204,7 +204,7 @@ fn attend_chunk<S: Simd>(
     let mut chunk_sum = [0.0; ROWS];
     // Some rows at a time, which stay in L1 between their two passes: a row's maximum is ready by the time it is needed.
     let scale = call.heads.scale;
-    let direct = tiles.is_whole() && call.is_plain();
+    let direct = tiles.are_whole() && call.is_plain();
     for first in (0..n).step_by(SOFTMAX_ROWS) {
         let group = first..n.min(first + SOFTMAX_ROWS);
         for row in group.clone() {
@@ -223,7 +223,13 @@ fn attend_chunk<S: Simd>(
         for row in group {
             let scores = score.row_mut(row);
             chunk_sum[row] = if direct && chunk_max[row] != f32::NEG_INFINITY {
-                exp_sum(s, &mut scores[..tiles.len], scale, chunk_max[row])
+                exp_sum(
+                    s,
+                    &mut scores[..tiles.len],
+                    chunk_max[row],
+                    #[inline(always)]
+                    |x| x * s.splat(scale),
+                )
             } else {
                 exponentials(s, scores, &tiles, chunk_max[row])
             };
@@ -244,7 +250,7 @@ fn attend_chunk<S: Simd>(
     }
     if !tiles.full {
         for row in 0..n {
-            if chunk_max[row] != f32::NEG_INFINITY && out.row(row).iter().any(|x| !x.is_finite()) {
+            if chunk_max[row] != f32::NEG_INFINITY && !is_finite(s, out.row(row)) {
                 // A NaN or infinity behind the mask may have come in as 0 * NaN.
                 only_allowed(s, score.row(row), &tiles, row, keys, kv_head, out.row_mut(row));
             }
@@ -265,29 +271,44 @@ pub(super) struct Tiles {
     len: usize,
     /// The keys of each block that some row sees, begun at a whole vector; empty if none.
     pub(super) seen: [Range<usize>; CHUNK_BLOCKS],
-    /// Every row sees all of those keys.
+    /// Every row sees all of those keys; of a block without any, none.
     full: bool,
     /// The keys that each row sees, unless `full`.
     words: [[u64; CHUNK_BLOCKS]; ROWS],
 }
 
 impl Tiles {
-    /// What can be told without looking at each row.
+    /// What of some keys the rows see, as far as that can be told without looking at each row.
     #[inline(always)]
-    fn cover(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Cover {
+    fn cover(call: &Call<'_>, queries: &Queries<'_>, keys: Range<usize>, len: usize) -> Cover {
         let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
-        let keys = (chunk * CHUNK, len.min((chunk + 1) * CHUNK));
-        match call.graph.cover(queries.first, span, keys, len) {
+        match call.graph.cover(queries.first, span, (keys.start, keys.end), len) {
             Cover::Full if call.terms.bias.is_some() => Cover::Partial,
             cover => cover,
         }
+    }
+
+    /// The keys of a block that a row sees.
+    #[inline(always)]
+    fn word_of(call: &Call<'_>, queries: &Queries<'_>, row: usize, block: usize, len: usize) -> u64 {
+        let (query, position) = queries.query(row);
+        let word = call.graph.word(query, position, block, len);
+        let Some(bias) = &call.terms.bias else { return word };
+        let bias = bias.row(query)[block * BLOCK..].iter().take(BLOCK).enumerate();
+        word & !bias.fold(0, |word, (j, &b)| word | u64::from(b == f32::NEG_INFINITY) << j)
+    }
+
+    /// The keys of a chunk.
+    #[inline(always)]
+    fn keys(chunk: usize, len: usize) -> Range<usize> {
+        chunk * CHUNK..len.min((chunk + 1) * CHUNK)
     }
 
     /// Rows that are taken together; none if no row sees a key. Where not all see all, a few at a time: the fewer, the closer their
     /// common keys are to each one's own.
     #[inline(always)]
     pub(super) fn step(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Option<usize> {
-        match Self::cover(call, queries, len, chunk) {
+        match Self::cover(call, queries, Self::keys(chunk, len), len) {
             Cover::Empty => None,
             Cover::Partial => Some(GROUP),
             Cover::Full => Some(queries.q.rows()),
@@ -300,12 +321,12 @@ impl Tiles {
         let valid = |i: usize| len.saturating_sub((first_block + i) * BLOCK).min(BLOCK);
         let mut tiles = Tiles {
             first_block,
-            len: len.saturating_sub(chunk * CHUNK).min(CHUNK),
+            len: Self::keys(chunk, len).len(),
             seen: core::array::from_fn(|i| 0..valid(i)),
             full: true,
             words: [[0; CHUNK_BLOCKS]; ROWS],
         };
-        match Self::cover(call, queries, len, chunk) {
+        match Self::cover(call, queries, Self::keys(chunk, len), len) {
             Cover::Empty => tiles.seen = core::array::from_fn(|_| 0..0),
             Cover::Partial => tiles.find_words(call, queries, len),
             Cover::Full => {}
@@ -319,15 +340,14 @@ impl Tiles {
         for (i, seen) in self.seen.iter_mut().enumerate().filter(|(_, seen)| seen.start < seen.end) {
             let block = self.first_block + i;
             let valid = u64::MAX >> (BLOCK - seen.end);
+            let cover = Self::cover(call, queries, block * BLOCK..block * BLOCK + seen.end, len);
             let (mut any, mut all) = (0, valid);
             for row in 0..queries.q.rows() {
-                let (query, position) = queries.query(row);
-                let mut word = call.graph.word(query, position, block, len) & valid;
-                if let Some(bias) = &call.terms.bias {
-                    let bias = bias.row(query)[block * BLOCK..].iter().take(seen.end);
-                    let forbidden = bias.enumerate().map(|(j, &b)| u64::from(b == f32::NEG_INFINITY) << j);
-                    word &= !forbidden.fold(0, |word, bit| word | bit);
-                }
+                let word = match cover {
+                    Cover::Full => valid,
+                    Cover::Empty => 0,
+                    Cover::Partial => valid & Self::word_of(call, queries, row, block, len),
+                };
                 self.words[row][i] = word;
                 any |= word;
                 all &= word;
@@ -348,9 +368,9 @@ impl Tiles {
             .map(|i| (i, self.first_block + i, self.seen[i].clone()))
     }
 
-    /// Every row sees every key of the chunk: no block is left out.
+    /// Whether every row sees every key of the chunk.
     #[inline(always)]
-    fn is_whole(&self) -> bool {
+    fn are_whole(&self) -> bool {
         self.full && self.seen.iter().map(Range::len).sum::<usize>() == self.len
     }
 
@@ -588,6 +608,18 @@ fn fold_chunk<S: Simd>(
             }
         }
     }
+}
+
+/// Whether a row of whole vectors has neither a NaN nor an infinity: `x - x` is 0 then.
+#[inline(always)]
+fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
+    let vectors = row.as_chunks::<LANES>().0;
+    let mut sum = s.splat(0.0);
+    for x in vectors {
+        let x = s.load(x);
+        sum = sum + (x - x);
+    }
+    sum.sum() == 0.0
 }
 
 /// The chunk's output of one row over its allowed keys only: the same chain without the masked zeros.

@@ -198,9 +198,13 @@ impl KeyStore {
         let Self { plan, data, .. } = self;
         let blocks = data.chunks_exact_mut(layout.block_len());
         for ((units, rows), _) in blocks.zip(plan.rows.windows(2)).zip(&plan.blocks) {
-            for (t, row) in (rows[0]..rows[1]).enumerate() {
-                layout.store_key(units, t, 0, k.row(row));
-                layout.store_value(units, t, 0, v.row(row));
+            // Head by head: the unit that a row's keys scatter over stays in L1.
+            for head in 0..layout.n_heads {
+                let (k_cols, v_cols) = (head * layout.head_dim, head * layout.value_dim);
+                for (t, row) in (rows[0]..rows[1]).enumerate() {
+                    layout.store_key(units, t, k_cols, &k.row(row)[k_cols..][..layout.head_dim]);
+                    layout.store_value(units, t, v_cols, &v.row(row)[v_cols..][..layout.value_dim]);
+                }
             }
         }
         Ok(())
