@@ -55,10 +55,10 @@ pub enum Kind {
     /// Groups of tokens, such as modalities, and which group sees which
     Groups {
         /// Runs of tokens and their groups, a name may come again: "text:40,image:64,text:20"
-        #[arg(long, value_name = "NAME:N,...")]
+        #[arg(long, value_name = "RUNS")]
         groups: String,
         /// Which groups each group sees; one that is not named sees none: "text>text,image; image>image"
-        #[arg(long, value_name = "NAME>NAME,...; ...")]
+        #[arg(long, value_name = "TABLE")]
         table: String,
     },
     /// Padded sequences: real tokens are seen, padding is not
