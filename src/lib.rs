@@ -80,8 +80,8 @@ mod workspace;
 
 pub use activation::{Activation, Function, elementwise};
 pub use attention::{
-    Bias, Bits, Graph, Heads, KeyStore, KvCache, QkvProjection, QueryRows, Relative, RelativeTable,
-    SegmentTerm, Terms, attention,
+    Bias, Bits, Cover, Graph, Heads, KeyStore, KvCache, QkvProjection, QueryRows, Relative, RelativeTable,
+    SegmentTerm, Terms, Tile, attention,
 };
 pub use batchnorm::{Affine, BatchStats, batchnorm_train};
 pub use context::Context;
