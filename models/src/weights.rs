@@ -41,13 +41,7 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::Shape`], [`Error::Dtype`].
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Cow<'a, [f32]>> {
-        let name = self.name(name);
-        let actual = self.checkpoint.shape(&name)?;
-        if actual != shape {
-            let path = self.checkpoint.path().into();
-            return Err(Error::Shape { path, name, expected: shape.into(), actual: actual.into() });
-        }
-        self.checkpoint.f32(&name)
+        self.checkpoint.tensor(&self.name(name), shape)
     }
 
     /// The linear layer here: `weight`, `[out, in]`, and, if there is one, `bias`, `[out]`.
