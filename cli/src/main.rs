@@ -1,8 +1,9 @@
-//! `laneformer`: sentence embeddings, verification against golden cases, benchmarks.
+//! `laneformer`: sentence embeddings, text, image classes, verification against golden cases, benchmarks.
 
 mod bench;
 mod compare;
 mod embed;
+mod generate;
 mod info;
 mod input;
 mod output;
@@ -31,6 +32,8 @@ enum Command {
     Compare(compare::CompareArgs),
     /// Turn sentences, one per line, into embeddings
     Embed(embed::EmbedArgs),
+    /// Go on with a text (GPT-2), or write about it (BART)
+    Generate(generate::GenerateArgs),
     /// Compare with golden cases computed by reference implementations
     Verify(verify::VerifyArgs),
 }
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Embed(args) => embed::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(args),
     };
     result.unwrap_or_else(|error| {

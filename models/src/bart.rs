@@ -40,10 +40,14 @@ pub struct Config {
     pub scale_embedding: bool,
     #[serde(default = "two")]
     pub decoder_start_token_id: u32,
-    #[serde(default = "two")]
-    pub eos_token_id: u32,
     #[serde(default)]
     pub normalize_before: bool,
+    #[serde(default = "yes")]
+    pub tie_word_embeddings: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn gelu() -> String {
@@ -107,6 +111,9 @@ impl Bart {
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Bart> {
         if config.normalize_before {
             return Err(Error::config(path, "normalize_before", "false", true));
+        }
+        if !config.tie_word_embeddings {
+            return Err(Error::config(path, "tie_word_embeddings", "true, one table", false));
         }
         let (d, vocab_size) = (config.d_model, config.vocab_size);
         let w = checkpoint.root(&["model.", ""], "shared.weight");

@@ -150,8 +150,7 @@ impl Bert {
     /// # Errors
     /// [`Error::Index`].
     pub fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
-        self.embeddings.word.check(ids)?;
-        self.embeddings.token_type.check(type_ids)
+        self.embeddings.check(ids, type_ids)
     }
 
     /// The last hidden state of every token, [T, hidden_size].
@@ -264,6 +263,11 @@ impl Embeddings {
             position: w.embedding("position_embeddings", config.max_position_embeddings, d)?,
             norm: w.at("LayerNorm").layer_norm(d, config.layer_norm_eps)?,
         })
+    }
+
+    pub(crate) fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
+        self.word.check(ids)?;
+        self.token_type.check(type_ids)
     }
 
     pub(crate) fn forward(&self, ctx: Context<'_>, batch: Batch<'_>, d: usize) -> Result<Vec<f32>> {

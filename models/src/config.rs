@@ -24,6 +24,15 @@ pub fn read_json_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>>
     if path.exists() { read_json(path).map(Some) } else { Ok(None) }
 }
 
+/// The `model_type` of the `config.json` in a directory, if it has one.
+///
+/// # Errors
+/// As [`read_json`].
+pub fn model_type(dir: &Path) -> Result<Option<String>> {
+    let config: serde_json::Value = read_json(&dir.join("config.json"))?;
+    Ok(config.get("model_type").and_then(|model_type| model_type.as_str()).map(String::from))
+}
+
 /// The activation that a configuration names.
 ///
 /// # Errors

@@ -98,13 +98,16 @@ pub enum Error {
         rows: usize,
     },
     /// A text has more tokens than the model has positions.
-    #[error("{tokens} tokens, but the model has {positions} positions and no max_seq_length to truncate at")]
+    #[error("{tokens} tokens, but the model has {positions} positions")]
     TooLong {
         /// Tokens of the text, special ones included.
         tokens: usize,
         /// Positions of the model.
         positions: usize,
     },
+    /// A prompt without a token, and a model without one to begin with.
+    #[error("the prompt is empty, and the model has no bos_token_id or eos_token_id to begin with")]
+    EmptyPrompt,
     /// A part of the survey that this version does not have.
     #[error("not built yet: {0}")]
     NotBuilt(String),

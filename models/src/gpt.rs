@@ -46,6 +46,8 @@ pub struct Config {
     pub scale_attn_by_inverse_layer_idx: bool,
     #[serde(default)]
     pub add_cross_attention: bool,
+    #[serde(default = "yes")]
+    pub tie_word_embeddings: bool,
 }
 
 fn gelu_new() -> String {
@@ -130,7 +132,10 @@ impl Gpt {
             Version::Gpt1 => None,
             Version::Gpt2 => Some(w.at("ln_f").layer_norm(d, eps)?),
         };
-        let head = tokens.as_linear(None)?;
+        let head = match config.tie_word_embeddings {
+            true => tokens.as_linear(None)?,
+            false => Weights::new(checkpoint, "lm_head").linear(d, config.vocab_size)?,
+        };
         Ok(Gpt { config, tokens, positions, decoder: Stack::new(layers)?, norm, head })
     }
 

@@ -125,6 +125,20 @@ impl Longformer {
         &self.config
     }
 
+    /// The longest sequence: the first rows of the position table are before that of the first token.
+    pub fn max_tokens(&self) -> usize {
+        let before = (self.config.pad_token_id as usize).saturating_add(1);
+        self.config.bert.max_position_embeddings.saturating_sub(before)
+    }
+
+    /// Every token and type is in its embedding table.
+    ///
+    /// # Errors
+    /// [`Error::Index`].
+    pub fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
+        self.embeddings.check(ids, type_ids)
+    }
+
     /// The positions of a sequence's tokens, padding included: they count the tokens that are not padding, from behind its id.
     pub fn positions(&self, ids: &[u32]) -> Vec<u32> {
         let pad = self.config.pad_token_id;
