@@ -1,12 +1,14 @@
 //! `laneformer`: sentence embeddings, text, image classes, verification against golden cases, benchmarks.
 
 mod bench;
+mod classify;
 mod compare;
 mod embed;
 mod generate;
 mod info;
 mod input;
 mod output;
+mod pixels;
 mod runtime;
 mod verify;
 
@@ -30,6 +32,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Run the same work here and in other libraries, in turns, and write BENCHMARKS.md
     Compare(compare::CompareArgs),
+    /// Say which of some labels fits an image best (CLIP)
+    Classify(classify::ClassifyArgs),
     /// Turn sentences, one per line, into embeddings
     Embed(embed::EmbedArgs),
     /// Go on with a text (GPT-2), or write about it (BART)
@@ -46,6 +50,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Classify(args) => classify::run(args).map(|()| ExitCode::SUCCESS),
         Command::Embed(args) => embed::run(args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(args),
