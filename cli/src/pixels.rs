@@ -49,7 +49,7 @@ impl Default for Config {
 
 /// A number is the shortest edge where images are resized, and both where they are cropped.
 #[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a number, or a shortest_edge, or a height and a width")]
 enum Size {
     Number(u32),
     Shortest { shortest_edge: u32 },

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::attend::project;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads, read_json};
+use crate::config::{activation, check_heads, from_value, read_json};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, Layers, NormKind, NormPlacement, Part};
 use crate::error::check_size;
@@ -100,7 +100,7 @@ impl Bart {
             Some("bart") => {}
             other => return Err(Error::config(&path, "model_type", "\"bart\"", other.unwrap_or("none"))),
         }
-        let config = serde_json::from_value(json).map_err(Error::json(&path))?;
+        let config = from_value(&path, json)?;
         Bart::load(&path, config, &Checkpoint::open(&dir.join("model.safetensors"))?)
     }
 

@@ -20,7 +20,8 @@ const HEADER_LEN_BYTES: usize = 8;
 
 /// A safetensors file, or random numbers in the place of one.
 ///
-/// Models ask for their tensors by name; what a file has beyond that (other heads, buffers) is left alone.
+/// Models ask for their tensors by name. What a file has beyond that, other heads and buffers, is left alone; only more layers than
+/// the configuration has are an error.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -51,7 +52,7 @@ impl Checkpoint {
     ///
     /// The numbers depend on the seed and the name alone. They are uniform: around 1 for gains, variances and scalars,
     /// around 0 for other vectors, and otherwise such that a row has about length 1, which keeps activations at their size
-    /// from layer to layer. What is optional, as biases and poolers are, is there.
+    /// from layer to layer. What is optional, as poolers are, is there.
     pub fn random(seed: u64) -> Checkpoint {
         Checkpoint { path: format!("random weights of seed {seed}").into(), source: Source::Random { seed } }
     }
@@ -68,6 +69,13 @@ impl Checkpoint {
             // All, but each once: these are other names for the same.
             Source::Random { .. } => !matches!(last(name), "gamma" | "in_proj_weight"),
         }
+    }
+
+    /// The first of the file's tensors whose names begin with `prefix` and a dot.
+    pub(crate) fn first_below(&self, prefix: &str) -> Option<String> {
+        let Source::File { metadata, .. } = &self.source else { return None };
+        let names = metadata.offset_keys().into_iter();
+        names.filter(|name| name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))).min()
     }
 
     /// The shape of a tensor of a file.

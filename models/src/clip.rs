@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::attend::project;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads, read_json};
+use crate::config::{activation, check_heads, from_value, read_json};
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, sum};
 use crate::encoder::{LayerSpec, Layers, NormKind, NormPlacement, Part};
@@ -79,7 +79,7 @@ impl Config {
             "vision_config": filled(json.get("vision_config"), vision_defaults()),
         });
         let all = filled(Some(&towers), filled(Some(&json), json!({ "projection_dim": 512 })));
-        let mut config: Config = serde_json::from_value(all).map_err(Error::json(path))?;
+        let mut config: Config = from_value(path, all)?;
         // Beside a vision tower the texts' own field is not used.
         config.text_config.projection_dim = config.projection_dim;
         Ok(config)
@@ -274,7 +274,7 @@ impl TextEncoder {
         let path = dir.join("config.json");
         let json: Value = read_json(&path)?;
         let config = if json.get("model_type").is_some_and(|model_type| model_type == "clip_text_model") {
-            serde_json::from_value(filled(Some(&json), text_defaults())).map_err(Error::json(&path))?
+            from_value(&path, filled(Some(&json), text_defaults()))?
         } else {
             Config::from_json(&path, json)?.text_config
         };
@@ -368,7 +368,11 @@ impl Tower {
             eps: config.layer_norm_eps,
         };
         let layers = spec.stack(&w.at("encoder"), LAYER, config.num_hidden_layers, false)?;
-        Ok(Tower { layers, norm: spec.norm(&w.at(norm))?, projection: projection.linear(d, d_out)? })
+        Ok(Tower {
+            layers,
+            norm: spec.norm(&w.at(norm))?,
+            projection: projection.linear_without_bias(d, d_out)?,
+        })
     }
 
     fn embed(&self, ctx: Context<'_>, pooled: &[f32]) -> Result<Vec<f32>> {

@@ -53,6 +53,16 @@ pub enum Error {
         /// The tensor.
         name: String,
     },
+    /// The file has layers beyond those of the configuration.
+    #[error("{}: tensor {name}, but the configuration has {layers} such layers", path.display())]
+    MoreLayers {
+        /// The file.
+        path: PathBuf,
+        /// A tensor of the first layer that is too many.
+        name: String,
+        /// Layers of the configuration.
+        layers: usize,
+    },
     /// A tensor has another shape than the configuration implies.
     #[error("{}: tensor {name}: expected shape {expected:?}, got {actual:?}", path.display())]
     Shape {

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::bart::{Bart, Decoding};
-use crate::config::{model_type, read_json, read_json_if_there};
+use crate::config::{from_value, model_type, read_json, read_json_if_there};
 use crate::gpt::{Batch, Gpt};
 use crate::ragged::Scratch;
 use crate::tokens::TextTokenizer;
@@ -44,7 +44,7 @@ struct Special {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a token, or a list of them")]
 enum OneOrMany {
     One(u32),
     Many(Vec<u32>),
@@ -69,7 +69,7 @@ impl Special {
                 fields.entry(field).or_insert(id.into());
             }
         }
-        let special = serde_json::from_value(config).map_err(Error::json(&path))?;
+        let special = from_value(&path, config)?;
         Ok((path, special))
     }
 

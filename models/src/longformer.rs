@@ -9,7 +9,7 @@ use serde::Deserialize;
 use crate::attend::{Block, Projections, Seen};
 use crate::bert::{self, Batch, Embeddings, attention_parts, ffn};
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, read_json};
+use crate::config::{activation, from_value, read_json};
 use crate::error::check_size;
 use crate::ragged::Scratch;
 use crate::weights::Weights;
@@ -38,7 +38,7 @@ fn one() -> u32 {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a number, or one for each layer")]
 enum Windows {
     Same(usize),
     Each(Vec<usize>),
@@ -62,8 +62,7 @@ impl Config {
         if let Some(model_type) = model_type.filter(|model_type| model_type != "longformer") {
             return Err(Error::config(path, "model_type", "\"longformer\"", model_type));
         }
-        let Fields { attention_window, pad_token_id } =
-            serde_json::from_value(json.clone()).map_err(Error::json(path))?;
+        let Fields { attention_window, pad_token_id } = from_value(path, json.clone())?;
         let bert = bert::Config::from_json(path, json)?;
         let n = bert.num_hidden_layers;
         let windows = match attention_window {
@@ -113,8 +112,8 @@ impl Longformer {
         let (bert, d) = (&config.bert, config.bert.hidden_size);
         let act = activation(path, "hidden_act", &bert.hidden_act)?;
         let embeddings = Embeddings::load(&w.at("embeddings"), bert)?;
-        let layer = |(i, &reach)| Layer::load(&w.at("encoder.layer").at(i), bert, act, reach);
-        let layers = config.reach.iter().enumerate().map(layer).collect::<Result<_>>()?;
+        let layer = |i: usize, w| Layer::load(&w, bert, act, config.reach[i]);
+        let layers = w.at("encoder.layer").layers(config.reach.len(), layer)?;
         let pooler = w.at("pooler.dense");
         let pooler = if pooler.has("weight") { Some(pooler.linear(d, d)?) } else { None };
         Ok(Longformer { config, embeddings, layers, pooler })

@@ -146,14 +146,24 @@ fn configurations_that_cannot_be_followed_are_refused() {
         ("num_attention_heads", serde_json::json!(7), "num_attention_heads: expected a divisor of"),
         ("num_attention_heads", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
         ("hidden_size", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
-        ("hidden_size", serde_json::json!(-1), "config.json: invalid value"),
-        ("hidden_size", serde_json::Value::Null, "config.json: invalid type: null"),
+        ("hidden_size", serde_json::json!(-1), "config.json: hidden_size: invalid value"),
+        ("hidden_size", serde_json::Value::Null, "config.json: hidden_size: invalid type: null"),
         ("position_embedding_type", serde_json::json!("relative_key"), "position_embedding_type: expected"),
         ("is_decoder", serde_json::json!(true), "is_decoder: expected false, got true"),
         (
             "vocab_size",
             serde_json::json!(61),
             "embeddings.word_embeddings.weight: expected shape [61, 60], got [60, 60]",
+        ),
+        (
+            "num_hidden_layers",
+            serde_json::json!(1),
+            "tensor encoder.layer.1.attention.output.LayerNorm.bias, but the configuration has 1 such layers",
+        ),
+        (
+            "layer_norm_eps",
+            serde_json::json!(-1e-5),
+            "epsilon of a norm: expected a finite number of at least 0",
         ),
         ("num_hidden_layers", serde_json::json!(3), "no tensor encoder.layer.2.attention.self.query.weight"),
     ] {
@@ -224,7 +234,7 @@ fn random_checkpoints_have_every_tensor_in_any_shape() {
     ] {
         assert!(tensor(name, shape).iter().all(|x| (x - centre).abs() <= 0.1), "{name}");
     }
-    assert!(checkpoint.has("x.bias") && !checkpoint.has("norm.gamma"));
+    assert!(checkpoint.has("pooler.weight") && !checkpoint.has("norm.gamma"));
     let error = checkpoint.tensor("a.weight", &[usize::MAX, 2]).unwrap_err().to_string();
     assert!(error.contains("does not fit"), "{error}");
     assert!(matches!(checkpoint.f32("a.weight"), Err(Error::MissingTensor { .. })));
