@@ -10,15 +10,15 @@ use laneformer_models::generate::{Generator, Sampler};
 
 use crate::runtime::RuntimeArgs;
 
+const NOTES: &str = "\
+Only what is new is printed: what follows the prompt of a GPT or GPT-2, or what BART's decoder writes about it. The text ends \
+at the model's end token, after --max-tokens, or where the model has no more positions. generation_config.json, or else \
+config.json, names the tokens to begin and end with; a forced_bos_token_id comes first, as `generate` of Hugging Face has \
+it. Nothing else of these files is used: no beams, penalties or lengths.";
+
 /// Arguments of `generate`.
-///
-/// Only what is new is printed: what follows the prompt of a GPT-2 (or GPT), or what BART's decoder writes about it. The
-/// text ends at the model's end token, after --max-tokens, or where the model has no more positions. A
-/// generation_config.json in the directory, or else its config.json, names the tokens to begin and end with; a
-/// forced_bos_token_id comes first, as `generate` of Hugging Face has it. Nothing else of these files is used: no beams,
-/// penalties or lengths.
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = NOTES)]
 pub struct GenerateArgs {
     /// Directory with config.json, model.safetensors and tokenizer.json of a GPT-2 or BART
     #[arg(long, value_name = "DIR")]
@@ -32,7 +32,7 @@ pub struct GenerateArgs {
     /// Draw from the K most probable tokens instead of taking the first
     #[arg(long, value_name = "K")]
     top_k: Option<NonZeroUsize>,
-    /// For --top-k: the same seed draws the same text on every machine
+    /// For --top-k: a seed draws the same text on every machine (not with the portable instruction set)
     #[arg(long, value_name = "S", default_value_t = 0, requires = "top_k")]
     seed: u64,
     #[command(flatten)]

@@ -34,9 +34,9 @@ enum Command {
     Compare(compare::CompareArgs),
     /// Say which of some labels fits an image best (CLIP)
     Classify(classify::ClassifyArgs),
-    /// Turn sentences, one per line, into embeddings
+    /// Turn sentences, one per line, into embeddings (BERT, Longformer, CLIP)
     Embed(embed::EmbedArgs),
-    /// Go on with a text (GPT-2), or write about it (BART)
+    /// Go on with a text (GPT, GPT-2), or write about it (BART)
     Generate(generate::GenerateArgs),
     /// Compare with golden cases computed by reference implementations
     Verify(verify::VerifyArgs),

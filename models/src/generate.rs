@@ -257,8 +257,9 @@ impl Sampler {
         Sampler(None)
     }
 
-    /// One of the `k` most probable tokens, by their probabilities among themselves. The bits of the logits and of softmax are
-    /// the same everywhere, and so are the numbers that a seed gives: on every machine the same tokens are drawn.
+    /// One of the `k` most probable tokens, by their probabilities among themselves. The numbers that a seed gives are the same
+    /// everywhere, and so are the bits of the logits and of softmax on every instruction set but the portable one: the
+    /// same tokens are drawn.
     pub fn top_k(k: NonZeroUsize, seed: u64) -> Sampler {
         Sampler(Some((k, Pcg32::seed_from_u64(seed))))
     }
