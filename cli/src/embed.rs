@@ -19,7 +19,7 @@ const BATCH_TOKENS: usize = 1024;
 /// Arguments of `embed`.
 #[derive(clap::Args)]
 pub struct EmbedArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json
+    /// Directory with config.json, model.safetensors and tokenizer.json of a BERT, Longformer or CLIP
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// Sentences, one per line [default: standard input]

@@ -1,13 +1,16 @@
-//! `laneformer`: sentence embeddings, verification against golden cases, benchmarks, pictures of graphs.
+//! `laneformer`: sentence embeddings, text, image classes, verification against golden cases, benchmarks, pictures of graphs.
 
 mod bench;
+mod classify;
 mod compare;
 mod drawing;
 mod embed;
+mod generate;
 mod graph;
 mod info;
 mod input;
 mod output;
+mod pixels;
 mod runtime;
 mod verify;
 
@@ -31,10 +34,14 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Run the same work here and in other libraries, in turns, and write BENCHMARKS.md
     Compare(compare::CompareArgs),
+    /// Say which of some labels fits an image best (CLIP)
+    Classify(classify::ClassifyArgs),
     /// Draw who sees whom and what attention computes of it
     Graph(graph::GraphArgs),
-    /// Turn sentences, one per line, into embeddings
+    /// Turn sentences, one per line, into embeddings (BERT, Longformer, CLIP)
     Embed(embed::EmbedArgs),
+    /// Go on with a text (GPT, GPT-2), or write about it (BART)
+    Generate(generate::GenerateArgs),
     /// Compare with golden cases computed by reference implementations
     Verify(verify::VerifyArgs),
 }
@@ -48,7 +55,9 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Graph(args) => graph::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Classify(args) => classify::run(args).map(|()| ExitCode::SUCCESS),
         Command::Embed(args) => embed::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(args),
     };
     result.unwrap_or_else(|error| {

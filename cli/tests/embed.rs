@@ -4,7 +4,12 @@ mod common;
 
 use std::fs;
 
-use common::{Model, golden, laneformer, parts};
+use common::{Model, golden, laneformer, parts, words};
+use laneformer::Context;
+use laneformer_models::bert::Batch;
+use laneformer_models::checkpoint::Checkpoint;
+use laneformer_models::longformer::Longformer;
+use laneformer_models::ragged::Scratch;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
@@ -243,4 +248,69 @@ fn arguments_that_make_no_sense_are_refused() {
     let (status, _, stderr) = parts(&laneformer(&["embed", "--model", case.to_str().unwrap()], b""));
     assert_eq!(status, 2);
     assert!(stderr.contains("config.json"), "{stderr}");
+}
+
+/// What the program writes for these sentences.
+fn embed(model: &Model, input: &str) -> (Vec<Vec<f32>>, String) {
+    let (status, stdout, stderr) = parts(&laneformer(&["embed", "--model", model.arg()], input.as_bytes()));
+    assert_eq!(status, 0, "{stderr}");
+    (embeddings(&stdout), stderr)
+}
+
+#[test]
+fn clip_embeds_texts_as_the_golden_case_does() {
+    let model = Model::of("clip-quick-gelu", "clip", 40);
+    let io = Checkpoint::open(&golden("clip-quick-gelu/io.safetensors")).unwrap();
+    let (ids, expected) = (io.i64("in.input_ids").unwrap(), io.f32("out.text_embeds").unwrap());
+    // Padding, 0, is behind the end token.
+    let texts = ids.chunks(13).map(|ids| words(ids.iter().filter(|id| **id != 0)) + "\n");
+    let (embeddings, _) = embed(&model, &texts.collect::<String>());
+    for (actual, expected) in embeddings.concat().iter().zip(&*expected) {
+        assert!((actual - expected).abs() < 1e-6, "{actual} {expected}");
+    }
+
+    // The same of a directory with the texts' half alone.
+    let mut config: Value =
+        serde_json::from_slice(&fs::read(model.path().join("config.json")).unwrap()).unwrap();
+    config["text_config"]["model_type"] = json!("clip_text_model");
+    model.write_json("config.json", &config["text_config"]);
+    assert_eq!(embed(&model, &words([38, 26, 11, 5, 19, 3, 39])).0, embeddings[..1]);
+}
+
+#[test]
+fn clip_cuts_texts_off_at_its_positions_and_keeps_their_ends() {
+    let model = Model::of("clip-quick-gelu", "clip", 40);
+    let around = json!({ "type": "BertProcessing", "sep": ["w39", 39], "cls": ["w38", 38] });
+    model.set("tokenizer.json", "post_processor", around);
+    let (embeddings, stderr) = embed(&model, &format!("{}\n{}", words(vec![5; 12]), words(vec![5; 30])));
+    assert_eq!(embeddings[0], embeddings[1]);
+    assert!(stderr.contains("1 of 2 sentences truncated at 14 tokens"), "{stderr}");
+    assert_ne!(embed(&model, &words(vec![5; 11])).0[0], embeddings[0]);
+}
+
+#[test]
+fn longformer_embeds_with_its_windows_alone() {
+    let model = Model::of("longformer-local-only", "longformer", 40);
+    let ids = [12u32, 8, 37, 19, 25, 1, 27, 30, 39, 29, 4, 19, 11, 7, 20, 7, 16, 16, 18, 30, 11, 31];
+    let (embeddings, _) = embed(&model, &format!("{}\n{}", words(ids), words(&ids[..3])));
+
+    let longformer = Longformer::open(model.path()).unwrap();
+    for (embedding, ids) in embeddings.iter().zip([&ids[..], &ids[..3]]) {
+        let (n, types, positions) = (ids.len(), vec![0; ids.len()], longformer.positions(ids));
+        let batch = Batch { ids, type_ids: &types, positions: &positions, offsets: &[0, n] };
+        let (none, all, mut scratch) = (vec![false; n], vec![true; n], Scratch::default());
+        let hidden = longformer.forward(Context::serial(), batch, &none, &all, &mut scratch).unwrap();
+        let mean: Vec<f64> =
+            (0..36).map(|c| hidden.chunks(36).map(|row| f64::from(row[c])).sum::<f64>()).collect();
+        let length = mean.iter().map(|x| x * x).sum::<f64>().sqrt();
+        for (actual, mean) in embedding.iter().zip(mean) {
+            assert!((f64::from(*actual) - mean / length).abs() < 1e-6);
+        }
+    }
+    // 80 rows of positions, of which the first two are before the first token.
+    assert_eq!(embed(&model, &words(vec![5; 78])).0.len(), 1);
+    let args = ["embed", "--model", model.arg()];
+    let (status, _, stderr) = parts(&laneformer(&args, words(vec![5; 79]).as_bytes()));
+    assert_eq!(status, 2);
+    assert!(stderr.contains("line 1: 79 tokens, but the model has 78 positions"), "{stderr}");
 }

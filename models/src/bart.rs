@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::attend::project;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads, read_json};
+use crate::config::{activation, check_heads, from_value, read_json};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, Layers, NormKind, NormPlacement, Part};
 use crate::error::check_size;
@@ -40,10 +40,14 @@ pub struct Config {
     pub scale_embedding: bool,
     #[serde(default = "two")]
     pub decoder_start_token_id: u32,
-    #[serde(default = "two")]
-    pub eos_token_id: u32,
     #[serde(default)]
     pub normalize_before: bool,
+    #[serde(default = "yes")]
+    pub tie_word_embeddings: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn gelu() -> String {
@@ -96,7 +100,7 @@ impl Bart {
             Some("bart") => {}
             other => return Err(Error::config(&path, "model_type", "\"bart\"", other.unwrap_or("none"))),
         }
-        let config = serde_json::from_value(json).map_err(Error::json(&path))?;
+        let config = from_value(&path, json)?;
         Bart::load(&path, config, &Checkpoint::open(&dir.join("model.safetensors"))?)
     }
 
@@ -107,6 +111,9 @@ impl Bart {
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Bart> {
         if config.normalize_before {
             return Err(Error::config(path, "normalize_before", "false", true));
+        }
+        if !config.tie_word_embeddings {
+            return Err(Error::config(path, "tie_word_embeddings", "true, one table", false));
         }
         let (d, vocab_size) = (config.d_model, config.vocab_size);
         let w = checkpoint.root(&["model.", ""], "shared.weight");

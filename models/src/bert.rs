@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use crate::attend::project;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads, read_json};
+use crate::config::{activation, check_heads, from_value, read_json};
 use crate::embedding::{Embedding, sum};
 use crate::error::check_size;
 use crate::ragged::Scratch;
@@ -70,7 +70,7 @@ impl Config {
         if let Some(model_type) = json.get("model_type").filter(|model_type| *model_type != "bert") {
             return Err(Error::config(path, "model_type", "\"bert\"", model_type));
         }
-        let config: Config = serde_json::from_value(json).map_err(Error::json(path))?;
+        let config: Config = from_value(path, json)?;
         config.check(path)?;
         Ok(config)
     }
@@ -150,8 +150,7 @@ impl Bert {
     /// # Errors
     /// [`Error::Index`].
     pub fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
-        self.embeddings.word.check(ids)?;
-        self.embeddings.token_type.check(type_ids)
+        self.embeddings.check(ids, type_ids)
     }
 
     /// The last hidden state of every token, [T, hidden_size].
@@ -204,12 +203,11 @@ pub(crate) fn pool(ctx: Context<'_>, pooler: &Linear, hidden: &[f32], offsets: &
 
 /// Layers `0` to `n - 1`: x = LN(x + attention(x)), x = LN(x + ffn(x)).
 pub(crate) fn stack(w: &Weights<'_>, n: usize, config: &Config, act: Activation) -> Result<Stack> {
-    let layer = |i| {
-        let w = w.at(i);
+    let layer = |_, w: Weights<'_>| {
         let attention = attention(&w.at("attention"), config)?;
         Ok(Layer::new(vec![attention, ffn(&w.at("intermediate"), &w.at("output"), config, act)?])?)
     };
-    Ok(Stack::new((0..n).map(layer).collect::<Result<_>>()?)?)
+    Ok(Stack::new(w.layers(n, layer)?)?)
 }
 
 /// x = LN(x + attention(x))
@@ -264,6 +262,11 @@ impl Embeddings {
             position: w.embedding("position_embeddings", config.max_position_embeddings, d)?,
             norm: w.at("LayerNorm").layer_norm(d, config.layer_norm_eps)?,
         })
+    }
+
+    pub(crate) fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
+        self.word.check(ids)?;
+        self.token_type.check(type_ids)
     }
 
     pub(crate) fn forward(&self, ctx: Context<'_>, batch: Batch<'_>, d: usize) -> Result<Vec<f32>> {

@@ -1,4 +1,4 @@
-//! A memory-mapped safetensors file: tensors by name, checked for type and shape.
+//! A memory-mapped safetensors file: tensors by name, checked for type and shape. And one without a file, of random numbers.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::{bf16, f16};
 use memmap2::Mmap;
+use rand_pcg::Pcg32;
+use rand_pcg::rand_core::{Rng, SeedableRng};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, SafeTensors, TensorInfo};
 
@@ -16,13 +18,20 @@ use crate::{Error, Result};
 /// The length of the header stands before it, in this many bytes.
 const HEADER_LEN_BYTES: usize = 8;
 
-/// A safetensors file.
+/// A safetensors file, or random numbers in the place of one.
+///
+/// Models ask for their tensors by name. What a file has beyond that, other heads and buffers, is left alone; only more layers than
+/// the configuration has are an error.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
-    map: Mmap,
-    data_start: usize,
-    metadata: Metadata,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    File { map: Mmap, data_start: usize, metadata: Metadata },
+    Random { seed: u64 },
 }
 
 impl Checkpoint {
@@ -34,7 +43,18 @@ impl Checkpoint {
         let map = File::open(path).and_then(|file| map(&file)).map_err(Error::io(path))?;
         let (header_len, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|reason| Error::Safetensors { path: path.into(), reason })?;
-        Ok(Checkpoint { path: path.into(), map, data_start: HEADER_LEN_BYTES + header_len, metadata })
+        let data_start = HEADER_LEN_BYTES + header_len;
+        Ok(Checkpoint { path: path.into(), source: Source::File { map, data_start, metadata } })
+    }
+
+    /// A checkpoint that has every tensor in the shape in which [`Checkpoint::tensor`] is asked for it, so that any model
+    /// can be built at any size: its own loader says what it needs.
+    ///
+    /// The numbers depend on the seed and the name alone. They are uniform: around 1 for gains, variances and scalars,
+    /// around 0 for other vectors, and otherwise such that a row has about length 1, which keeps activations at their size
+    /// from layer to layer. What is optional, as poolers are, is there.
+    pub fn random(seed: u64) -> Checkpoint {
+        Checkpoint { path: format!("random weights of seed {seed}").into(), source: Source::Random { seed } }
     }
 
     /// The file.
@@ -42,26 +62,52 @@ impl Checkpoint {
         &self.path
     }
 
-    /// Whether the file has the tensor.
+    /// Whether there is such a tensor.
     pub fn has(&self, name: &str) -> bool {
-        self.metadata.info(name).is_some()
+        match &self.source {
+            Source::File { metadata, .. } => metadata.info(name).is_some(),
+            // All, but each once: these are other names for the same.
+            Source::Random { .. } => !matches!(last(name), "gamma" | "in_proj_weight"),
+        }
     }
 
-    /// The shape of a tensor.
+    /// The first of the file's tensors whose names begin with `prefix` and a dot.
+    pub(crate) fn first_below(&self, prefix: &str) -> Option<String> {
+        let Source::File { metadata, .. } = &self.source else { return None };
+        let names = metadata.offset_keys().into_iter();
+        names.filter(|name| name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))).min()
+    }
+
+    /// The shape of a tensor of a file.
     ///
     /// # Errors
     /// [`Error::MissingTensor`].
     pub fn shape(&self, name: &str) -> Result<&[usize]> {
-        Ok(&self.info(name)?.shape)
+        Ok(&self.find(name)?.0.shape)
     }
 
-    /// A tensor of floats; halves and bfloats are widened, which is exact.
+    /// A tensor of floats, which must have this shape.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], and as [`Checkpoint::f32`].
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [f32]>> {
+        if let Source::Random { seed } = self.source {
+            return Ok(Cow::Owned(random(seed, name, shape)?));
+        }
+        let actual = self.shape(name)?;
+        if actual != shape {
+            let (path, name) = (self.path.clone(), name.into());
+            return Err(Error::Shape { path, name, expected: shape.into(), actual: actual.into() });
+        }
+        self.f32(name)
+    }
+
+    /// A tensor of floats of a file; halves and bfloats are widened, which is exact.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::Dtype`].
     pub fn f32(&self, name: &str) -> Result<Cow<'_, [f32]>> {
-        let info = self.info(name)?;
-        let bytes = self.bytes(info);
+        let (info, bytes) = self.find(name)?;
         match info.dtype {
             Dtype::F32 => Ok(elements(bytes)),
             Dtype::F16 => {
@@ -74,50 +120,73 @@ impl Checkpoint {
         }
     }
 
-    /// A tensor of integers.
+    /// A tensor of integers of a file.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::Dtype`].
     pub fn i64(&self, name: &str) -> Result<Cow<'_, [i64]>> {
-        let info = self.info(name)?;
+        let (info, bytes) = self.find(name)?;
         match info.dtype {
-            Dtype::I64 => Ok(elements(self.bytes(info))),
+            Dtype::I64 => Ok(elements(bytes)),
             _ => Err(self.wrong_dtype(name, "I64", info)),
         }
     }
 
-    /// A tensor of bytes.
+    /// A tensor of bytes of a file.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::Dtype`].
     pub fn u8(&self, name: &str) -> Result<&[u8]> {
-        let info = self.info(name)?;
+        let (info, bytes) = self.find(name)?;
         match info.dtype {
-            Dtype::U8 | Dtype::BOOL => Ok(self.bytes(info)),
+            Dtype::U8 | Dtype::BOOL => Ok(bytes),
             _ => Err(self.wrong_dtype(name, "U8 or BOOL", info)),
         }
     }
 
-    /// The names of the file behind a prefix: the first of `prefixes` with which `probe` is there, else the first.
-    /// Published checkpoints have the same names with and without the name of the model before them.
+    /// The names behind a prefix: the first of `prefixes` with which `probe` is there, else the first. Published
+    /// checkpoints have the same names with and without the name of the model before them.
     pub fn root<'a>(&'a self, prefixes: &[&str], probe: &str) -> Weights<'a> {
         let prefix = prefixes.iter().find(|prefix| self.has(&format!("{prefix}{probe}")));
         Weights::new(self, prefix.or(prefixes.first()).unwrap_or(&"").trim_end_matches('.'))
     }
 
-    fn info(&self, name: &str) -> Result<&TensorInfo> {
-        let info = self.metadata.info(name);
-        info.ok_or_else(|| Error::MissingTensor { path: self.path.clone(), name: name.into() })
-    }
-
-    fn bytes(&self, info: &TensorInfo) -> &[u8] {
-        let (start, end) = info.data_offsets;
-        &self.map[self.data_start + start..self.data_start + end]
+    fn find(&self, name: &str) -> Result<(&TensorInfo, &[u8])> {
+        if let Source::File { map, data_start, metadata } = &self.source
+            && let Some(info) = metadata.info(name)
+        {
+            let (start, end) = info.data_offsets;
+            return Ok((info, &map[data_start + start..data_start + end]));
+        }
+        Err(Error::MissingTensor { path: self.path.clone(), name: name.into() })
     }
 
     fn wrong_dtype(&self, name: &str, expected: &'static str, info: &TensorInfo) -> Error {
         Error::Dtype { path: self.path.clone(), name: name.into(), expected, actual: info.dtype }
     }
+}
+
+/// See [`Checkpoint::random`].
+fn random(seed: u64, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+    let product = |sizes: &[usize]| sizes.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
+    let n = product(shape).filter(|&n| n <= isize::MAX as usize / size_of::<f32>());
+    let n = n.ok_or(laneformer::Error::Overflow { arg: "elements of a random tensor" })?;
+    let (centre, reach) = match (shape, last(name)) {
+        ([], _) | ([_], "weight" | "running_var") => (1.0, 0.1),
+        ([_], _) => (0.0, 0.1),
+        // A uniform number of this reach has the mean square 1 / row.
+        ([rows, ..], _) => (0.0, (3.0 * *rows as f32 / n as f32).sqrt()),
+    };
+    // FNV-1a, so that every tensor has numbers of its own, in whatever order they are loaded.
+    let hash = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    let mut rng = Pcg32::seed_from_u64(seed ^ name.bytes().fold(0xcbf2_9ce4_8422_2325, hash));
+    // 24 bits are exact in an f32: from -1 up to 1.
+    let uniform = |bits: u32| (bits >> 8) as f32 / (1 << 23) as f32 - 1.0;
+    Ok((0..n).map(|_| centre + reach * uniform(rng.next_u32())).collect())
+}
+
+fn last(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
 }
 
 /// The elements in place, or a copy of them where the file does not align them.

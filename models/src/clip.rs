@@ -5,10 +5,11 @@ use std::path::Path;
 
 use laneformer::{Activation, Context, Epilogue, Graph, Inputs, Linear, MatMut, Norm, softmax};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 use crate::attend::project;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads, read_json};
+use crate::config::{activation, check_heads, from_value, read_json};
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, sum};
 use crate::encoder::{LayerSpec, Layers, NormKind, NormPlacement, Part};
@@ -37,9 +38,7 @@ pub struct TowerConfig {
     pub intermediate_size: usize,
     pub num_hidden_layers: usize,
     pub num_attention_heads: usize,
-    #[serde(default = "quick_gelu")]
     pub hidden_act: String,
-    #[serde(default = "small")]
     pub layer_norm_eps: f32,
 }
 
@@ -51,8 +50,8 @@ pub struct TextConfig {
     pub tower: TowerConfig,
     pub vocab_size: usize,
     pub max_position_embeddings: usize,
-    #[serde(default = "end_of_text")]
     pub eos_token_id: u32,
+    pub projection_dim: usize,
 }
 
 /// `vision_config`.
@@ -63,24 +62,55 @@ pub struct VisionConfig {
     pub tower: TowerConfig,
     pub image_size: usize,
     pub patch_size: usize,
-    #[serde(default = "rgb")]
     pub num_channels: usize,
 }
 
-fn quick_gelu() -> String {
-    "quick_gelu".into()
+impl Config {
+    /// From parsed JSON; `path` is for messages. Fields that Hugging Face leaves out of a file are those of ViT-B/32.
+    ///
+    /// # Errors
+    /// [`Error::Json`], and [`Error::Config`] for another architecture.
+    pub fn from_json(path: &Path, json: serde_json::Value) -> Result<Config> {
+        if let Some(model_type) = json.get("model_type").filter(|model_type| *model_type != "clip") {
+            return Err(Error::config(path, "model_type", "\"clip\"", model_type));
+        }
+        let towers = json!({
+            "text_config": filled(json.get("text_config"), text_defaults()),
+            "vision_config": filled(json.get("vision_config"), vision_defaults()),
+        });
+        let all = filled(Some(&towers), filled(Some(&json), json!({ "projection_dim": 512 })));
+        let mut config: Config = from_value(path, all)?;
+        // Beside a vision tower the texts' own field is not used.
+        config.text_config.projection_dim = config.projection_dim;
+        Ok(config)
+    }
 }
 
-fn small() -> f32 {
-    1e-5
+/// A configuration with defaults for what it does not have.
+fn filled(config: Option<&Value>, mut defaults: Value) -> Value {
+    match (config, &mut defaults) {
+        (None | Some(Value::Null), _) => defaults,
+        (Some(Value::Object(fields)), Value::Object(all)) => {
+            all.extend(fields.clone());
+            defaults
+        }
+        (Some(other), _) => other.clone(),
+    }
 }
 
-fn end_of_text() -> u32 {
-    49407
+fn text_defaults() -> Value {
+    json!({
+        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "vocab_size": 49408, "max_position_embeddings": 77,
+        "eos_token_id": 49407, "projection_dim": 512,
+    })
 }
 
-fn rgb() -> usize {
-    3
+fn vision_defaults() -> Value {
+    json!({
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "image_size": 224, "patch_size": 32, "num_channels": 3,
+    })
 }
 
 /// Packed tokens of texts; text `i` is tokens `offsets[i]..offsets[i + 1]`.
@@ -101,10 +131,18 @@ pub struct Clip {
     places: Embedding,
     pre_norm: Norm,
     vision: Tower,
+    /// The texts' half.
+    pub text: TextEncoder,
+    logit_scale: f32,
+}
+
+/// The tower of the texts, which also stands alone (`CLIPTextModelWithProjection`).
+#[derive(Debug)]
+pub struct TextEncoder {
+    config: TextConfig,
     words: Embedding,
     positions: Embedding,
-    text: Tower,
-    logit_scale: f32,
+    tower: Tower,
 }
 
 /// The layers, the norm behind them, and the projection into the common space.
@@ -122,16 +160,8 @@ impl Clip {
     /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<Clip> {
         let path = dir.join("config.json");
-        let json: serde_json::Value = read_json(&path)?;
-        match json.get("model_type") {
-            Some(model_type) if model_type != "clip" => {
-                Err(Error::config(&path, "model_type", "\"clip\"", model_type))
-            }
-            _ => {
-                let config = serde_json::from_value(json).map_err(Error::json(&path))?;
-                Clip::load(&path, config, &Checkpoint::open(&dir.join("model.safetensors"))?)
-            }
-        }
+        let config = Config::from_json(&path, read_json(&path)?)?;
+        Clip::load(&path, config, &Checkpoint::open(&dir.join("model.safetensors"))?)
     }
 
     /// Packs the weights of a checkpoint; `path` is for messages.
@@ -139,18 +169,14 @@ impl Clip {
     /// # Errors
     /// What is missing or disagrees, with its file and tensor.
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Clip> {
-        let (text, vision) = (&config.text_config, &config.vision_config);
+        let vision = &config.vision_config;
         let (d, size, side) = (vision.tower.hidden_size, vision.patch_size, vision.image_size);
         if size == 0 || side < size {
             return Err(Error::config(path, "patch_size", format!("1 to the image size {side}"), size));
         }
         let w = Weights::new(checkpoint, "");
-        let (v, t) = (w.at("vision_model"), w.at("text_model"));
+        let v = w.at("vision_model");
         let window = Window { kernel: size, stride: size, padding: 0 };
-        let tower = |w: &Weights<'_>, tower, norm, projection| {
-            let d_out = config.projection_dim;
-            Tower::load(path, w, tower, w.at(norm), (Weights::new(checkpoint, projection), d_out))
-        };
         Ok(Clip {
             patches: Conv::load(&v.at("embeddings.patch_embedding"), [vision.num_channels, d], window)?,
             class: v.tensor("embeddings.class_embedding", &[d])?.into_owned(),
@@ -160,18 +186,15 @@ impl Clip {
                 d,
             )?,
             pre_norm: v.at("pre_layrnorm").layer_norm(d, vision.tower.layer_norm_eps)?,
-            vision: tower(&v, &vision.tower, "post_layernorm", "visual_projection")?,
-            words: t.at("embeddings").embedding(
-                "token_embedding",
-                text.vocab_size,
-                text.tower.hidden_size,
+            vision: Tower::load(
+                path,
+                &v,
+                &vision.tower,
+                "post_layernorm",
+                &w.at("visual_projection"),
+                config.projection_dim,
             )?,
-            positions: t.at("embeddings").embedding(
-                "position_embedding",
-                text.max_position_embeddings,
-                text.tower.hidden_size,
-            )?,
-            text: tower(&t, &text.tower, "final_layer_norm", "text_projection")?,
+            text: TextEncoder::load(path, config.text_config.clone(), checkpoint)?,
             logit_scale: w.tensor("logit_scale", &[])?[0].exp(),
             config,
         })
@@ -219,36 +242,6 @@ impl Clip {
         self.vision.embed(ctx, &classes)
     }
 
-    /// The last hidden state of every token of texts, normed: [tokens, d].
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
-    pub fn text_states(&self, ctx: Context<'_>, texts: Texts<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
-        let mut x = sum([(&self.words, texts.ids), (&self.positions, texts.positions)])?;
-        let graph = Graph::causal();
-        self.text.layers.forward_with(ctx, &mut x, &mut Inputs::new(texts.offsets, &graph), scratch)?;
-        normalize_rows(ctx, &self.text.norm, &mut x)?;
-        Ok(x)
-    }
-
-    /// The embeddings of texts, of length 1, from [`Clip::text_states`]: [texts, projection_dim].
-    ///
-    /// # Errors
-    /// What the library says of the sizes, and its [`ZeroDim`](laneformer::Error::ZeroDim) for a text without tokens.
-    pub fn embed_texts(&self, ctx: Context<'_>, texts: Texts<'_>, states: &[f32]) -> Result<Vec<f32>> {
-        let (eos, d) = (self.config.text_config.eos_token_id, self.text.projection.in_features());
-        let mut pooled = vec![];
-        for ends in texts.offsets.windows(2) {
-            let ids = texts.ids.get(ends[0]..ends[1]).unwrap_or(&[]);
-            // The first checkpoints say 2, but end texts with the largest id of the vocabulary.
-            let end = if eos == 2 { ids.iter().max() } else { Some(&eos) };
-            let at = ends[0] + ids.iter().position(|id| Some(id) == end).unwrap_or(0);
-            let row = states.chunks_exact(d).nth(at).filter(|_| !ids.is_empty());
-            pooled.extend(row.ok_or(laneformer::Error::ZeroDim { arg: "tokens of a text" })?);
-        }
-        self.text.embed(ctx, &pooled)
-    }
-
     /// How well each text fits each image, as logits [images, texts].
     ///
     /// # Errors
@@ -272,13 +265,96 @@ impl Clip {
     }
 }
 
+impl TextEncoder {
+    /// Loads the texts' half of a CLIP directory, or a directory that has only that.
+    ///
+    /// # Errors
+    /// What is missing or disagrees, with its file and tensor.
+    pub fn open(dir: &Path) -> Result<TextEncoder> {
+        let path = dir.join("config.json");
+        let json: Value = read_json(&path)?;
+        let config = if json.get("model_type").is_some_and(|model_type| model_type == "clip_text_model") {
+            from_value(&path, filled(Some(&json), text_defaults()))?
+        } else {
+            Config::from_json(&path, json)?.text_config
+        };
+        TextEncoder::load(&path, config, &Checkpoint::open(&dir.join("model.safetensors"))?)
+    }
+
+    /// Packs the weights of a checkpoint; `path` is for messages.
+    ///
+    /// # Errors
+    /// What is missing or disagrees, with its file and tensor.
+    pub fn load(path: &Path, config: TextConfig, checkpoint: &Checkpoint) -> Result<TextEncoder> {
+        let (d, d_out) = (config.tower.hidden_size, config.projection_dim);
+        let (w, projection) =
+            (Weights::new(checkpoint, "text_model"), Weights::new(checkpoint, "text_projection"));
+        let embeddings = w.at("embeddings");
+        Ok(TextEncoder {
+            words: embeddings.embedding("token_embedding", config.vocab_size, d)?,
+            positions: embeddings.embedding("position_embedding", config.max_position_embeddings, d)?,
+            tower: Tower::load(path, &w, &config.tower, "final_layer_norm", &projection, d_out)?,
+            config,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &TextConfig {
+        &self.config
+    }
+
+    /// Elements of an embedding.
+    pub fn dim(&self) -> usize {
+        self.tower.projection.out_features()
+    }
+
+    /// Every token is in the embedding table.
+    ///
+    /// # Errors
+    /// [`Error::Index`].
+    pub fn check(&self, ids: &[u32]) -> Result<()> {
+        self.words.check(ids)
+    }
+
+    /// The last hidden state of every token of texts, normed: [tokens, d].
+    ///
+    /// # Errors
+    /// [`Error::Index`], and what the library says of the sizes.
+    pub fn states(&self, ctx: Context<'_>, texts: Texts<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
+        let mut x = sum([(&self.words, texts.ids), (&self.positions, texts.positions)])?;
+        let graph = Graph::causal();
+        self.tower.layers.forward_with(ctx, &mut x, &mut Inputs::new(texts.offsets, &graph), scratch)?;
+        normalize_rows(ctx, &self.tower.norm, &mut x)?;
+        Ok(x)
+    }
+
+    /// The embeddings of texts, of length 1, from [`TextEncoder::states`]: [texts, projection_dim].
+    ///
+    /// # Errors
+    /// What the library says of the sizes, and its [`ZeroDim`](laneformer::Error::ZeroDim) for a text without tokens.
+    pub fn embed(&self, ctx: Context<'_>, texts: Texts<'_>, states: &[f32]) -> Result<Vec<f32>> {
+        let (eos, d) = (self.config.eos_token_id, self.tower.projection.in_features());
+        let mut pooled = vec![];
+        for ends in texts.offsets.windows(2) {
+            let ids = texts.ids.get(ends[0]..ends[1]).unwrap_or(&[]);
+            // The first checkpoints say 2, but end texts with the largest id of the vocabulary.
+            let end = if eos == 2 { ids.iter().max() } else { Some(&eos) };
+            let at = ends[0] + ids.iter().position(|id| Some(id) == end).unwrap_or(0);
+            let row = states.chunks_exact(d).nth(at).filter(|_| !ids.is_empty());
+            pooled.extend(row.ok_or(laneformer::Error::ZeroDim { arg: "tokens of a text" })?);
+        }
+        self.tower.embed(ctx, &pooled)
+    }
+}
+
 impl Tower {
     fn load(
         path: &Path,
         w: &Weights<'_>,
         config: &TowerConfig,
-        norm: Weights<'_>,
-        (projection, d_out): (Weights<'_>, usize),
+        norm: &str,
+        projection: &Weights<'_>,
+        d_out: usize,
     ) -> Result<Tower> {
         let d = config.hidden_size;
         check_heads(path, "num_attention_heads", d, config.num_attention_heads)?;
@@ -292,7 +368,11 @@ impl Tower {
             eps: config.layer_norm_eps,
         };
         let layers = spec.stack(&w.at("encoder"), LAYER, config.num_hidden_layers, false)?;
-        Ok(Tower { layers, norm: spec.norm(&norm)?, projection: projection.linear(d, d_out)? })
+        Ok(Tower {
+            layers,
+            norm: spec.norm(&w.at(norm))?,
+            projection: projection.linear_without_bias(d, d_out)?,
+        })
     }
 
     fn embed(&self, ctx: Context<'_>, pooled: &[f32]) -> Result<Vec<f32>> {

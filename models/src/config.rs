@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use laneformer::Activation;
-use serde::de::DeserializeOwned;
+use serde::Deserializer;
+use serde::de::{DeserializeOwned, Error as _};
 
 use crate::{Error, Result};
 
@@ -13,7 +14,32 @@ use crate::{Error, Result};
 /// [`Error::Io`], [`Error::Json`].
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read(path).map_err(Error::io(path))?;
-    serde_json::from_slice(&text).map_err(Error::json(path))
+    let mut json = serde_json::Deserializer::from_slice(&text);
+    let read = from_json(path, &mut json)?;
+    json.end().map_err(Error::json(path))?;
+    Ok(read)
+}
+
+/// What parsed JSON says; `path` is for messages.
+///
+/// # Errors
+/// [`Error::Json`] with the field.
+pub fn from_value<T: DeserializeOwned>(path: &Path, json: serde_json::Value) -> Result<T> {
+    from_json(path, json)
+}
+
+fn from_json<'a, T: DeserializeOwned>(
+    path: &Path,
+    json: impl Deserializer<'a, Error = serde_json::Error>,
+) -> Result<T> {
+    serde_path_to_error::deserialize(json).map_err(|error| {
+        let field = error.path().to_string();
+        let reason = error.into_inner();
+        // A dot is the whole.
+        let reason =
+            if field == "." { reason } else { serde_json::Error::custom(format!("{field}: {reason}")) };
+        Error::json(path)(reason)
+    })
 }
 
 /// As [`read_json`], but `None` if there is no such file.
@@ -22,6 +48,15 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// As [`read_json`].
 pub fn read_json_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     if path.exists() { read_json(path).map(Some) } else { Ok(None) }
+}
+
+/// The `model_type` of the `config.json` in a directory, if it has one.
+///
+/// # Errors
+/// As [`read_json`].
+pub fn model_type(dir: &Path) -> Result<Option<String>> {
+    let config: serde_json::Value = read_json(&dir.join("config.json"))?;
+    Ok(config.get("model_type").and_then(|model_type| model_type.as_str()).map(String::from))
 }
 
 /// The activation that a configuration names.

@@ -107,13 +107,12 @@ pub struct Conv {
 }
 
 impl Conv {
-    /// The convolution here: `weight` [out, in, kernel, kernel] and, if there is one, `bias`.
+    /// The convolution here: `weight` [out, in, kernel, kernel], without a bias.
     ///
     /// # Errors
     /// As [`Weights::tensor`].
     pub fn load(w: &Weights<'_>, channels: [usize; 2], window: Window) -> Result<Conv> {
-        let bias = if w.has("bias") { Some(w.tensor("bias", &[channels[1]])?) } else { None };
-        Conv::new(w, channels, window, |_| 1.0, bias.as_deref())
+        Conv::new(w, channels, window, |_| 1.0, None)
     }
 
     /// `convolution` with the running statistics of `normalization` folded into it.

@@ -69,14 +69,14 @@ impl Detr {
             eps: 1e-5,
         };
         let w = checkpoint.root(&["", "model."], "input_projection.weight");
-        let layers = (0..config.encoder_layers).map(|i| layer(&w.at("encoder.layers").at(i), &spec));
+        let layers = w.at("encoder.layers").layers(config.encoder_layers, |_, w| layer(&w, &spec))?;
         let channels = config.backbone_config.hidden_sizes.last().copied().unwrap_or(0);
         let weight = w.at("input_projection").tensor("weight", &[d, channels, 1, 1])?;
         let bias = w.at("input_projection").tensor("bias", &[d])?;
         Ok(Detr {
             backbone: ResNet::load(path, &w.at("backbone.model"), &config.backbone_config)?,
             projection: linear(&weight, channels, d, Some(&bias))?,
-            layers: layers.collect::<Result<_>>()?,
+            layers,
             config,
         })
     }

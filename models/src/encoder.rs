@@ -130,7 +130,7 @@ impl LayerSpec {
     /// # Errors
     /// What is missing or disagrees, with its file and tensor.
     pub fn stack(&self, w: &Weights<'_>, parts: &[Part], n: usize, final_norm: bool) -> Result<Layers> {
-        let layers = (0..n).map(|i| self.layer(&w.at("layers").at(i), parts)).collect::<Result<_>>()?;
+        let layers = w.at("layers").layers(n, |_, w| self.layer(&w, parts))?;
         let norm = final_norm.then(|| self.norm(&w.at("norm"))).transpose()?;
         Ok(Layers { stack: Stack::new(layers)?, norm, heads: self.heads()? })
     }

@@ -53,6 +53,16 @@ pub enum Error {
         /// The tensor.
         name: String,
     },
+    /// The file has layers beyond those of the configuration.
+    #[error("{}: tensor {name}, but the configuration has {layers} such layers", path.display())]
+    MoreLayers {
+        /// The file.
+        path: PathBuf,
+        /// A tensor of the first layer that is too many.
+        name: String,
+        /// Layers of the configuration.
+        layers: usize,
+    },
     /// A tensor has another shape than the configuration implies.
     #[error("{}: tensor {name}: expected shape {expected:?}, got {actual:?}", path.display())]
     Shape {
@@ -98,13 +108,16 @@ pub enum Error {
         rows: usize,
     },
     /// A text has more tokens than the model has positions.
-    #[error("{tokens} tokens, but the model has {positions} positions and no max_seq_length to truncate at")]
+    #[error("{tokens} tokens, but the model has {positions} positions")]
     TooLong {
         /// Tokens of the text, special ones included.
         tokens: usize,
         /// Positions of the model.
         positions: usize,
     },
+    /// A prompt without a token, and a model without one to begin with.
+    #[error("the prompt is empty, and the model has no bos_token_id or eos_token_id to begin with")]
+    EmptyPrompt,
     /// A part of the survey that this version does not have.
     #[error("not built yet: {0}")]
     NotBuilt(String),

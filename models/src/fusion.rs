@@ -88,14 +88,9 @@ impl Fusion {
         let w = Weights::new(checkpoint, "");
         let is_pre = spec.placement == NormPlacement::Pre;
         let tf = |name| spec.stack(&w.at(name), ENCODER, n, is_pre);
-        let cross = |i: usize| {
-            let of = |name| Cross::load(&w.at(name).at("layers").at(i), &spec, is_pre);
-            Ok([of("cross_a")?, of("cross_b")?])
-        };
-        let with_bottleneck = |i: usize| {
-            let of = |name| spec.single(&w.at(name).at("layers").at(i), ENCODER);
-            Ok([of("encoder_a")?, of("encoder_b")?])
-        };
+        let cross = |name| w.at(name).at("layers").layers(n, |_, w| Cross::load(&w, &spec, is_pre));
+        let both = || Ok::<_, Error>(pairs(cross("cross_a")?, cross("cross_b")?));
+        let with_bottleneck = |name| w.at(name).at("layers").layers(n, |_, w| spec.single(&w, ENCODER));
         let variant = match config.fusion.as_str() {
             "early_sum" => Variant::EarlySum { tf: tf("tf")?, alpha: config.alpha, beta: config.beta },
             "early_concat" => {
@@ -107,12 +102,10 @@ impl Fusion {
             "hier_one_to_multi" => {
                 Variant::OneToMulti { tf: tf("tf")?, tf_a: tf("tf_a")?, tf_b: tf("tf_b")? }
             }
-            "cross" => Variant::Cross { layers: (0..n).map(cross).collect::<Result<_>>()?, tf: None },
-            "cross_concat" => {
-                Variant::Cross { layers: (0..n).map(cross).collect::<Result<_>>()?, tf: Some(tf("tf")?) }
-            }
+            "cross" => Variant::Cross { layers: both()?, tf: None },
+            "cross_concat" => Variant::Cross { layers: both()?, tf: Some(tf("tf")?) },
             "mbt" => Variant::Bottleneck {
-                layers: (0..n).map(with_bottleneck).collect::<Result<_>>()?,
+                layers: pairs(with_bottleneck("encoder_a")?, with_bottleneck("encoder_b")?),
                 first: config.fusion_layer,
                 tokens: w.tensor("bottleneck", &[1, config.num_bottlenecks, d])?.into_owned(),
                 norm: spec.norm(&w.at("encoder_norm"))?,
@@ -198,6 +191,11 @@ impl Fusion {
         }
         Ok(None)
     }
+}
+
+/// The layers of both streams, side by side.
+fn pairs<T>(a: Vec<T>, b: Vec<T>) -> Vec<[T; 2]> {
+    a.into_iter().zip(b).map(|(a, b)| [a, b]).collect()
 }
 
 impl Cross {

@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use crate::attend::project;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads, read_json};
+use crate::config::{activation, check_heads, from_value, read_json};
 use crate::embedding::{Embedding, sum};
 use crate::ragged::Scratch;
 use crate::weights::{Weights, normalize};
@@ -46,6 +46,8 @@ pub struct Config {
     pub scale_attn_by_inverse_layer_idx: bool,
     #[serde(default)]
     pub add_cross_attention: bool,
+    #[serde(default = "yes")]
+    pub tie_word_embeddings: bool,
 }
 
 fn gelu_new() -> String {
@@ -96,7 +98,7 @@ impl Gpt {
                 return Err(Error::config(&path, "model_type", known, other.unwrap_or("none")));
             }
         };
-        let config = serde_json::from_value(json).map_err(Error::json(&path))?;
+        let config = from_value(&path, json)?;
         Gpt::load(&path, version, config, &Checkpoint::open(&dir.join("model.safetensors"))?)
     }
 
@@ -123,14 +125,15 @@ impl Gpt {
         let w = checkpoint.root(&["transformer.", ""], &format!("{tokens}.weight"));
         let tokens = w.embedding(tokens, config.vocab_size, d)?;
         let positions = w.embedding(positions, config.n_positions, d)?;
-        let layers = (0..config.n_layer)
-            .map(|i| layer(&w.at(format_args!("h.{i}")), version, &config, act, i))
-            .collect::<Result<_>>()?;
+        let layers = w.at("h").layers(config.n_layer, |i, w| layer(&w, version, &config, act, i))?;
         let norm = match version {
             Version::Gpt1 => None,
             Version::Gpt2 => Some(w.at("ln_f").layer_norm(d, eps)?),
         };
-        let head = tokens.as_linear(None)?;
+        let head = match config.tie_word_embeddings {
+            true => tokens.as_linear(None)?,
+            false => Weights::new(checkpoint, "lm_head").linear_without_bias(d, config.vocab_size)?,
+        };
         Ok(Gpt { config, tokens, positions, decoder: Stack::new(layers)?, norm, head })
     }
 

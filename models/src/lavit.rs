@@ -79,8 +79,7 @@ impl Lavit {
         let encoder = w.at("encoder");
         let features = |name, parts: &[_]| Features::load(&encoder.at(name), parts, d, eps);
         let stack = |name, n| bert::stack(&encoder.at(name), n, &config.bert, act);
-        let cross = |i| {
-            let w = encoder.at("x_layers").at(i);
+        let cross = |_, w: Weights<'_>| {
             let stream = |reads: &str, name: &str| {
                 let at = |part| w.at(format_args!("{name}_{part}"));
                 Ok::<_, Error>(Stack::new(vec![Layer::new(vec![
@@ -101,7 +100,7 @@ impl Lavit {
             language: Bert::load(path, config.bert.clone(), checkpoint)?,
             audio: (features("a_fc", &audio_parts(path, &config)?)?, stack("a_layers", config.a_layers)?),
             video: (features("v_fc", &visual)?, stack("v_layers", config.v_layers)?),
-            cross: (0..config.x_layers).map(cross).collect::<Result<_>>()?,
+            cross: encoder.at("x_layers").layers(config.x_layers, cross)?,
             poolers: [pooler("pooler")?, pooler("a_pooler")?, pooler("v_pooler")?],
             head: (
                 head.at(0).linear(3 * d, 6 * d)?,

@@ -6,8 +6,8 @@
 //!
 //! - [`checkpoint`] and [`weights`]: a memory-mapped safetensors file, and the parts of a layer read from it.
 //! - [`vanilla`], [`bert`], [`bart`], [`gpt`], [`longformer`], [`transformer_xl`], [`xlnet`], [`videobert`],
-//!   [`clip`], [`detr`], [`lavit`], [`fusion`], [`graph`], [`norms`]: the models. [`sentence`]: text to embedding
-//!   with BERT.
+//!   [`clip`], [`detr`], [`lavit`], [`fusion`], [`graph`], [`norms`]: the models.
+//! - [`tokens`], [`sentence`], [`generate`]: text to tokens, to embeddings, and to more text.
 //! - [`verify`]: golden cases, computed by independent implementations, run through the models.
 
 #![deny(unsafe_code)]
@@ -24,6 +24,7 @@ pub mod embedding;
 pub mod encoder;
 mod error;
 pub mod fusion;
+pub mod generate;
 pub mod gpt;
 pub mod graph;
 pub mod lavit;
@@ -32,6 +33,7 @@ pub mod norms;
 pub mod ragged;
 pub mod resnet;
 pub mod sentence;
+pub mod tokens;
 pub mod transformer_xl;
 pub mod vanilla;
 pub mod verify;

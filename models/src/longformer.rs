@@ -9,7 +9,7 @@ use serde::Deserialize;
 use crate::attend::{Block, Projections, Seen};
 use crate::bert::{self, Batch, Embeddings, attention_parts, ffn};
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, read_json};
+use crate::config::{activation, from_value, read_json};
 use crate::error::check_size;
 use crate::ragged::Scratch;
 use crate::weights::Weights;
@@ -38,7 +38,7 @@ fn one() -> u32 {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a number, or one for each layer")]
 enum Windows {
     Same(usize),
     Each(Vec<usize>),
@@ -62,8 +62,7 @@ impl Config {
         if let Some(model_type) = model_type.filter(|model_type| model_type != "longformer") {
             return Err(Error::config(path, "model_type", "\"longformer\"", model_type));
         }
-        let Fields { attention_window, pad_token_id } =
-            serde_json::from_value(json.clone()).map_err(Error::json(path))?;
+        let Fields { attention_window, pad_token_id } = from_value(path, json.clone())?;
         let bert = bert::Config::from_json(path, json)?;
         let n = bert.num_hidden_layers;
         let windows = match attention_window {
@@ -113,8 +112,8 @@ impl Longformer {
         let (bert, d) = (&config.bert, config.bert.hidden_size);
         let act = activation(path, "hidden_act", &bert.hidden_act)?;
         let embeddings = Embeddings::load(&w.at("embeddings"), bert)?;
-        let layer = |(i, &reach)| Layer::load(&w.at("encoder.layer").at(i), bert, act, reach);
-        let layers = config.reach.iter().enumerate().map(layer).collect::<Result<_>>()?;
+        let layer = |i: usize, w| Layer::load(&w, bert, act, config.reach[i]);
+        let layers = w.at("encoder.layer").layers(config.reach.len(), layer)?;
         let pooler = w.at("pooler.dense");
         let pooler = if pooler.has("weight") { Some(pooler.linear(d, d)?) } else { None };
         Ok(Longformer { config, embeddings, layers, pooler })
@@ -123,6 +122,20 @@ impl Longformer {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The longest sequence: the first rows of the position table are before that of the first token.
+    pub fn max_tokens(&self) -> usize {
+        let before = (self.config.pad_token_id as usize).saturating_add(1);
+        self.config.bert.max_position_embeddings.saturating_sub(before)
+    }
+
+    /// Every token and type is in its embedding table.
+    ///
+    /// # Errors
+    /// [`Error::Index`].
+    pub fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
+        self.embeddings.check(ids, type_ids)
     }
 
     /// The positions of a sequence's tokens, padding included: they count the tokens that are not padding, from behind its id.

@@ -1,15 +1,19 @@
 //! Sentence embeddings as sentence-transformers makes them (Reimers and Gurevych 2019,
-//! <https://arxiv.org/abs/1908.10084>): tokens, BERT, the mean over all tokens, divided by its length.
+//! <https://arxiv.org/abs/1908.10084>): tokens, BERT or Longformer, the mean over all tokens, divided by its length; or the
+//! text embedding of CLIP.
 
 use std::path::{Path, PathBuf};
 
 use laneformer::Context;
 use serde::Deserialize;
-use tokenizers::{PostProcessor, Tokenizer, TruncationParams};
 
 use crate::bert::{Batch, Bert};
-use crate::config::read_json_if_there;
+use crate::clip::{TextEncoder, Texts};
+use crate::config::{model_type, read_json_if_there};
+use crate::longformer::Longformer;
 use crate::ragged::Scratch;
+pub use crate::tokens::Tokens;
+use crate::tokens::{Packed, TextTokenizer};
 use crate::{Error, Result};
 
 /// `sentence_bert_config.json`.
@@ -24,76 +28,64 @@ struct SentenceConfig {
 /// A model with its tokenizer.
 #[derive(Debug)]
 pub struct SentenceEncoder {
-    bert: Bert,
-    tokenizer: Tokenizer,
-    tokenizer_path: PathBuf,
+    model: Model,
+    tokenizer: TextTokenizer,
     config: SentenceConfig,
 }
 
-/// The tokens of one sentence.
-#[derive(Clone, Debug)]
-pub struct Tokens {
-    ids: Vec<u32>,
-    type_ids: Vec<u32>,
-    /// Whether tokens were cut off at `max_seq_length`.
-    pub truncated: bool,
-}
-
-impl Tokens {
-    /// Number of tokens, special ones included.
-    pub fn len(&self) -> usize {
-        self.ids.len()
-    }
-
-    /// Whether there is no token at all, not even a special one.
-    pub fn is_empty(&self) -> bool {
-        self.ids.is_empty()
-    }
+#[derive(Debug)]
+enum Model {
+    Bert(Bert),
+    Longformer(Longformer),
+    Clip(TextEncoder),
 }
 
 /// What is reused from batch to batch.
 #[derive(Debug, Default)]
 pub struct Buffers {
-    ids: Vec<u32>,
-    type_ids: Vec<u32>,
-    positions: Vec<u32>,
-    offsets: Vec<usize>,
+    packed: Packed,
     scratch: Scratch,
 }
 
 impl SentenceEncoder {
     /// Loads a directory with `config.json`, `model.safetensors`, `tokenizer.json` and, if it is there,
-    /// `sentence_bert_config.json`.
+    /// `sentence_bert_config.json`. The `model_type` of `config.json` says which model it is, none is BERT.
+    ///
+    /// Sentences are cut off at `max_seq_length`; CLIP's at its positions, as its tokenizer does.
     ///
     /// # Errors
     /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<SentenceEncoder> {
-        check_modules(dir)?;
-        let bert = Bert::open(dir)?;
-        let config_path = dir.join("sentence_bert_config.json");
-        let config: SentenceConfig = read_json_if_there(&config_path)?.unwrap_or_default();
-        let tokenizer_path = dir.join("tokenizer.json");
-        let text = std::fs::read(&tokenizer_path).map_err(Error::io(&tokenizer_path))?;
-        let mut tokenizer = Tokenizer::from_bytes(text).map_err(tokenizer_error(&tokenizer_path))?;
-        let special = tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
-        let refused = |why: String| {
-            let actual = config.max_seq_length.unwrap_or_default();
-            Error::config(&config_path, "max_seq_length", why, actual)
+        let load = match model_type(dir)?.as_deref() {
+            None | Some("bert") => |dir: &Path| Bert::open(dir).map(Model::Bert),
+            Some("longformer") => |dir: &Path| Longformer::open(dir).map(Model::Longformer),
+            Some("clip" | "clip_text_model") => |dir: &Path| TextEncoder::open(dir).map(Model::Clip),
+            Some(other) => {
+                let served = "\"bert\", \"longformer\" or \"clip\"";
+                return Err(Error::config(&dir.join("config.json"), "model_type", served, other));
+            }
         };
-        if config.max_seq_length.is_some_and(|max| max < special) {
-            return Err(refused(format!("room for {special} special tokens")));
+        check_modules(dir)?;
+        let path = dir.join("sentence_bert_config.json");
+        let mut config: SentenceConfig = read_json_if_there(&path)?.unwrap_or_default();
+        let (mut tokenizer, model) = (TextTokenizer::open(dir)?, load(dir)?);
+        if let Model::Clip(_) = model {
+            config.max_seq_length.get_or_insert(model.positions());
         }
-        // The file's own truncation and padding belong to whoever wrote it, not to the model.
-        let truncation =
-            config.max_seq_length.map(|max_length| TruncationParams { max_length, ..Default::default() });
-        let truncated = tokenizer.with_padding(None).with_truncation(truncation);
-        truncated.map_err(|error| refused(error.to_string()))?;
-        Ok(SentenceEncoder { bert, tokenizer, tokenizer_path, config })
+        if let Some(max) = config.max_seq_length {
+            let refused = |why| Error::config(&path, "max_seq_length", why, max);
+            tokenizer.truncate_at(max).map_err(refused)?;
+        }
+        Ok(SentenceEncoder { model, tokenizer, config })
     }
 
     /// Elements of an embedding.
     pub fn dim(&self) -> usize {
-        self.bert.config().hidden_size
+        match &self.model {
+            Model::Bert(bert) => bert.config().hidden_size,
+            Model::Longformer(longformer) => longformer.config().bert.hidden_size,
+            Model::Clip(clip) => clip.dim(),
+        }
     }
 
     /// The number of tokens at which sentences are cut off.
@@ -107,25 +99,20 @@ impl SentenceEncoder {
     /// [`Error::TooLong`] if the model has fewer positions, [`Error::Index`] if the tokenizer is not the model's,
     /// [`Error::Tokenizer`].
     pub fn tokenize(&self, sentence: &str) -> Result<Tokens> {
-        let lower_case;
-        let sentence = if self.config.do_lower_case {
-            lower_case = sentence.to_lowercase();
-            &lower_case
+        let tokens = if self.config.do_lower_case {
+            self.tokenizer.encode(&sentence.to_lowercase())?
         } else {
-            sentence
+            self.tokenizer.encode(sentence)?
         };
-        let encoding =
-            self.tokenizer.encode_fast(sentence, true).map_err(tokenizer_error(&self.tokenizer_path))?;
-        let tokens = Tokens {
-            ids: encoding.get_ids().into(),
-            type_ids: encoding.get_type_ids().into(),
-            truncated: !encoding.get_overflowing().is_empty(),
-        };
-        let positions = self.bert.config().max_position_embeddings;
+        let positions = self.model.positions();
         if tokens.len() > positions {
             return Err(Error::TooLong { tokens: tokens.len(), positions });
         }
-        self.bert.check(&tokens.ids, &tokens.type_ids)?;
+        match &self.model {
+            Model::Bert(bert) => bert.check(&tokens.ids, &tokens.type_ids)?,
+            Model::Longformer(longformer) => longformer.check(&tokens.ids, &tokens.type_ids)?,
+            Model::Clip(clip) => clip.check(&tokens.ids)?,
+        }
         Ok(tokens)
     }
 
@@ -135,25 +122,40 @@ impl SentenceEncoder {
     /// # Errors
     /// What the library says of the sizes.
     pub fn embed(&self, ctx: Context<'_>, sentences: &[Tokens], buffers: &mut Buffers) -> Result<Vec<f32>> {
-        let Buffers { ids, type_ids, positions, offsets, scratch } = buffers;
-        for buffer in [&mut *ids, type_ids, positions] {
-            buffer.clear();
-        }
-        offsets.clear();
-        offsets.push(0);
-        for sentence in sentences {
-            ids.extend(&sentence.ids);
-            type_ids.extend(&sentence.type_ids);
-            positions.extend(0..sentence.len() as u32);
-            offsets.push(ids.len());
-        }
-        let hidden = self.bert.forward(ctx, Batch { ids, type_ids, positions, offsets }, scratch)?;
+        let Buffers { packed, scratch } = buffers;
+        packed.set(sentences);
+        let Packed { ids, type_ids, positions, offsets } = packed;
+        let hidden = match &self.model {
+            Model::Bert(bert) => bert.forward(ctx, Batch { ids, type_ids, positions, offsets }, scratch)?,
+            Model::Longformer(longformer) => {
+                let positions = sentences.iter().flat_map(|sentence| longformer.positions(&sentence.ids));
+                let batch = Batch { ids, type_ids, positions: &positions.collect::<Vec<_>>(), offsets };
+                // Only windows: sentence-transformers makes no token global.
+                longformer.forward(ctx, batch, &vec![false; ids.len()], &vec![true; ids.len()], scratch)?
+            }
+            Model::Clip(clip) => {
+                let texts = Texts { ids, positions, offsets };
+                let states = clip.states(ctx, texts, scratch)?;
+                return clip.embed(ctx, texts, &states);
+            }
+        };
         let d = self.dim();
         let mut embeddings = Vec::with_capacity(sentences.len() * d);
         for ends in offsets.windows(2) {
             embeddings.extend(unit_mean(&hidden[ends[0] * d..ends[1] * d], d));
         }
         Ok(embeddings)
+    }
+}
+
+impl Model {
+    /// The longest sentence, in tokens.
+    fn positions(&self) -> usize {
+        match self {
+            Model::Bert(bert) => bert.config().max_position_embeddings,
+            Model::Longformer(longformer) => longformer.max_tokens(),
+            Model::Clip(clip) => clip.config().max_position_embeddings,
+        }
     }
 }
 
@@ -167,10 +169,6 @@ fn unit_mean(rows: &[f32], d: usize) -> Vec<f32> {
     let length = sum.iter().map(|x| x * x).sum::<f64>().sqrt();
     let length = if length == 0.0 { 1.0 } else { length };
     sum.iter().map(|x| (x / length) as f32).collect()
-}
-
-fn tokenizer_error(path: &Path) -> impl FnOnce(tokenizers::Error) -> Error + '_ {
-    move |error| Error::Tokenizer { path: path.into(), message: error.to_string() }
 }
 
 /// `modules.json` and the pooling's configuration, if they are there, describe what is computed here: other poolings

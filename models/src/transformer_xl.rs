@@ -126,7 +126,7 @@ impl TransformerXl {
         let w = Weights::new(checkpoint, "");
         let tokens = w.embedding("word_emb.emb_layers.0", config.vocab_size, config.d_model)?;
         let head = tokens.as_linear(Some(&w.tensor("crit.out_layers.0.bias", &[config.vocab_size])?))?;
-        let layers = (0..config.n_layer).map(|i| Layer::load(&w, i, &config)).collect::<Result<_>>()?;
+        let layers = w.at("layers").layers(config.n_layer, |_, layer| Layer::load(&w, &layer, &config))?;
         Ok(TransformerXl { config, tokens, layers, head })
     }
 
@@ -217,9 +217,8 @@ impl TransformerXl {
 }
 
 impl Layer {
-    fn load(root: &Weights<'_>, i: usize, config: &Config) -> Result<Layer> {
+    fn load(root: &Weights<'_>, w: &Weights<'_>, config: &Config) -> Result<Layer> {
         let Config { d_model: d, n_head, d_head, d_inner, .. } = *config;
-        let w = root.at(format_args!("layers.{i}"));
         let (attention, net) = (w.at("dec_attn"), w.at("pos_ff.CoreNet"));
         let heads = Heads::new(n_head, d_head)?;
         let cols = heads.query_cols();
@@ -231,12 +230,12 @@ impl Layer {
         let placement = if config.pre_lnorm { Placement::pre } else { Placement::post };
         let norm = |w: &Weights<'_>| w.at("layer_norm").layer_norm(d, EPS).map(placement);
         let ffn = SubLayer::ffn(ffn, norm(&w.at("pos_ff"))?)?;
-        let out = attention.at("o_net").linear(cols, d)?;
+        let out = attention.at("o_net").linear_without_bias(cols, d)?;
         let biases = if config.untie_r { &attention } else { root };
         let bias = |name| biases.tensor(name, &[n_head, d_head]).map(|bias| bias.into_owned());
         Ok(Layer {
             block: Block::new(projections, out, norm(&attention)?, ffn)?,
-            r: attention.at("r_net").linear(d, cols)?,
+            r: attention.at("r_net").linear_without_bias(d, cols)?,
             u: bias("r_w_bias")?,
             w: bias("r_r_bias")?,
         })

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::attend::project;
 use crate::bert::{self, Bert};
 use crate::checkpoint::Checkpoint;
+use crate::generate::argmax;
 use crate::weights::{Weights, linear, normalize_rows};
 use crate::{Error, Result};
 
@@ -78,11 +79,10 @@ impl VideoBert {
     /// What the library says of the sizes.
     pub fn video_ids(&self, ctx: Context<'_>, features: &[f32]) -> Result<Vec<u32>> {
         let scores = project(ctx, &self.centroids, features, &Epilogue::NONE)?;
-        let nearest = |scores: &[f32]| {
-            let best = |best: usize, c: usize| if scores[c] > scores[best] { c } else { best };
-            (0..scores.len()).fold(0, best) as u32
-        };
-        Ok(scores.chunks_exact(self.config.num_centroids.max(1)).map(nearest).collect())
+        Ok(scores
+            .chunks_exact(self.config.num_centroids.max(1))
+            .map(|scores| argmax(scores) as u32)
+            .collect())
     }
 
     /// The tokens and types of a sequence: the text, the clips (masked ones as `[MASK]`), and `[SEP]`.

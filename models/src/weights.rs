@@ -36,28 +36,40 @@ impl<'a> Weights<'a> {
         self.checkpoint.has(&self.name(name))
     }
 
+    /// The layers `0` to `n - 1` here. There must not be more: then the configuration is that of another checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::MoreLayers`], and those of `load`.
+    pub fn layers<T>(&self, n: usize, load: impl Fn(usize, Weights<'a>) -> Result<T>) -> Result<Vec<T>> {
+        if let Some(name) = self.checkpoint.first_below(&self.name(n)) {
+            return Err(Error::MoreLayers { path: self.checkpoint.path().into(), name, layers: n });
+        }
+        (0..n).map(|i| load(i, self.at(i))).collect()
+    }
+
     /// The tensor `name`, which must have this shape.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::Shape`], [`Error::Dtype`].
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Cow<'a, [f32]>> {
-        let name = self.name(name);
-        let actual = self.checkpoint.shape(&name)?;
-        if actual != shape {
-            let path = self.checkpoint.path().into();
-            return Err(Error::Shape { path, name, expected: shape.into(), actual: actual.into() });
-        }
-        self.checkpoint.f32(&name)
+        self.checkpoint.tensor(&self.name(name), shape)
     }
 
-    /// The linear layer here: `weight`, `[out, in]`, and, if there is one, `bias`, `[out]`.
+    /// The linear layer here: `weight`, `[out, in]`, and `bias`, `[out]`.
     ///
     /// # Errors
     /// As [`Weights::tensor`].
     pub fn linear(&self, in_features: usize, out_features: usize) -> Result<Linear> {
         let weight = self.tensor("weight", &[out_features, in_features])?;
-        let bias = if self.has("bias") { Some(self.tensor("bias", &[out_features])?) } else { None };
-        linear(&weight, in_features, out_features, bias.as_deref())
+        linear(&weight, in_features, out_features, Some(&self.tensor("bias", &[out_features])?))
+    }
+
+    /// The same without a bias.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`].
+    pub fn linear_without_bias(&self, in_features: usize, out_features: usize) -> Result<Linear> {
+        linear(&self.tensor("weight", &[out_features, in_features])?, in_features, out_features, None)
     }
 
     /// The columns `part` of GPT's linear layer here, a convolution of width one: `weight`, `[in, out]`, and `bias`, `[out]`.
@@ -79,6 +91,7 @@ impl<'a> Weights<'a> {
     pub fn layer_norm(&self, d: usize, eps: f32) -> Result<Norm> {
         let (gain, bias) = if self.has("gamma") { ("gamma", "beta") } else { ("weight", "bias") };
         let gain = self.tensor(gain, &[d])?.into_owned();
+        check_eps(eps)?;
         Ok(Norm::LayerNorm { gain, bias: Some(self.tensor(bias, &[d])?.into_owned()), eps })
     }
 
@@ -87,6 +100,7 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// As [`Weights::tensor`].
     pub fn rms_norm(&self, d: usize, eps: f32) -> Result<Norm> {
+        check_eps(eps)?;
         Ok(Norm::RmsNorm { gain: self.tensor("weight", &[d])?.into_owned(), eps })
     }
 
@@ -96,6 +110,7 @@ impl<'a> Weights<'a> {
     /// As [`Weights::tensor`].
     pub fn batch_norm(&self, d: usize, eps: f32) -> Result<Norm> {
         let of = |name| self.tensor(name, &[d]);
+        check_eps(eps)?;
         let (gain, bias) = (of("weight")?, of("bias")?);
         Ok(Norm::BatchNorm(Affine::from_running(
             &gain,
@@ -117,6 +132,14 @@ impl<'a> Weights<'a> {
     fn name(&self, name: impl Display) -> String {
         if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
     }
+}
+
+fn check_eps(eps: f32) -> Result<()> {
+    let expected = "a finite number of at least 0";
+    if eps.is_finite() && eps >= 0.0 {
+        return Ok(());
+    }
+    Err(laneformer::Error::Mismatch { arg: "epsilon of a norm", expected }.into())
 }
 
 /// A linear layer of a weight [out, in].

@@ -44,6 +44,8 @@ pub struct Config {
     pub reuse_len: Option<usize>,
     #[serde(default = "tiny")]
     pub layer_norm_eps: f32,
+    #[serde(default = "yes")]
+    pub tie_word_embeddings: bool,
 }
 
 fn gelu() -> String {
@@ -58,6 +60,10 @@ fn tiny() -> f32 {
     1e-12
 }
 
+fn yes() -> bool {
+    true
+}
+
 impl Config {
     fn check(&self, path: &Path) -> Result<()> {
         check_heads(path, "n_head", self.d_model, self.n_head)?;
@@ -69,6 +75,9 @@ impl Config {
         }
         if self.bi_data {
             return Err(Error::config(path, "bi_data", "false", true));
+        }
+        if !self.tie_word_embeddings {
+            return Err(Error::config(path, "tie_word_embeddings", "true, one table", false));
         }
         match self.reuse_len {
             None | Some(0) => Ok(()),
@@ -140,8 +149,7 @@ impl XlNet {
         let tokens = w.embedding("word_embedding", config.vocab_size, config.d_model)?;
         let head = tokens.as_linear(Some(&root.tensor("lm_loss.bias", &[config.vocab_size])?))?;
         let mask_emb = w.tensor("mask_emb", &[1, 1, config.d_model])?.into_owned();
-        let layer = |i| Layer::load(&w.at("layer").at(i), &config, act);
-        let layers = (0..config.n_layer).map(layer).collect::<Result<_>>()?;
+        let layers = w.at("layer").layers(config.n_layer, |_, w| Layer::load(&w, &config, act))?;
         Ok(XlNet { config, tokens, mask_emb, layers, head })
     }
 

@@ -146,14 +146,24 @@ fn configurations_that_cannot_be_followed_are_refused() {
         ("num_attention_heads", serde_json::json!(7), "num_attention_heads: expected a divisor of"),
         ("num_attention_heads", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
         ("hidden_size", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
-        ("hidden_size", serde_json::json!(-1), "config.json: invalid value"),
-        ("hidden_size", serde_json::Value::Null, "config.json: invalid type: null"),
+        ("hidden_size", serde_json::json!(-1), "config.json: hidden_size: invalid value"),
+        ("hidden_size", serde_json::Value::Null, "config.json: hidden_size: invalid type: null"),
         ("position_embedding_type", serde_json::json!("relative_key"), "position_embedding_type: expected"),
         ("is_decoder", serde_json::json!(true), "is_decoder: expected false, got true"),
         (
             "vocab_size",
             serde_json::json!(61),
             "embeddings.word_embeddings.weight: expected shape [61, 60], got [60, 60]",
+        ),
+        (
+            "num_hidden_layers",
+            serde_json::json!(1),
+            "tensor encoder.layer.1.attention.output.LayerNorm.bias, but the configuration has 1 such layers",
+        ),
+        (
+            "layer_norm_eps",
+            serde_json::json!(-1e-5),
+            "epsilon of a norm: expected a finite number of at least 0",
         ),
         ("num_hidden_layers", serde_json::json!(3), "no tensor encoder.layer.2.attention.self.query.weight"),
     ] {
@@ -204,4 +214,54 @@ fn padding_anywhere_is_left_out_and_put_back() {
         assert_eq!(after, if mask[i / 2] { before } else { 0.0 });
     }
     assert!(ragged.gather(&padded, 3).is_err());
+}
+
+#[test]
+fn random_checkpoints_have_every_tensor_in_any_shape() {
+    let checkpoint = Checkpoint::random(1);
+    let tensor = |name, shape: &[usize]| checkpoint.tensor(name, shape).unwrap().into_owned();
+    let weight = tensor("a.weight", &[64, 3, 400]);
+    assert_eq!(weight.len(), 64 * 1200);
+    for row in weight.chunks(1200) {
+        let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+        assert!((length - 1.0).abs() < 0.1, "{length}");
+    }
+    for (name, shape, centre) in [
+        ("norm.weight", &[300][..], 1.0),
+        ("norm.running_var", &[300], 1.0),
+        ("logit_scale", &[], 1.0),
+        ("norm.bias", &[300], 0.0),
+    ] {
+        assert!(tensor(name, shape).iter().all(|x| (x - centre).abs() <= 0.1), "{name}");
+    }
+    assert!(checkpoint.has("pooler.weight") && !checkpoint.has("norm.gamma"));
+    let error = checkpoint.tensor("a.weight", &[usize::MAX, 2]).unwrap_err().to_string();
+    assert!(error.contains("does not fit"), "{error}");
+    assert!(matches!(checkpoint.f32("a.weight"), Err(Error::MissingTensor { .. })));
+}
+
+/// On every machine, in every release.
+#[test]
+fn random_numbers_depend_on_the_seed_and_the_name_alone() {
+    let first = |seed, name: &str| Checkpoint::random(seed).tensor(name, &[2, 2]).unwrap().into_owned();
+    assert_eq!(first(7, "a.weight"), [0.7469401, 1.1940383, 1.140417, 0.2541392]);
+    assert_ne!(first(7, "a.weight"), first(8, "a.weight"));
+    assert_ne!(first(7, "a.weight"), first(7, "b.weight"));
+}
+
+#[test]
+fn a_model_of_random_weights_computes() {
+    let config = |layers: u32| {
+        let mut config = config();
+        config["num_hidden_layers"] = layers.into();
+        config
+    };
+    let state = |layers| last_hidden_state(&load(config(layers), &Checkpoint::random(3)).unwrap());
+    let (x, same, deep) = (state(2), state(2), state(24));
+    assert_eq!(x, same);
+    assert_ne!(x, deep);
+    let mean_square = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32;
+    for x in [x, deep] {
+        assert!((0.5..2.0).contains(&mean_square(&x)), "{}", mean_square(&x));
+    }
 }

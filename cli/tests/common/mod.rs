@@ -35,20 +35,47 @@ pub fn parts(output: &Output) -> (i32, String, String) {
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
 }
 
-/// A BERT of 96 elements and one layer with a tokenizer of the words `w0` to `w56`.
+/// A directory with a tiny model.
 pub struct Model(TempDir);
 
 impl Model {
+    /// A BERT of 96 elements and one layer with a tokenizer of the words `w0` to `w56`.
     pub fn new() -> Model {
+        let model = Model::golden("bert-no-pad-long");
+        model.write_json("tokenizer.json", &tokenizer());
+        model.write_json("sentence_bert_config.json", &json!({ "max_seq_length": 8 }));
+        model
+    }
+
+    /// The weights and the configuration of a golden case.
+    fn golden(name: &str) -> Model {
         let dir = tempfile::tempdir().expect("a directory");
-        let case = golden("bert-no-pad-long");
+        let case = golden(name);
         fs::copy(case.join("weights.safetensors"), dir.path().join("model.safetensors")).expect("weights");
         let model = Model(dir);
         let case: Value =
             serde_json::from_slice(&fs::read(case.join("case.json")).expect("a case")).expect("JSON");
         model.write_json("config.json", &case["config"]);
-        model.write_json("tokenizer.json", &tokenizer());
-        model.write_json("sentence_bert_config.json", &json!({ "max_seq_length": 8 }));
+        model
+    }
+
+    /// The same as a model of this type, with a tokenizer whose word `w7` is the token 7.
+    pub fn of(name: &str, model_type: &str, words: usize) -> Model {
+        let model = Model::golden(name);
+        model.set("config.json", "model_type", json!(model_type));
+        let vocab = (0..words).map(|i| (format!("w{i}"), json!(i)));
+        model.write_json(
+            "tokenizer.json",
+            &json!({
+                "version": "1.0",
+                "added_tokens": [],
+                "normalizer": null,
+                "pre_tokenizer": { "type": "WhitespaceSplit" },
+                "post_processor": null,
+                "decoder": null,
+                "model": { "type": "WordLevel", "vocab": Value::Object(vocab.collect()), "unk_token": "w0" },
+            }),
+        );
         model
     }
 
@@ -70,6 +97,21 @@ impl Model {
         let mut json: Value = serde_json::from_slice(&fs::read(path).expect("a file")).expect("JSON");
         json[field] = value;
         self.write_json(name, &json);
+    }
+}
+
+/// The words of tokens, for [`Model::of`].
+pub fn words(ids: impl IntoIterator<Item = impl std::fmt::Display>) -> String {
+    ids.into_iter().map(|id| format!("w{id}")).collect::<Vec<_>>().join(" ")
+}
+
+/// Status 2 and a message with all of `expected`.
+pub fn refused(args: &[&str], expected: &[&str]) {
+    let (status, _, stderr) = parts(&laneformer(args, b"w1\n"));
+    assert_eq!(status, 2, "{args:?}: {stderr}");
+    assert!(!stderr.contains("panicked"), "{args:?}: {stderr}");
+    for part in expected {
+        assert!(stderr.contains(part), "{args:?}: {part:?} is not in: {stderr}");
     }
 }
 

@@ -5,6 +5,7 @@ use laneformer::Context;
 use super::case::{Case, Outputs};
 use crate::Result;
 use crate::bart::Bart;
+use crate::generate::argmax;
 use crate::gpt::Batch;
 use crate::ragged::Scratch;
 
@@ -51,16 +52,11 @@ pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         let x = model.decode(ctx, &mut decoding, batch, scratch)?;
         for (sequence, logits) in model.logits(ctx, &x)?.chunks(n).enumerate() {
             let at = sequence * steps + step;
-            ids[sequence] = argmax(logits);
+            ids[sequence] = argmax(logits) as u32;
             all_ids[at] = ids[sequence] as f32;
             all_logits[at * n..][..n].copy_from_slice(logits);
         }
     }
     outputs.extend([("greedy_ids".into(), all_ids), ("greedy_logits".into(), all_logits)]);
     Ok(outputs)
-}
-
-fn argmax(x: &[f32]) -> u32 {
-    let best = x.iter().enumerate().max_by(|(_, a), (_, b)| a.total_cmp(b));
-    best.map_or(0, |(i, _)| i as u32)
 }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::checkpoint::Checkpoint;
-use crate::config::read_json;
+use crate::config::{from_value, read_json};
 use crate::ragged::Ragged;
 use crate::{Error, Result};
 
@@ -120,7 +120,7 @@ impl Case {
     }
 
     pub(super) fn config<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_json::from_value(self.description.config.clone()).map_err(Error::json(&self.path))
+        from_value(&self.path, self.description.config.clone())
     }
 
     pub(super) fn run(&self) -> &Run {

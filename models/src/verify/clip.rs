@@ -4,12 +4,12 @@ use laneformer::Context;
 
 use super::case::{Case, Outputs};
 use crate::Result;
-use crate::clip::{Clip, Texts};
+use crate::clip::{Clip, Config, Texts};
 use crate::conv::Images;
 use crate::ragged::Scratch;
 
 pub(super) fn clip(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let model = Clip::load(case.path(), case.config()?, case.weights())?;
+    let model = Clip::load(case.path(), Config::from_json(case.path(), case.config()?)?, case.weights())?;
     let images = Images::from_planes(&case.f32("pixel_values")?, case.shape("pixel_values")?)?;
     let image_states = model.image_states(ctx, &images, &mut Scratch::default())?;
     let image_embeds = model.embed_images(ctx, &image_states)?;
@@ -17,8 +17,8 @@ pub(super) fn clip(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let tokens = case.ragged_or_full("attention_mask", case.shape("input_ids")?)?;
     let ids = tokens.gather(&case.indices("input_ids")?, 1)?;
     let texts = Texts { ids: &ids, positions: tokens.positions(), offsets: tokens.offsets() };
-    let text_states = model.text_states(ctx, texts, &mut Scratch::default())?;
-    let text_embeds = model.embed_texts(ctx, texts, &text_states)?;
+    let text_states = model.text.states(ctx, texts, &mut Scratch::default())?;
+    let text_embeds = model.text.embed(ctx, texts, &text_states)?;
 
     let text_count = tokens.offsets().len() - 1;
     let logits = model.logits_per_image(ctx, &image_embeds, &text_embeds)?;

@@ -1,0 +1,36 @@
+//! The Transformer of "Attention Is All You Need": a sentence of 64 tokens, and the logits of a translation of 64. Usual:
+//! the base model.
+
+mod common;
+
+use laneformer_models::ragged::Scratch;
+use laneformer_models::vanilla::{Config, Vanilla};
+use serde_json::json;
+
+fn main() -> common::Result {
+    let (path, config, checkpoint) = common::model(json!({
+        "d_model": 512, "nhead": 8, "dim_feedforward": 2048, "num_encoder_layers": 6, "num_decoder_layers": 6,
+        "activation": "relu", "norm_first": false, "final_norm": false, "layer_norm_eps": 1e-5,
+        "vocab_size": 37000, "sinusoid": "interleaved",
+    }))?;
+    let config: Config = serde_json::from_value(config)?;
+    let model = common::timed("load", || Vanilla::load(&path, &config, &checkpoint))?;
+    let (Some(vocabulary), Some(decoder)) = (&model.vocabulary, &model.decoder) else {
+        anyhow::bail!("{}: no vocabulary or no decoder", path.display());
+    };
+    let (ctx, offsets) = (common::context(), [0, 64]);
+
+    let (ids, positions) = common::tokens(64, config.vocab_size);
+    let mut memory = vocabulary.source(&ids, &positions)?;
+    common::timed("encode", || model.encoder.forward(ctx, &mut memory, &offsets, &mut Scratch::default()))?;
+    common::show("memory", &memory, config.d_model);
+
+    let mut x = vocabulary.target(&ids, &positions)?;
+    let logits = common::timed("decode", || {
+        let sources = decoder.sources(ctx, &memory, &offsets)?;
+        decoder.decode(ctx, &mut x, &offsets, (&sources, &mut []), &mut Scratch::default())?;
+        vocabulary.logits(ctx, &x)
+    })?;
+    common::show("logits", &logits, config.vocab_size);
+    Ok(())
+}

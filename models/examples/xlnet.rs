@@ -1,0 +1,34 @@
+//! XLNet: 512 tokens with a second stream that predicts 85 of them. Usual: xlnet-base-cased.
+
+mod common;
+
+use laneformer_models::ragged::Scratch;
+use laneformer_models::xlnet::{Batch, XlNet};
+use serde_json::json;
+
+fn main() -> common::Result {
+    let (path, config, checkpoint) = common::model(json!({
+        "vocab_size": 32000, "d_model": 768, "n_head": 12, "d_inner": 3072, "n_layer": 12,
+    }))?;
+    let config = serde_json::from_value(config)?;
+    let model = common::timed("load", || XlNet::load(&path, config, &checkpoint))?;
+    let ctx = common::context();
+
+    let (ids, _) = common::tokens(512, model.config().vocab_size);
+    let targets: Vec<_> = (0..85).map(|i| 6 * i).collect();
+    // Nobody sees the targets.
+    let is_hidden: Vec<_> = (0..512 * 512).map(|i| targets.contains(&(i % 512))).collect();
+    let batch = Batch {
+        sequences: 1,
+        ids: &ids,
+        segments: Some(&[0; 512]),
+        is_hidden: Some(&is_hidden),
+        targets: Some(&targets),
+        ..Batch::default()
+    };
+    let output = common::timed("both streams", || model.forward(ctx, &batch, &mut Scratch::default()))?;
+    common::show("content", &output.content, model.config().d_model);
+    let logits = model.logits(ctx, &output.queries.unwrap_or_default())?;
+    common::show("logits of the targets", &logits, model.config().vocab_size);
+    Ok(())
+}

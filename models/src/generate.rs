@@ -1,0 +1,290 @@
+//! Text from text, token by token: GPT and GPT-2 go on with a prompt, BART's decoder writes about it.
+//!
+//! The next token is the most probable one, or drawn from the most probable ones with a seed. What `generate` of Hugging
+//! Face does beyond that (beams, penalties, lengths, `forced_eos_token_id`) is not done here.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use laneformer::{Context, KvCache, MatMut, softmax};
+use rand_pcg::Pcg32;
+use rand_pcg::rand_core::{Rng, SeedableRng};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::bart::{Bart, Decoding};
+use crate::config::{from_value, model_type, read_json, read_json_if_there};
+use crate::gpt::{Batch, Gpt};
+use crate::ragged::Scratch;
+use crate::tokens::TextTokenizer;
+use crate::{Error, Result};
+
+/// A language model with its tokenizer.
+#[derive(Debug)]
+pub struct Generator {
+    model: Model,
+    tokenizer: TextTokenizer,
+    special: Special,
+}
+
+#[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one")]
+enum Model {
+    Gpt(Gpt),
+    Bart(Bart),
+}
+
+/// Tokens with a meaning to the generation: those of `generation_config.json`, or of `config.json` if there is no such file.
+#[derive(Debug, Deserialize)]
+struct Special {
+    bos_token_id: Option<u32>,
+    eos_token_id: Option<OneOrMany>,
+    decoder_start_token_id: Option<u32>,
+    forced_bos_token_id: Option<u32>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a token, or a list of them")]
+enum OneOrMany {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl Special {
+    fn open(dir: &Path) -> Result<(PathBuf, Special)> {
+        let path = dir.join("generation_config.json");
+        if let Some(special) = read_json_if_there(&path)? {
+            return Ok((path, special));
+        }
+        let path = dir.join("config.json");
+        let mut config: Value = read_json(&path)?;
+        // What Hugging Face leaves out is as its classes have it.
+        let defaults: &[_] = match config["model_type"].as_str() {
+            Some("gpt2") => &[("bos_token_id", 50256), ("eos_token_id", 50256)],
+            Some("bart") => &[("bos_token_id", 0), ("eos_token_id", 2), ("decoder_start_token_id", 2)],
+            _ => &[],
+        };
+        if let Some(fields) = config.as_object_mut() {
+            for &(field, id) in defaults {
+                fields.entry(field).or_insert(id.into());
+            }
+        }
+        let special = from_value(&path, config)?;
+        Ok((path, special))
+    }
+
+    /// What the decoder is given without being asked are tokens.
+    fn check(&self, path: &Path, vocab_size: usize) -> Result<()> {
+        let given = [
+            ("decoder_start_token_id", self.decoder_start_token_id),
+            ("forced_bos_token_id", self.forced_bos_token_id),
+        ];
+        match given.into_iter().find(|(_, id)| id.is_some_and(|id| id as usize >= vocab_size)) {
+            Some((field, Some(id))) => {
+                Err(Error::config(path, field, format!("a token below {vocab_size}"), id))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn eos(&self) -> &[u32] {
+        match &self.eos_token_id {
+            None => &[],
+            Some(OneOrMany::One(id)) => std::slice::from_ref(id),
+            Some(OneOrMany::Many(ids)) => ids,
+        }
+    }
+}
+
+impl Generator {
+    /// Loads a directory with `config.json`, `model.safetensors`, `tokenizer.json` and, if it is there,
+    /// `generation_config.json`. The `model_type` of `config.json` says which model it is.
+    ///
+    /// # Errors
+    /// What is missing or disagrees, with its file and tensor.
+    pub fn open(dir: &Path) -> Result<Generator> {
+        let load = match model_type(dir)?.as_deref() {
+            Some("gpt2" | "openai-gpt") => |dir: &Path| Gpt::open(dir).map(Model::Gpt),
+            Some("bart") => |dir: &Path| Bart::open(dir).map(Model::Bart),
+            other => {
+                let served = "\"gpt2\", \"openai-gpt\" or \"bart\"";
+                let path = dir.join("config.json");
+                return Err(Error::config(&path, "model_type", served, other.unwrap_or("none")));
+            }
+        };
+        let ((path, special), tokenizer) = (Special::open(dir)?, TextTokenizer::open(dir)?);
+        let model = load(dir)?;
+        if let Model::Bart(bart) = &model {
+            special.check(&path, bart.config().vocab_size)?;
+        }
+        Ok(Generator { model, tokenizer, special })
+    }
+
+    /// The tokens of a prompt. An empty one is the token with which texts begin, or else that with which they end.
+    ///
+    /// # Errors
+    /// [`Error::TooLong`] if the model has fewer positions, [`Error::EmptyPrompt`], [`Error::Tokenizer`].
+    pub fn prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.tokenizer.encode(text)?.ids;
+        if ids.is_empty() {
+            ids.extend(self.special.bos_token_id.or(self.special.eos().first().copied()));
+        }
+        let (tokens, positions) = (ids.len(), self.positions());
+        match tokens {
+            0 => Err(Error::EmptyPrompt),
+            _ if tokens > positions => Err(Error::TooLong { tokens, positions }),
+            _ => Ok(ids),
+        }
+    }
+
+    /// The beginning of a generation of up to `max_tokens` tokens. BART reads the prompt here; GPT does so with the first
+    /// token.
+    ///
+    /// # Errors
+    /// [`Error::Index`] for a token that the model does not have, and what the library says of the sizes.
+    pub fn begin(&self, ctx: Context<'_>, prompt: &[u32], max_tokens: usize) -> Result<Generation<'_>> {
+        let mut scratch = Scratch::default();
+        let room = |first: usize| first.saturating_add(max_tokens).min(self.positions());
+        let (state, next, forced) = match &self.model {
+            Model::Gpt(gpt) => (State::Gpt(gpt, gpt.caches(1, room(prompt.len()))?), prompt.to_vec(), None),
+            Model::Bart(bart) => {
+                let positions: Vec<_> = (0..prompt.len() as u32).collect();
+                let offsets = [0, prompt.len()];
+                let batch = Batch { ids: prompt, positions: &positions, offsets: &offsets };
+                let memory = bart.encode(ctx, batch, &mut scratch)?;
+                let decoding = bart.begin(ctx, &memory, &offsets, room(1))?;
+                let start = self.special.decoder_start_token_id.or(self.special.bos_token_id);
+                let start = start.unwrap_or(bart.config().decoder_start_token_id);
+                scratch = Scratch::default();
+                (State::Bart(bart, decoding), vec![start], self.special.forced_bos_token_id)
+            }
+        };
+        Ok(Generation { generator: self, state, next, forced, seen: 0, left: max_tokens, scratch })
+    }
+
+    /// From tokens to the text that each adds; see [`TextTokenizer::decoder`].
+    pub fn decoder(&self) -> impl FnMut(u32) -> Result<Option<String>> + '_ {
+        self.tokenizer.decoder()
+    }
+
+    /// The longest prompt, in tokens; GPT's continuation is part of it.
+    pub fn positions(&self) -> usize {
+        match &self.model {
+            Model::Gpt(gpt) => gpt.config().n_positions,
+            Model::Bart(bart) => bart.config().max_position_embeddings,
+        }
+    }
+}
+
+/// A text that is being written.
+#[derive(Debug)]
+pub struct Generation<'a> {
+    generator: &'a Generator,
+    state: State<'a>,
+    /// Tokens that the model has not seen yet.
+    next: Vec<u32>,
+    /// A token that comes first, whatever the model says.
+    forced: Option<u32>,
+    /// Number of tokens that it has.
+    seen: usize,
+    left: usize,
+    scratch: Scratch,
+}
+
+#[derive(Debug)]
+enum State<'a> {
+    Gpt(&'a Gpt, Vec<KvCache>),
+    Bart(&'a Bart, Decoding),
+}
+
+impl Generation<'_> {
+    /// The next token; `None` behind the last: at one that ends texts, which is not returned, after `max_tokens`, or where
+    /// the model has no more positions.
+    ///
+    /// # Errors
+    /// [`Error::Index`] for a token that the model does not have, and what the library says of the sizes.
+    pub fn next(&mut self, ctx: Context<'_>, sampler: &mut Sampler) -> Result<Option<u32>> {
+        if self.left == 0 || self.is_full() {
+            return Ok(None);
+        }
+        let id = match self.forced.take() {
+            Some(id) => id,
+            None => {
+                let logits = self.advance(ctx)?;
+                sampler.choose(ctx, &logits)?
+            }
+        };
+        self.left -= 1;
+        if self.generator.special.eos().contains(&id) {
+            self.left = 0;
+            return Ok(None);
+        }
+        self.next.push(id);
+        Ok(Some(id))
+    }
+
+    /// Whether the model has no position for the next token.
+    pub fn is_full(&self) -> bool {
+        self.seen + self.next.len() > self.generator.positions()
+    }
+
+    /// Feeds what is new to the model, and gives the logits of the token that follows.
+    fn advance(&mut self, ctx: Context<'_>) -> Result<Vec<f32>> {
+        let end = self.seen + self.next.len();
+        let positions: Vec<_> = (self.seen as u32..end as u32).collect();
+        let batch = Batch { ids: &self.next, positions: &positions, offsets: &[0, positions.len()] };
+        let hidden = match &mut self.state {
+            State::Gpt(gpt, caches) => gpt.forward(ctx, batch, caches, &mut self.scratch)?,
+            State::Bart(bart, decoding) => bart.decode(ctx, decoding, batch, &mut self.scratch)?,
+        };
+        let last = &hidden[hidden.len() / positions.len() * (positions.len() - 1)..];
+        self.seen = end;
+        self.next.clear();
+        match &self.state {
+            State::Gpt(gpt, _) => gpt.logits(ctx, last),
+            State::Bart(bart, _) => bart.logits(ctx, last),
+        }
+    }
+}
+
+/// How the next token is chosen.
+#[derive(Debug)]
+pub struct Sampler(Option<(NonZeroUsize, Pcg32)>);
+
+impl Sampler {
+    /// Always the most probable token.
+    pub fn greedy() -> Sampler {
+        Sampler(None)
+    }
+
+    /// One of the `k` most probable tokens, by their probabilities among themselves. The numbers that a seed gives are the same
+    /// everywhere, and so are the bits of the logits and of softmax on every instruction set but the portable one: the
+    /// same tokens are drawn.
+    pub fn top_k(k: NonZeroUsize, seed: u64) -> Sampler {
+        Sampler(Some((k, Pcg32::seed_from_u64(seed))))
+    }
+
+    fn choose(&mut self, ctx: Context<'_>, logits: &[f32]) -> Result<u32> {
+        let Some((k, rng)) = &mut self.0 else { return Ok(argmax(logits) as u32) };
+        let (at, k) = (|id: u32| logits[id as usize], k.get().min(logits.len()));
+        let order = |&a: &u32, &b: &u32| at(b).total_cmp(&at(a)).then(a.cmp(&b));
+        let mut best: Vec<u32> = (0..logits.len() as u32).collect();
+        best.select_nth_unstable_by(k - 1, order);
+        best.truncate(k);
+        best.sort_unstable_by(order);
+        let mut probabilities: Vec<f32> = best.iter().map(|&id| at(id)).collect();
+        softmax(ctx, MatMut::contiguous(&mut probabilities, 1, k)?)?;
+        // 24 bits are exact in an f32: from 0 up to 1.
+        let mut rest = (rng.next_u32() >> 8) as f32 / (1 << 24) as f32;
+        let drawn = best.iter().zip(probabilities).find(|&(_, probability)| {
+            rest -= probability;
+            rest < 0.0
+        });
+        Ok(drawn.map_or(best[k - 1], |(&id, _)| id))
+    }
+}
+
+/// The place of the largest number, the first of equal ones.
+pub(crate) fn argmax(x: &[f32]) -> usize {
+    (0..x.len()).fold(0, |best, i| if x[i] > x[best] { i } else { best })
+}

@@ -1,0 +1,120 @@
+//! `tokenizer.json`: texts to tokens and back, and batches of them.
+
+use std::path::{Path, PathBuf};
+
+use tokenizers::{PostProcessor, Tokenizer, TruncationParams};
+
+use crate::{Error, Result};
+
+/// The tokens of one text.
+#[derive(Clone, Debug)]
+pub struct Tokens {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) type_ids: Vec<u32>,
+    /// Whether tokens were cut off.
+    pub truncated: bool,
+}
+
+impl Tokens {
+    /// Number of tokens, special ones included.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether there is no token at all, not even a special one.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// The tokens.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+}
+
+/// The tokenizer of a model directory.
+#[derive(Debug)]
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    path: PathBuf,
+}
+
+impl TextTokenizer {
+    /// Reads `tokenizer.json`. The file's own truncation and padding belong to whoever wrote it, not to the model: texts
+    /// are as long as they are.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Tokenizer`].
+    pub fn open(dir: &Path) -> Result<TextTokenizer> {
+        let path = dir.join("tokenizer.json");
+        let text = std::fs::read(&path).map_err(Error::io(&path))?;
+        let mut tokenizer = Tokenizer::from_bytes(text).map_err(error(&path))?;
+        tokenizer.with_padding(None).with_truncation(None).map_err(error(&path))?;
+        Ok(TextTokenizer { tokenizer, path })
+    }
+
+    /// Cuts texts off at a number of tokens, special ones included.
+    ///
+    /// # Errors
+    /// What the number would have to be.
+    pub fn truncate_at(&mut self, max_length: usize) -> Result<(), String> {
+        let special =
+            self.tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
+        if max_length < special {
+            return Err(format!("room for {special} special tokens"));
+        }
+        let truncation = Some(TruncationParams { max_length, ..Default::default() });
+        self.tokenizer.with_truncation(truncation).map(drop).map_err(|error| error.to_string())
+    }
+
+    /// The tokens of a text, with the special ones.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn encode(&self, text: &str) -> Result<Tokens> {
+        let encoding = self.tokenizer.encode_fast(text, true).map_err(error(&self.path))?;
+        Ok(Tokens {
+            ids: encoding.get_ids().into(),
+            type_ids: encoding.get_type_ids().into(),
+            truncated: !encoding.get_overflowing().is_empty(),
+        })
+    }
+
+    /// From tokens, one after another, to the text that each adds. A token that ends within a character adds nothing; the
+    /// one that completes it adds all of it. Special tokens have no text.
+    pub fn decoder(&self) -> impl FnMut(u32) -> Result<Option<String>> + '_ {
+        let mut stream = self.tokenizer.decode_stream(true);
+        move |id| stream.step(id).map_err(error(&self.path))
+    }
+}
+
+fn error(path: &Path) -> impl FnOnce(tokenizers::Error) -> Error + '_ {
+    move |error| Error::Tokenizer { path: path.into(), message: error.to_string() }
+}
+
+/// Texts one behind the other; text `i` is tokens `offsets[i]..offsets[i + 1]`.
+#[derive(Debug, Default)]
+#[allow(missing_docs, reason = "one entry per token each")]
+pub struct Packed {
+    pub ids: Vec<u32>,
+    pub type_ids: Vec<u32>,
+    pub positions: Vec<u32>,
+    pub offsets: Vec<usize>,
+}
+
+impl Packed {
+    /// Replaces what is there, and keeps the memory.
+    pub fn set(&mut self, texts: &[Tokens]) {
+        for buffer in [&mut self.ids, &mut self.type_ids, &mut self.positions] {
+            buffer.clear();
+        }
+        self.offsets.clear();
+        self.offsets.push(0);
+        for text in texts {
+            self.ids.extend(&text.ids);
+            self.type_ids.extend(&text.type_ids);
+            self.positions.extend(0..text.len() as u32);
+            self.offsets.push(self.ids.len());
+        }
+    }
+}
