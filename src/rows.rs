@@ -19,8 +19,27 @@ pub(crate) fn for_rows<S: Simd>(
     ctx: Context<'_>,
     s: S,
     source: Option<MatRef<'_>>,
-    mut x: MatMut<'_>,
+    x: MatMut<'_>,
     f: impl Fn(&mut [f32]) + Sync,
+) {
+    for_numbered_rows(
+        ctx,
+        s,
+        source,
+        x,
+        #[inline(always)]
+        |_, row| f(row),
+    );
+}
+
+/// The same, with the number of the row.
+#[inline(always)]
+pub(crate) fn for_numbered_rows<S: Simd>(
+    ctx: Context<'_>,
+    s: S,
+    source: Option<MatRef<'_>>,
+    mut x: MatMut<'_>,
+    f: impl Fn(usize, &mut [f32]) + Sync,
 ) {
     let (rows, cols) = (x.rows(), x.cols());
     if cols == 0 {
@@ -45,12 +64,12 @@ pub(crate) fn for_rows<S: Simd>(
 }
 
 #[inline(always)]
-fn each_row(source: Option<MatRef<'_>>, first: usize, x: &mut MatMut<'_>, f: &impl Fn(&mut [f32])) {
+fn each_row(source: Option<MatRef<'_>>, first: usize, x: &mut MatMut<'_>, f: &impl Fn(usize, &mut [f32])) {
     for i in 0..x.rows() {
         if let Some(source) = source {
             x.row_mut(i).copy_from_slice(source.row(first + i));
         }
-        f(x.row_mut(i));
+        f(first + i, x.row_mut(i));
     }
 }
 

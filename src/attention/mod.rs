@@ -6,16 +6,20 @@ mod kernel;
 mod keys;
 mod plan;
 mod projection;
+mod rotary;
 mod terms;
 
 pub use bits::Bits;
 pub use graph::Graph;
 pub use keys::{KeyStore, KvCache};
 pub use projection::QkvProjection;
+pub use rotary::{Rotary, RotaryPairs};
 pub use terms::{Bias, Relative, RelativeTable, SegmentTerm, Terms};
 
 pub(crate) use kernel::{Call, scratch_len};
 pub(crate) use plan::{Plan, check_offsets, max_blocks};
+pub(crate) use projection::Rows;
+pub(crate) use rotary::Places;
 
 use crate::attention::bits::Query;
 use crate::attention::kernel::{Queries, attend};

@@ -2,7 +2,8 @@
 
 use crate::activation::Activation;
 use crate::attention::keys::KeyLayout;
-use crate::attention::plan::{MAX_TILE_ROWS, TILE_ROWS};
+use crate::attention::plan::{MAX_TILE_ROWS, Plan, TILE_ROWS};
+use crate::attention::rotary::{Places, Rotary};
 use crate::attention::{Heads, KeyStore, check_offsets};
 use crate::context::Context;
 use crate::error::{Error, check_size};
@@ -21,6 +22,17 @@ pub struct QkvProjection {
     k: Linear,
     v: Linear,
     heads: Heads,
+    rotary: Option<Rotary>,
+}
+
+/// The rows that are projected, and what happens to them before and after.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) x: MatRef<'a>,
+    /// Normalises the rows first.
+    pub(crate) norm: Option<&'a Norm>,
+    /// Where they stand, for the rotary.
+    pub(crate) places: Places<'a>,
 }
 
 impl QkvProjection {
@@ -35,7 +47,27 @@ impl QkvProjection {
         check_size("v.out_features", heads.value_cols(), v.out_features())?;
         check_size("k.in_features", q.in_features(), k.in_features())?;
         check_size("v.in_features", q.in_features(), v.in_features())?;
-        Ok(QkvProjection { q, k, v, heads })
+        Ok(QkvProjection { q, k, v, heads, rotary: None })
+    }
+
+    /// The same, with queries and keys turned by their positions. A row stands at its place in its sequence, behind what a cache holds of it.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if more columns turn than a head has.
+    ///
+    /// ```
+    /// use laneformer::{Heads, Linear, MatRef, PackedMatrix, QkvProjection, Rotary, RotaryPairs};
+    /// let linear = || {
+    ///     let weight = [0.5; 64];
+    ///     Linear::new(PackedMatrix::from_out_in(MatRef::contiguous(&weight, 8, 8)?)?, None)
+    /// };
+    /// let rotary = Rotary::new(RotaryPairs::Halves, 4, 10_000.0, 2048)?;
+    /// let qkv = QkvProjection::new(linear()?, linear()?, linear()?, Heads::new(2, 4)?)?.with_rotary(rotary)?;
+    /// # Ok::<(), laneformer::Error>(())
+    /// ```
+    pub fn with_rotary(self, rotary: Rotary) -> Result<QkvProjection, Error> {
+        rotary.check_head(self.heads.head_dim)?;
+        Ok(QkvProjection { rotary: Some(rotary), ..self })
     }
 
     /// The same for cross-attention: keys and values are of another source, whose width may differ.
@@ -45,7 +77,7 @@ impl QkvProjection {
         check_size("k.out_features", heads.key_cols(), k.out_features())?;
         check_size("v.out_features", heads.value_cols(), v.out_features())?;
         check_size("v.in_features", k.in_features(), v.in_features())?;
-        Ok(QkvProjection { q, k, v, heads })
+        Ok(QkvProjection { q, k, v, heads, rotary: None })
     }
 
     /// Columns of the rows that it projects.
@@ -69,7 +101,8 @@ impl QkvProjection {
     /// `x`: `[tokens, d_model]`; `q`: `[tokens, n_heads * head_dim]`; `offsets`: `[0, end of segment 0, ..., tokens]`.
     ///
     /// # Errors
-    /// [`Error::Size`], [`Error::NotAscending`], [`Error::TooLarge`] if the batch is larger than the store. Nothing is written then.
+    /// [`Error::Size`], [`Error::NotAscending`], [`Error::TooLarge`] if the batch is larger than the store or a sequence longer than the
+    /// rotary's table. Nothing is written then.
     pub fn forward(
         &self,
         ctx: Context<'_>,
@@ -84,12 +117,20 @@ impl QkvProjection {
         keys.check_heads(&self.heads)?;
         check_offsets("offsets", offsets, x.rows())?;
         keys.check_batch(offsets)?;
+        let longest = offsets.windows(2).map(|w| w[1] - w[0]).max();
+        self.check_position(longest.and_then(|len| len.checked_sub(1)))?;
         keys.plan.build(offsets, ctx.members());
+        let rows = Rows { x, norm: None, places: Places::default() };
         let mut team = Team::new(ctx.members(), self.scratch_len(false));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
-            self.phase(s, crew, x, None, &mut q, keys);
+            self.phase(s, crew, &rows, &mut q, keys);
         }));
         Ok(())
+    }
+
+    /// Whether the rotary, if there is one, has the largest position of a batch.
+    pub(crate) fn check_position(&self, last: Option<usize>) -> Result<(), Error> {
+        self.rotary.as_ref().zip(last).map_or(Ok(()), |(rotary, last)| rotary.check_position(last))
     }
 
     /// The keys and values of a source.
@@ -123,16 +164,18 @@ impl QkvProjection {
         padded_stride(self.starts()[3])
     }
 
-    /// One phase: the first `n` of queries, keys and values as rows, where they do not go to a store at once.
+    /// One phase: the first `n` of queries, keys and values as rows, where they do not go to a store at once. With a rotary another
+    /// turns them.
     pub(crate) fn project_rows<'a, S: Simd>(
         &self,
         s: S,
         crew: &mut Crew<'_>,
-        x: MatRef<'_>,
-        norm: Option<&Norm>,
+        rows: &Rows<'_>,
+        plan: &Plan,
         out: &'a mut [f32],
         n: usize,
     ) -> MatRef<'a> {
+        let Rows { x, norm, ref places } = *rows;
         let (starts, cols) = (self.starts(), if n == 1 { self.heads.query_cols() } else { self.starts()[n] });
         let mut out = MatMut::scratch(out, x.rows(), cols, self.projected_stride());
         let split = Split::new(x.rows(), cols, MAX_TILE_ROWS, crew.members());
@@ -155,6 +198,23 @@ impl QkvProjection {
                 }
             },
         );
+        if let Some(rotary) = &self.rotary {
+            // A head's columns may be several tiles', so they turn when all are there.
+            let (dim, k) = (self.heads.head_dim, starts[1]);
+            crew.ragged_blocks(
+                s,
+                &mut out,
+                &plan.rows,
+                cols,
+                #[inline(always)]
+                |block, _, mut rows, _| {
+                    for cols in [0..self.heads.query_cols(), k..k + self.heads.key_cols()] {
+                        let mut rows = rows.block(0..rows.rows(), cols);
+                        rotary.turn_rows(s, dim, &mut rows, (plan, block, places));
+                    }
+                },
+            );
+        }
         out.into_ref()
     }
 
@@ -169,16 +229,16 @@ impl QkvProjection {
         MAX_TILE_ROWS * (PANEL + if norm { padded_stride(self.d_model()) } else { 0 })
     }
 
-    /// One phase: every tile of rows, or of few rows some heads. With `norm` the rows are normalised first.
+    /// One phase: every tile of rows, or of few rows some heads.
     pub(crate) fn phase<S: Simd>(
         &self,
         s: S,
         crew: &mut Crew<'_>,
-        x: MatRef<'_>,
-        norm: Option<&Norm>,
+        rows: &Rows<'_>,
         q: &mut MatMut<'_>,
         keys: &mut KeyStore,
     ) {
+        let Rows { x, norm, ref places } = *rows;
         let layout = keys.layout;
         let parts = if keys.plan.by_block { parts(&self.heads, x.rows(), crew.members()) } else { 1 };
         let kv_heads = self.heads.n_kv_heads.div_ceil(parts).next_multiple_of(head_step(&self.heads));
@@ -231,6 +291,13 @@ impl QkvProjection {
                             store(layout, &mut units[base..], t, first - cols.start, &line[..width]);
                         },
                     );
+                }
+                if let Some(rotary) = &self.rotary {
+                    rotary.turn_rows(s, layout.head_dim, &mut q, (plan, first, places));
+                    let blocks = units.chunks_mut(layout.block_len());
+                    for (block, units) in (first..plan.tile_blocks[tile + 1]).zip(blocks) {
+                        rotary.turn_keys(s, layout, units, (plan, block, places));
+                    }
                 }
             },
         );

@@ -7,7 +7,7 @@ pub use workspace::Workspace;
 use workspace::Buffers;
 
 use crate::attention::{
-    Call, Graph, Heads, KeyStore, KvCache, QkvProjection, QueryRows, Terms, attend_phase,
+    Call, Graph, Heads, KeyStore, KvCache, Places, QkvProjection, QueryRows, Rows, Terms, attend_phase,
 };
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size};
@@ -93,6 +93,9 @@ pub struct Inputs<'a> {
     pub sources: &'a [KeyStore],
     /// Who sees whom in cross-attention.
     pub source_graph: &'a Graph,
+    /// Where each row stands for a [`Rotary`](crate::Rotary), `[tokens]`; by default at its place in its sequence, behind what a cache holds
+    /// of it. The graph goes by places.
+    pub positions: Option<&'a [usize]>,
 }
 
 /// What cross-attention sees unless told otherwise.
@@ -101,7 +104,15 @@ static FULL: Graph = Graph::full();
 impl<'a> Inputs<'a> {
     /// A batch with self-attention only.
     pub fn new(offsets: &'a [usize], graph: &'a Graph) -> Inputs<'a> {
-        Inputs { offsets, graph, terms: Terms::default(), caches: &mut [], sources: &[], source_graph: &FULL }
+        Inputs {
+            offsets,
+            graph,
+            terms: Terms::default(),
+            caches: &mut [],
+            sources: &[],
+            source_graph: &FULL,
+            positions: None,
+        }
     }
 }
 
@@ -190,12 +201,13 @@ impl SubLayer {
         let Some(keys) = keys else { return };
         let attended_stride = padded_stride(heads.output_cols());
         let mut attended = MatMut::scratch(attended, x.rows(), heads.output_cols(), attended_stride);
-        let norm = self.placement.before();
+        let (norm, positions) = (self.placement.before(), inputs.positions);
         let none = Terms::default();
         let call = Call { heads, graph: inputs.graph, terms: &inputs.terms };
         match (&self.kind, inputs.caches.first_mut()) {
             (Kind::CrossAttention(_), _) => {
-                let q = qkv.project_rows(s, crew, x.as_ref(), norm, projected, 1);
+                let rows = Rows { x: x.as_ref(), norm, places: Places::default() };
+                let q = qkv.project_rows(s, crew, &rows, &keys.plan, projected, 1);
                 let (source, rest) = inputs.sources.split_at(1);
                 inputs.sources = rest;
                 let call = Call { graph: inputs.source_graph, terms: &none, ..call };
@@ -203,8 +215,9 @@ impl SubLayer {
                 attend_phase(s, crew, &call, &queries, &keys.plan, &source[0], &mut attended);
             }
             (_, Some(cache)) => {
-                let rows = qkv.project_rows(s, crew, x.as_ref(), norm, projected, 3);
-                let [q, k, v] = qkv.split(rows);
+                let places = Places { each: positions, cache: Some(&*cache) };
+                let rows = Rows { x: x.as_ref(), norm, places };
+                let [q, k, v] = qkv.split(qkv.project_rows(s, crew, &rows, &keys.plan, projected, 3));
                 for (sequence, bounds) in inputs.offsets.windows(2).enumerate() {
                     let rows = bounds[0]..bounds[1];
                     cache.push(sequence, k.block(rows.clone(), 0..k.cols()), v.block(rows, 0..v.cols()));
@@ -218,7 +231,8 @@ impl SubLayer {
                 keys.layout = heads.layout();
                 let q_cols = heads.query_cols();
                 let mut q = MatMut::scratch(projected, x.rows(), q_cols, padded_stride(q_cols));
-                qkv.phase(s, crew, x.as_ref(), norm, &mut q, keys);
+                let rows = Rows { x: x.as_ref(), norm, places: Places { each: positions, cache: None } };
+                qkv.phase(s, crew, &rows, &mut q, keys);
                 let queries = QueryRows::new(q.as_ref(), inputs.offsets);
                 attend_phase(s, crew, &call, &queries, &keys.plan, keys, &mut attended);
             }
@@ -235,6 +249,7 @@ struct Remaining<'a, 'i> {
     caches: &'i mut [KvCache],
     sources: &'a [KeyStore],
     source_graph: &'a Graph,
+    positions: Option<&'a [usize]>,
     zeros: &'i [isize],
 }
 

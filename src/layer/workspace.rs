@@ -1,6 +1,6 @@
 //! The memory of a layer's call, and the checks before it.
 
-use crate::attention::{KeyStore, Plan, Terms, check_offsets, check_terms, scratch_len};
+use crate::attention::{KeyStore, Places, Plan, Terms, check_offsets, check_terms, scratch_len};
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::Team;
@@ -148,7 +148,7 @@ impl Workspace {
             return Ok(());
         }
         let Workspace { team, buffers, zeros, .. } = self;
-        let Inputs { offsets, graph, terms, ref mut caches, sources, source_graph } = *inputs;
+        let Inputs { offsets, graph, terms, ref mut caches, sources, source_graph, positions } = *inputs;
         let mut remaining = Remaining {
             offsets,
             graph,
@@ -156,6 +156,7 @@ impl Workspace {
             caches,
             sources,
             source_graph,
+            positions,
             zeros: &zeros[..zeros.len().min(offsets.len() - 1)],
         };
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
@@ -202,6 +203,9 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
     if !inputs.caches.is_empty() {
         check_size("caches.len()", own, inputs.caches.len())?;
     }
+    if let Some(positions) = inputs.positions {
+        check_size("positions.len()", plan.tokens, positions.len())?;
+    }
     let (mut caches, mut sources) = (inputs.caches.iter(), inputs.sources.iter());
     for sub_layer in sub_layers() {
         match &sub_layer.kind {
@@ -209,7 +213,9 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
             Kind::SelfAttention(attention) => {
                 let heads = attention.heads();
                 let mut longest = plan.longest();
-                if let Some(cache) = caches.next() {
+                let cache = caches.next();
+                let places = Places { each: inputs.positions, cache };
+                if let Some(cache) = cache {
                     cache.keys().check_heads(heads)?;
                     check_size("cache sequences", plan.segments.len(), cache.sequences())?;
                     for (sequence, segment) in plan.segments.iter().enumerate() {
@@ -217,6 +223,7 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
                         longest = longest.max(cache.len(sequence) + segment.len);
                     }
                 }
+                attention.qkv.check_position(places.last(plan))?;
                 check_terms(heads, inputs.graph, &inputs.terms, plan, longest)?;
             }
             Kind::CrossAttention(CrossAttention { qkv, .. }) => {
