@@ -230,18 +230,23 @@ fn layer() {
                 Shape { rotary: Some((RotaryPairs::Halves, 30)), gated: true, ..Shape::new(2, 32, 90) },
             ),
         ] {
-            let layer = Model::new(Shape { norm, placement, ..shape }, &mut rng).layer();
+            let model = Model::new(Shape { norm, placement, ..shape }, &mut rng);
+            // Batch norms also in the weights.
+            let folded = (norm == NormKind::BatchNorm).then(|| model.layer().fold_batchnorm().unwrap());
+            let layers: Vec<_> = std::iter::once(model.layer()).chain(folded).collect();
             // Few rows, which helpers share by columns, and more, which they share by rows.
             for lens in [&[1][..], &[5, 0, 20], &[70, 130]] {
                 let tokens = lens.iter().sum::<usize>();
                 let x = rng.vec(tokens * shape.d_model, 1.0);
-                everywhere(&format!("{placement:?} {norm:?} {shape:?} {lens:?}"), |ctx| {
-                    let mut y = x.clone();
-                    let mut workspace = layer.workspace(tokens, lens.len(), ctx.members()).unwrap();
-                    let view = mat(&mut y, shape.d_model);
-                    layer.forward(ctx, view, &offsets(lens), &Graph::causal(), &mut workspace).unwrap();
-                    y
-                });
+                for layer in &layers {
+                    everywhere(&format!("{placement:?} {norm:?} {shape:?} {lens:?}"), |ctx| {
+                        let mut y = x.clone();
+                        let mut workspace = layer.workspace(tokens, lens.len(), ctx.members()).unwrap();
+                        let view = mat(&mut y, shape.d_model);
+                        layer.forward(ctx, view, &offsets(lens), &Graph::causal(), &mut workspace).unwrap();
+                        y
+                    });
+                }
             }
         }
     }

@@ -174,6 +174,9 @@ fn products() {
     wrong_size(Linear::new(weight(), Some(&[0.0; 3])), "bias.len()", 2, 3);
 
     let linear = Linear::new(weight(), None).unwrap();
+    let norm = |n| Affine::new(vec![1.0; n], vec![0.0; n]).unwrap();
+    wrong_size(linear.with_affine_before(&norm(2)), "norm channels", 3, 2);
+    wrong_size(linear.with_affine_after(&norm(3)), "norm channels", 2, 3);
     let x = [1.0; 12];
     let (mut y, mut wide) = (Guarded::unset(4, 2), Guarded::unset(4, 3));
     let none = Epilogue::NONE;

@@ -5,10 +5,13 @@ mod common;
 use common::buffer::Guarded;
 use common::compare::{assert_bits, assert_close, slack};
 use common::data::Rng;
-use common::model::{Model, NormKind, PlacementKind, Shape, offsets};
+use common::model::{Map, Model, NormKind, PlacementKind, Shape, offsets};
 use common::{executors, on_every_isa, serial};
 use laneformer::reference as r;
-use laneformer::{Activation, Context, Graph, Heads, Isa, Layer, MatMut, MatRef, Stack};
+use laneformer::{
+    Activation, Affine, Context, CrossAttention, Graph, Heads, Inputs, Isa, Layer, MatMut, MatRef, Norm,
+    Placement, Stack, SubLayer,
+};
 
 /// Absolute error of a layer's outputs, which are of size 1 and pass some ten sums of up to a thousand products.
 const LIMIT: f64 = 2e-5;
@@ -57,6 +60,66 @@ on_every_isa! {
                 }
             }
         }
+    }
+
+    fn batch_norms_folded_into_weights(isa) {
+        let mut rng = Rng::new(9);
+        for placement in PLACEMENTS {
+            for (norm, gated) in [(NormKind::BatchNorm, false), (NormKind::BatchNorm, true), (NormKind::RmsNorm, true)] {
+                let heads = Heads::new(4, 20).unwrap().with_kv_heads(2).unwrap().with_value_dim(7).unwrap();
+                let shape = Shape { norm, placement, heads, gated, ..Shape::new(2, 17, 131) };
+                let model = Model::new(shape, &mut rng);
+                let folded = model.layer().fold_batchnorm().unwrap();
+                for lens in [&[3, 0, 17][..], &[130]] {
+                    let x = rng.vec(lens.iter().sum::<usize>() * shape.d_model, 1.5);
+                    let expected = model.reference(&r::to_f64(&x), &offsets(lens), &Graph::causal());
+                    let what = format!("{placement:?} {norm:?} {gated} {lens:?}");
+                    let alone = run(serial(isa), &folded, &x, lens, &Graph::causal());
+                    assert_close(&alone, &expected, LIMIT * slack(isa), &what);
+                    let executor = executors::Threads(2);
+                    let together = run(Context::new(isa, &executor), &folded, &x, lens, &Graph::causal());
+                    if isa.keeps_bits() {
+                        assert_bits(&together, &alone, &what);
+                    }
+                    // Behind the residual, or of another kind, it stays.
+                    let stays = matches!(placement, PlacementKind::Post | PlacementKind::DeepNorm);
+                    let plain = run(serial(isa), &model.layer(), &x, lens, &Graph::causal());
+                    assert_eq!(plain == alone, stays || norm != NormKind::BatchNorm, "{what}");
+                }
+            }
+        }
+    }
+
+    fn batch_norms_around_cross_attention_folded_into_weights(isa) {
+        let mut rng = Rng::new(10);
+        let heads = Heads::new(2, 9).unwrap().with_value_dim(5).unwrap();
+        let [q, k, v, out] = [(18, 20), (18, 11), (10, 11), (20, 10)].map(|(n, k)| Map::new(n, k, &mut rng));
+        let (mut affine, (source, x)) = (
+            || Affine::new(rng.vec(20, 1.0), rng.vec(20, 0.5)).unwrap(),
+            (Rng::new(11).vec(7 * 11, 1.0), Rng::new(12).vec(30 * 20, 1.0)),
+        );
+        let (before, after) = (affine(), affine());
+        let layer = || {
+            let attention =
+                CrossAttention::new(q.packed(), k.packed(), v.packed(), out.packed(), heads).unwrap();
+            let (before, after) = (Norm::BatchNorm(before.clone()), Norm::BatchNorm(after.clone()));
+            let placement = Placement::Sandwich { before, after };
+            Layer::new(vec![SubLayer::cross_attention(attention, placement).unwrap()]).unwrap()
+        };
+        let forward = |layer: &Layer| {
+            let cross = layer.sub_layers()[0].as_cross_attention().unwrap();
+            let source = MatRef::contiguous(&source, 7, 11).unwrap();
+            let keys = [cross.keys(serial(isa), source, &[0, 3, 7]).unwrap()];
+            let (offsets, graph) = ([0, 10, 30], Graph::full());
+            let mut inputs = Inputs { sources: &keys, ..Inputs::new(&offsets, &graph) };
+            let mut y = Guarded::new(30, 20, &x);
+            let mut workspace = layer.workspace(30, 2, 1).unwrap();
+            layer.forward_with(serial(isa), y.view_mut(), &mut inputs, &mut workspace).unwrap();
+            y.values()
+        };
+        let (plain, folded) = (forward(&layer()), forward(&layer().fold_batchnorm().unwrap()));
+        assert_close(&folded, &r::to_f64(&plain), LIMIT * slack(isa), "cross-attention");
+        assert!(plain != folded);
     }
 
     fn widths(isa) {

@@ -5,6 +5,7 @@ use crate::attention::keys::KeyLayout;
 use crate::attention::plan::{MAX_TILE_ROWS, Plan, TILE_ROWS};
 use crate::attention::rotary::{Places, Rotary};
 use crate::attention::{Heads, KeyStore, check_offsets};
+use crate::batchnorm::Affine;
 use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::exec::{Crew, Team};
@@ -78,6 +79,13 @@ impl QkvProjection {
         check_size("v.out_features", heads.value_cols(), v.out_features())?;
         check_size("v.in_features", k.in_features(), v.in_features())?;
         Ok(QkvProjection { q, k, v, heads, rotary: None })
+    }
+
+    /// The same behind a batch norm of the rows, which goes into the weights. In cross-attention keys and values are of other rows.
+    pub(crate) fn behind(self, norm: Option<&Affine>, is_cross: bool) -> Result<QkvProjection, Error> {
+        let q = self.q.between(norm, None)?;
+        let norm = norm.filter(|_| !is_cross);
+        Ok(QkvProjection { q, k: self.k.between(norm, None)?, v: self.v.between(norm, None)?, ..self })
     }
 
     /// Columns of the rows that it projects.
