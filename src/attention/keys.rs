@@ -43,6 +43,31 @@ impl KeyLayout {
         self.unit_len() * self.n_heads
     }
 
+    /// Whether rows of keys and of values belong together and to these heads.
+    fn check_rows(self, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
+        check_size("k.cols", self.n_heads * self.head_dim, k.cols())?;
+        check_size("v.rows", k.rows(), v.rows())?;
+        check_size("v.cols", self.n_heads * self.value_dim, v.cols())
+    }
+
+    /// Writes some rows as the tokens from `token` on of a sequence whose blocks are a ring.
+    fn store_rows(
+        self,
+        blocks: &mut [f32],
+        ring: usize,
+        token: usize,
+        k: MatRef<'_>,
+        v: MatRef<'_>,
+        rows: Range<usize>,
+    ) {
+        for (token, row) in (token..).zip(rows) {
+            let (block, t) = (token / BLOCK % ring, token % BLOCK);
+            let units = &mut blocks[block * self.block_len()..][..self.block_len()];
+            self.store_key(units, t, 0, k.row(row));
+            self.store_value(units, t, 0, v.row(row));
+        }
+    }
+
     /// Writes columns `first..first + x.len()` of a projected key row as token `t` of the block whose units are `units`; column 0
     /// is the first head of `units`.
     #[inline(always)]
@@ -86,18 +111,30 @@ impl KeyLayout {
 #[derive(Clone, Copy)]
 pub(crate) struct Keys<'a> {
     pub(crate) layout: KeyLayout,
-    /// The sequence's blocks; block `i` is in place `i % ring`.
-    blocks: &'a [f32],
-    ring: usize,
-    /// Its tokens, those that the ring has dropped included.
+    blocks: Blocks<'a>,
+    /// The whole blocks before them, of another store, and how many these are.
+    past: (Blocks<'a>, usize),
+    /// Its tokens, those that a ring has dropped included.
     pub(crate) len: usize,
+}
+
+/// Blocks of a sequence; block `i` is in place `i % ring`.
+#[derive(Clone, Copy)]
+struct Blocks<'a> {
+    data: &'a [f32],
+    ring: usize,
 }
 
 impl<'a> Keys<'a> {
     /// The first block that is still there; the first of a chunk.
     #[inline(always)]
     pub(crate) fn first_block(&self) -> usize {
-        self.len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS).saturating_sub(self.ring)
+        let first =
+            |len: usize, ring: usize| len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS).saturating_sub(ring);
+        match self.past {
+            (_, 0) => first(self.len, self.blocks.ring),
+            (past, blocks) => first(blocks * BLOCK, past.ring),
+        }
     }
 
     /// The keys `[head_dim][64]` of a block.
@@ -115,7 +152,46 @@ impl<'a> Keys<'a> {
     #[inline(always)]
     fn unit(&self, block: usize, head: usize) -> &'a [f32] {
         let len = self.layout.unit_len();
-        &self.blocks[(block % self.ring * self.layout.n_heads + head) * len..][..len]
+        &self.block(block)[head * len..][..len]
+    }
+
+    /// The units of a block.
+    #[inline(always)]
+    fn block(&self, block: usize) -> &'a [f32] {
+        let (Blocks { data, ring }, place) = match self.past {
+            (past, blocks) if block < blocks => (past, block),
+            (_, blocks) => (self.blocks, block - blocks),
+        };
+        let len = self.layout.block_len();
+        &data[place % ring * len..][..len]
+    }
+}
+
+/// The keys that queries see: those of a store, behind those of another if there is one.
+#[derive(Clone, Copy)]
+pub(crate) struct Stores<'a> {
+    pub(crate) keys: &'a KeyStore,
+    pub(crate) past: Option<&'a KeyStore>,
+}
+
+impl<'a> Stores<'a> {
+    pub(crate) fn alone(keys: &'a KeyStore) -> Stores<'a> {
+        Stores { keys, past: None }
+    }
+
+    /// The keys of a sequence.
+    #[inline(always)]
+    pub(crate) fn segment(&self, segment: usize) -> Keys<'a> {
+        let keys = self.keys.segment(segment);
+        let Some(past) = self.past else { return keys };
+        let past = past.segment(past.past_of(segment));
+        let whole = past.len / BLOCK;
+        Keys { past: (past.blocks, whole), len: whole * BLOCK + keys.len, ..keys }
+    }
+
+    /// Keys of the longest sequence.
+    pub(crate) fn longest(&self) -> usize {
+        (0..self.keys.plan.segments.len()).map(|segment| self.segment(segment).len).max().unwrap_or(0)
     }
 }
 
@@ -127,6 +203,8 @@ pub struct KeyStore {
     data: Aligned,
     /// Blocks per sequence, if they are a cache's.
     ring: Option<usize>,
+    /// Keys before each sequence's own, if they are another store's: its first block begins with what these leave of one.
+    behind: Vec<usize>,
 }
 
 impl KeyStore {
@@ -153,6 +231,7 @@ impl KeyStore {
             plan: Plan::with_capacity(blocks, segments),
             data: Aligned::zeroed(len),
             ring: None,
+            behind: Vec::with_capacity(segments),
         })
     }
 
@@ -164,27 +243,117 @@ impl KeyStore {
     /// # Errors
     /// [`Error::Size`], [`Error::NotAscending`], [`Error::TooLarge`] if the batch is larger than the store. The store is unchanged then.
     pub fn set(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) -> Result<(), Error> {
-        let layout = self.layout;
-        check_size("k.cols", layout.n_heads * layout.head_dim, k.cols())?;
-        check_size("v.rows", k.rows(), v.rows())?;
-        check_size("v.cols", layout.n_heads * layout.value_dim, v.cols())?;
+        self.layout.check_rows(k, v)?;
         check_offsets("offsets", offsets, k.rows())?;
         self.check_batch(offsets)?;
-        self.plan.build(offsets, 1);
-        let Self { plan, data, .. } = self;
-        let blocks = data.chunks_exact_mut(layout.block_len());
-        for ((units, rows), _) in blocks.zip(plan.rows.windows(2)).zip(&plan.blocks) {
-            for (t, row) in (rows[0]..rows[1]).enumerate() {
-                layout.store_key(units, t, 0, k.row(row));
-                layout.store_value(units, t, 0, v.row(row));
-            }
+        self.build_plan(offsets, 1);
+        let Self { layout, plan, data, .. } = self;
+        for (Segment { first_block, .. }, rows) in plan.segments.iter().zip(offsets.windows(2)) {
+            let blocks = &mut data[first_block * layout.block_len()..];
+            layout.store_rows(blocks, usize::MAX, 0, k, v, rows[0]..rows[1]);
         }
         Ok(())
     }
 
+    /// Stores the keys and values of tokens that stand behind those of `past`, for [`attend_after`](Self::attend_after). The keys of
+    /// `past` stay where they are; only what they leave of a block of 64, less than a block per sequence, is copied to the first block here.
+    ///
+    /// # Shapes
+    /// As [`set`](Self::set). `past` has as many sequences, or one that stands before all: a common prefix.
+    ///
+    /// # Errors
+    /// As [`set`](Self::set), [`Error::Size`] also if `past` is of other heads or sequences, [`Error::Mismatch`] if it stands behind another
+    /// store itself.
+    pub fn set_after(
+        &mut self,
+        past: &KeyStore,
+        k: MatRef<'_>,
+        v: MatRef<'_>,
+        offsets: &[usize],
+    ) -> Result<(), Error> {
+        self.layout.check_rows(k, v)?;
+        check_offsets("offsets", offsets, k.rows())?;
+        let segments = offsets.len() - 1;
+        self.check_past(past, segments)?;
+        let lens = offsets.windows(2).enumerate().map(|(i, w)| (past.len_of(i), w[1] - w[0]));
+        self.check_blocks(
+            segments,
+            lens.clone().map(|(past, len)| (past % BLOCK + len).div_ceil(BLOCK)).sum(),
+        )?;
+
+        self.plan.clear();
+        self.behind.clear();
+        let Self { layout, plan, data, behind, .. } = self;
+        let mut first_block = 0;
+        for (segment, ((before, len), rows)) in lens.zip(offsets.windows(2)).enumerate() {
+            let (whole, lead) = (before / BLOCK, before % BLOCK);
+            let blocks = &mut data[first_block * layout.block_len()..];
+            if lead > 0 {
+                let last = past.segment(past.past_of(segment)).block(whole);
+                blocks[..layout.block_len()].copy_from_slice(last);
+            }
+            layout.store_rows(blocks, usize::MAX, lead, k, v, rows[0]..rows[1]);
+            plan.segments.push(Segment { first_block, len: lead + len });
+            behind.push(before);
+            first_block += (lead + len).div_ceil(BLOCK);
+        }
+        Ok(())
+    }
+
+    /// Cuts the batch that is to be stored.
+    pub(crate) fn build_plan(&mut self, offsets: &[usize], members: usize) {
+        self.behind.clear();
+        self.plan.build(offsets, members);
+    }
+
+    /// Which sequence stands before sequence `segment` of a store behind this one.
+    fn past_of(&self, segment: usize) -> usize {
+        if self.plan.segments.len() == 1 { 0 } else { segment }
+    }
+
+    /// Its tokens.
+    fn len_of(&self, segment: usize) -> usize {
+        self.plan.segments[self.past_of(segment)].len
+    }
+
+    /// Whether `past` can stand before this store of so many sequences.
+    fn check_past(&self, past: &KeyStore, segments: usize) -> Result<(), Error> {
+        check_size("past n_kv_heads", self.layout.n_heads, past.layout.n_heads)?;
+        check_size("past head_dim", self.layout.head_dim, past.layout.head_dim)?;
+        check_size("past value_dim", self.layout.value_dim, past.layout.value_dim)?;
+        past.check_alone("past")?;
+        if past.plan.segments.len() == 1 {
+            Ok(())
+        } else {
+            check_size("past sequences", segments, past.plan.segments.len())
+        }
+    }
+
+    /// Whether all keys before a sequence's own are here.
+    pub(crate) fn check_alone(&self, arg: &'static str) -> Result<(), Error> {
+        if self.behind.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Mismatch { arg, expected: "a store that does not stand behind another" })
+    }
+
+    /// Whether this store was filled to stand behind `past` as it is.
+    pub(crate) fn check_behind(&self, past: &KeyStore) -> Result<(), Error> {
+        self.check_past(past, self.plan.segments.len())?;
+        if self.behind.len() != self.plan.segments.len() {
+            return Err(Error::Mismatch { arg: "keys", expected: "a store that set_after has filled" });
+        }
+        let mut behind = self.behind.iter().enumerate();
+        behind.try_for_each(|(segment, &len)| check_size("past tokens", len, past.len_of(segment)))
+    }
+
     pub(crate) fn check_batch(&self, offsets: &[usize]) -> Result<(), Error> {
+        let blocks = offsets.windows(2).map(|w| (w[1] - w[0]).div_ceil(BLOCK)).sum();
+        self.check_blocks(offsets.len().saturating_sub(1), blocks)
+    }
+
+    fn check_blocks(&self, segments: usize, blocks: usize) -> Result<(), Error> {
         let (max_blocks, max_segments) = self.plan.capacity();
-        let segments = offsets.len().saturating_sub(1);
         if segments > max_segments {
             return Err(Error::TooLarge {
                 arg: "sequences in the batch",
@@ -192,7 +361,6 @@ impl KeyStore {
                 actual: segments,
             });
         }
-        let blocks = offsets.windows(2).map(|w| (w[1] - w[0]).div_ceil(BLOCK)).sum();
         let max = max_blocks.min(self.data.len() / self.layout.block_len());
         if blocks > max {
             return Err(Error::TooLarge { arg: "blocks of 64 tokens in the batch", max, actual: blocks });
@@ -215,9 +383,10 @@ impl KeyStore {
     #[inline(always)]
     pub(crate) fn segment(&self, segment: usize) -> Keys<'_> {
         let Segment { first_block, len } = self.plan.segments[segment];
-        let blocks = &self.data[first_block * self.layout.block_len()..];
+        let data = &self.data[first_block * self.layout.block_len()..];
         let ring = self.ring.unwrap_or(len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS));
-        Keys { layout: self.layout, blocks, ring: ring.max(1), len }
+        let blocks = Blocks { data, ring: ring.max(1) };
+        Keys { layout: self.layout, blocks, past: (blocks, 0), len }
     }
 
     pub(crate) fn parts(&mut self) -> (&Plan, &mut [f32]) {
@@ -273,8 +442,9 @@ impl KvCache {
     /// # Errors
     /// [`Error::ZeroDim`], [`Error::Overflow`].
     pub fn ring(heads: &Heads, sequences: usize, window: usize) -> Result<KvCache, Error> {
-        // The chunk that is being filled takes the place of the oldest.
-        let capacity = window.checked_add(CHUNK_BLOCKS * BLOCK).ok_or(Error::Overflow { arg: "window" })?;
+        // A call may append a chunk, whose first token sees `window` tokens; the oldest chunk goes as a whole when a new one begins.
+        let chunk = CHUNK_BLOCKS * BLOCK;
+        let capacity = window.checked_add(2 * (chunk - 1)).ok_or(Error::Overflow { arg: "window" })?;
         Ok(KvCache { window: true, ..KvCache::new(heads, sequences, capacity)? })
     }
 
@@ -311,28 +481,43 @@ impl KvCache {
     /// # Errors
     /// [`Error::TooLarge`] if there is no such sequence or no room, [`Error::Size`]. The cache is unchanged then.
     pub fn append(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
-        let layout = self.store.layout;
-        check_size("k.cols", layout.n_heads * layout.head_dim, k.cols())?;
-        check_size("v.cols", layout.n_heads * layout.value_dim, v.cols())?;
-        check_size("v.rows", k.rows(), v.rows())?;
+        self.store.layout.check_rows(k, v)?;
         self.check_room(sequence, k.rows())?;
-        self.push(sequence, k, v);
+        self.push(sequence, k, v, 0..k.rows());
         Ok(())
     }
 
-    /// [`append`](Self::append) after its checks.
-    pub(crate) fn push(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>) {
-        let layout = self.store.layout;
-        let Segment { first_block, len } = self.store.plan.segments[sequence];
-        let ring = self.store.ring.unwrap_or(1);
-        for row in 0..k.rows() {
-            let (block, t) = ((len + row) / BLOCK % ring, (len + row) % BLOCK);
-            let units =
-                &mut self.store.data[(first_block + block) * layout.block_len()..][..layout.block_len()];
-            layout.store_key(units, t, 0, k.row(row));
-            layout.store_value(units, t, 0, v.row(row));
+    /// Appends rows to every sequence, any number to each.
+    ///
+    /// # Shapes
+    /// As [`append`](Self::append); `offsets`: `[0, end of sequence 0, ..., tokens]`, of all sequences.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if there is no room in one, [`Error::Size`], [`Error::NotAscending`]. The cache is unchanged then.
+    pub fn append_batch(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) -> Result<(), Error> {
+        self.store.layout.check_rows(k, v)?;
+        check_offsets("offsets", offsets, k.rows())?;
+        check_size("offsets.len() - 1", self.sequences(), offsets.len() - 1)?;
+        let mut lens = offsets.windows(2).map(|w| w[1] - w[0]).enumerate();
+        lens.try_for_each(|(sequence, len)| self.check_room(sequence, len))?;
+        self.push_batch(k, v, offsets);
+        Ok(())
+    }
+
+    /// [`append_batch`](Self::append_batch) after its checks.
+    pub(crate) fn push_batch(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) {
+        for (sequence, rows) in offsets.windows(2).enumerate() {
+            self.push(sequence, k, v, rows[0]..rows[1]);
         }
-        self.store.plan.segments[sequence].len += k.rows();
+    }
+
+    fn push(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>, rows: Range<usize>) {
+        let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
+        let Segment { first_block, len } = &mut plan.segments[sequence];
+        let blocks = &mut data[*first_block * layout.block_len()..];
+        let added = rows.len();
+        layout.store_rows(blocks, ring.unwrap_or(usize::MAX), *len, k, v, rows);
+        *len += added;
     }
 
     pub(crate) fn check_room(&self, sequence: usize, rows: usize) -> Result<(), Error> {

@@ -127,7 +127,7 @@ impl QkvProjection {
         keys.check_batch(offsets)?;
         let longest = offsets.windows(2).map(|w| w[1] - w[0]).max();
         self.check_position(longest.and_then(|len| len.checked_sub(1)))?;
-        keys.plan.build(offsets, ctx.members());
+        keys.build_plan(offsets, ctx.members());
         let rows = Rows { x, norm: None, places: Places::default() };
         let mut team = Team::new(ctx.members(), self.scratch_len(false));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {

@@ -7,7 +7,8 @@ pub use workspace::Workspace;
 use workspace::Buffers;
 
 use crate::attention::{
-    Call, Graph, Heads, KeyStore, KvCache, Places, QkvProjection, QueryRows, Rows, Terms, attend_phase,
+    Call, Graph, Heads, KeyStore, KvCache, Places, QkvProjection, QueryRows, Rows, Stores, Terms,
+    attend_phase,
 };
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size};
@@ -229,18 +230,17 @@ impl SubLayer {
                 inputs.sources = rest;
                 let call = Call { graph: inputs.source_graph, terms: &none, ..call };
                 let queries = QueryRows::new(q, inputs.offsets).starting_at(inputs.zeros);
-                attend_phase(s, crew, &call, &queries, &keys.plan, &source[0], &mut attended);
+                let source = Stores::alone(&source[0]);
+                attend_phase(s, crew, &call, &queries, &keys.plan, source, &mut attended);
             }
             (_, Some(cache)) => {
                 let places = Places { each: positions, cache: Some(&*cache) };
                 let rows = Rows { x: x.as_ref(), norm, places };
                 let [q, k, v] = qkv.split(qkv.project_rows(s, crew, &rows, &keys.plan, projected, 3));
-                for (sequence, bounds) in inputs.offsets.windows(2).enumerate() {
-                    let rows = bounds[0]..bounds[1];
-                    cache.push(sequence, k.block(rows.clone(), 0..k.cols()), v.block(rows, 0..v.cols()));
-                }
+                cache.push_batch(k, v, inputs.offsets);
                 let queries = QueryRows::new(q, inputs.offsets);
-                attend_phase(s, crew, &call, &queries, &keys.plan, cache.keys(), &mut attended);
+                let cached = Stores::alone(cache.keys());
+                attend_phase(s, crew, &call, &queries, &keys.plan, cached, &mut attended);
                 let caches = core::mem::take(&mut inputs.caches);
                 inputs.caches = &mut caches[1..];
             }
@@ -251,7 +251,8 @@ impl SubLayer {
                 let rows = Rows { x: x.as_ref(), norm, places: Places { each: positions, cache: None } };
                 qkv.phase(s, crew, &rows, &mut q, keys);
                 let queries = QueryRows::new(q.as_ref(), inputs.offsets);
-                attend_phase(s, crew, &call, &queries, &keys.plan, keys, &mut attended);
+                let own = Stores::alone(keys);
+                attend_phase(s, crew, &call, &queries, &keys.plan, own, &mut attended);
             }
         }
         close_phase(s, crew, attended.as_ref(), out, &self.placement, x);

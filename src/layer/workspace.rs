@@ -141,7 +141,7 @@ impl Workspace {
         let members = ctx.members().min(self.team.members());
         if let Some(keys) = &mut self.buffers.keys {
             keys.check_batch(inputs.offsets)?;
-            keys.plan.build(inputs.offsets, members);
+            keys.build_plan(inputs.offsets, members);
             check_inputs(layers, inputs, &keys.plan)?;
         }
         if x.rows() == 0 {
@@ -229,6 +229,7 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
             Kind::CrossAttention(CrossAttention { qkv, .. }) => {
                 if let Some(source) = sources.next() {
                     source.check_heads(qkv.heads())?;
+                    source.check_alone("source")?;
                     check_size("source sequences", plan.segments.len(), source.plan.segments.len())?;
                     check_terms(
                         qkv.heads(),
