@@ -9,8 +9,8 @@ use common::model::{Map, Model, NormKind, PlacementKind, Shape, offsets};
 use common::{executors, on_every_isa, serial};
 use laneformer::reference as r;
 use laneformer::{
-    Activation, Affine, Context, CrossAttention, Graph, Heads, Inputs, Isa, Layer, MatMut, MatRef, Norm,
-    Placement, Stack, SubLayer,
+    Activation, Affine, Context, CrossAttention, Graph, Heads, Inputs, Isa, KvCache, Layer, MatMut, MatRef,
+    Norm, Placement, Stack, SubLayer,
 };
 
 /// Absolute error of a layer's outputs, which are of size 1 and pass some ten sums of up to a thousand products.
@@ -120,6 +120,50 @@ on_every_isa! {
         let (plain, folded) = (forward(&layer()), forward(&layer().fold_batchnorm().unwrap()));
         assert_close(&folded, &r::to_f64(&plain), LIMIT * slack(isa), "cross-attention");
         assert!(plain != folded);
+    }
+
+    fn position_embeddings(isa) {
+        // Added in front of queries and keys, not of values, and behind the norm.
+        let mut rng = Rng::new(13);
+        let heads = Heads::new(4, 20).unwrap().with_kv_heads(2).unwrap().with_value_dim(9).unwrap();
+        for placement in PLACEMENTS {
+            let shape = Shape { placement, heads, ..Shape::new(3, 17, 70) };
+            let model = Model::new(shape, &mut rng);
+            let (layer, d) = (model.layer(), shape.d_model);
+            for lens in [&[3, 0, 17][..], &[130, 70]] {
+                let (tokens, offsets) = (lens.iter().sum::<usize>(), offsets(lens));
+                let (x, added) = (rng.vec(tokens * d, 1.5), rng.vec(tokens * d, 1.5));
+                let graph = Graph::causal();
+                let expected = model.reference_with(&r::to_f64(&x), &offsets, &graph, &r::to_f64(&added));
+                let added = Guarded::new(tokens, d, &added);
+                let forward = |ctx: Context<'_>, caches: &mut [KvCache]| {
+                    let mut inputs = Inputs {
+                        caches,
+                        position_embedding: Some(added.view()),
+                        ..Inputs::new(&offsets, &graph)
+                    };
+                    let mut workspace = layer.workspace(tokens, lens.len(), ctx.members()).unwrap();
+                    let mut y = Guarded::new(tokens, d, &x);
+                    layer.forward_with(ctx, y.view_mut(), &mut inputs, &mut workspace).unwrap();
+                    y.values()
+                };
+                let what = format!("{placement:?} {lens:?}");
+                let alone = forward(serial(isa), &mut []);
+                assert_close(&alone, &expected, LIMIT * slack(isa), &what);
+                let threads = executors::Threads(2);
+                for (ctx, cached) in
+                    [(Context::new(isa, &threads), false), (serial(isa), true), (Context::new(isa, &threads), true)]
+                {
+                    let mut caches: Vec<_> = cached
+                        .then(|| KvCache::new(&heads, lens.len(), 130).unwrap())
+                        .into_iter()
+                        .collect();
+                    assert_bits(&forward(ctx, &mut caches), &alone, &what);
+                }
+                // Without it the result is another.
+                assert!(run(serial(isa), &layer, &x, lens, &graph) != alone);
+            }
+        }
     }
 
     fn widths(isa) {
@@ -256,6 +300,30 @@ on_every_isa! {
         let y = run(serial(isa), &layer, &x, &[20], &Graph::causal());
         assert!(y[..7 * 16].iter().all(|x| x.is_finite()) && y[7 * 16..].iter().all(|x| x.is_nan()));
     }
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_refused() {
+    let shape = Shape { norm: NormKind::BatchNorm, placement: PlacementKind::Pre, ..Shape::new(2, 8, 40) };
+    let layer = Model::new(shape, &mut Rng::new(14)).layer();
+    let (x, graph) = (vec![0.0; 200], Graph::full());
+    let forward = |layer: &Layer, rows, cols| {
+        let mut workspace = layer.workspace(5, 1, 1).unwrap();
+        let position_embedding = Some(MatRef::contiguous(&x, rows, cols).unwrap());
+        let mut inputs = Inputs { position_embedding, ..Inputs::new(&[0, 5], &graph) };
+        let mut y = Guarded::unset(5, 16);
+        let result = layer.forward_with(Context::serial(), y.view_mut(), &mut inputs, &mut workspace);
+        if result.is_err() {
+            y.assert_unset();
+        }
+        result.map_err(|error| error.to_string())
+    };
+    assert_eq!(forward(&layer, 4, 16), Err("position_embedding.rows: expected 5, got 4".into()));
+    assert_eq!(forward(&layer, 5, 17), Err("position_embedding.cols: expected 16, got 17".into()));
+    let folded = layer.fold_batchnorm().unwrap();
+    let message =
+        "position_embedding: expected none, as the batch norm in the weights would normalise it too";
+    assert_eq!(forward(&folded, 5, 16), Err(message.into()));
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The QKV projection: three packed products in one phase, stored by head.
 
+use core::ops::Range;
+
 use crate::activation::Activation;
 use crate::attention::keys::KeyLayout;
 use crate::attention::plan::{MAX_TILE_ROWS, Plan, TILE_ROWS};
@@ -24,6 +26,8 @@ pub struct QkvProjection {
     v: Linear,
     heads: Heads,
     rotary: Option<Rotary>,
+    /// A batch norm is in the weights.
+    is_behind: bool,
 }
 
 /// The rows that are projected, and what happens to them before and after.
@@ -32,8 +36,41 @@ pub(crate) struct Rows<'a> {
     pub(crate) x: MatRef<'a>,
     /// Normalises the rows first.
     pub(crate) norm: Option<&'a Norm>,
+    /// Added to what queries and keys, but not values, are projected from: rows of the same shape.
+    pub(crate) added: Option<MatRef<'a>>,
     /// Where they stand, for the rotary.
     pub(crate) places: Places<'a>,
+}
+
+impl<'a> Rows<'a> {
+    /// The rows as they are, at their places.
+    fn plain(x: MatRef<'a>) -> Rows<'a> {
+        Rows { x, norm: None, added: None, places: Places::default() }
+    }
+
+    /// What queries, keys and values of at most [`MAX_TILE_ROWS`] of the rows are projected from.
+    fn sources<'b, S: Simd>(&'b self, s: S, rows: Range<usize>, scratch: &'b mut [f32]) -> [MatRef<'b>; 3] {
+        let (cols, stride) = (self.x.cols(), padded_stride(self.x.cols()));
+        let normed = if self.norm.is_some() { MAX_TILE_ROWS * stride } else { 0 };
+        let (scratch, rest) = scratch.split_at_mut(normed);
+        let x = normalised(s, self.x.block(rows.clone(), 0..cols), self.norm, scratch);
+        let Some(added) = self.added else { return [x; 3] };
+        let mut sum = MatMut::scratch(rest, x.rows(), cols, stride);
+        s.vectorize(
+            #[inline(always)]
+            || {
+                let zero = s.splat(0.0);
+                for (i, row) in rows.enumerate() {
+                    let terms = x.row(i).chunks(LANES).zip(added.row(row).chunks(LANES));
+                    for (sum, (x, y)) in sum.row_mut(i).chunks_mut(LANES).zip(terms) {
+                        (s.load_partial(x, zero) + s.load_partial(y, zero)).store_partial(sum);
+                    }
+                }
+            },
+        );
+        let sum = sum.into_ref();
+        [sum, sum, x]
+    }
 }
 
 impl QkvProjection {
@@ -48,7 +85,7 @@ impl QkvProjection {
         check_size("v.out_features", heads.value_cols(), v.out_features())?;
         check_size("k.in_features", q.in_features(), k.in_features())?;
         check_size("v.in_features", q.in_features(), v.in_features())?;
-        Ok(QkvProjection { q, k, v, heads, rotary: None })
+        Ok(QkvProjection { q, k, v, heads, rotary: None, is_behind: false })
     }
 
     /// The same, with queries and keys turned by their positions. A row stands at its place in its sequence, behind what a cache holds of it.
@@ -78,14 +115,15 @@ impl QkvProjection {
         check_size("k.out_features", heads.key_cols(), k.out_features())?;
         check_size("v.out_features", heads.value_cols(), v.out_features())?;
         check_size("v.in_features", k.in_features(), v.in_features())?;
-        Ok(QkvProjection { q, k, v, heads, rotary: None })
+        Ok(QkvProjection { q, k, v, heads, rotary: None, is_behind: false })
     }
 
     /// The same behind a batch norm of the rows, which goes into the weights. In cross-attention keys and values are of other rows.
     pub(crate) fn behind(self, norm: Option<&Affine>, is_cross: bool) -> Result<QkvProjection, Error> {
         let q = self.q.between(norm, None)?;
         let norm = norm.filter(|_| !is_cross);
-        Ok(QkvProjection { q, k: self.k.between(norm, None)?, v: self.v.between(norm, None)?, ..self })
+        let (k, v) = (self.k.between(norm, None)?, self.v.between(norm, None)?);
+        Ok(QkvProjection { q, k, v, is_behind: norm.is_some(), ..self })
     }
 
     /// Columns of the rows that it projects.
@@ -128,10 +166,9 @@ impl QkvProjection {
         let longest = offsets.windows(2).map(|w| w[1] - w[0]).max();
         self.check_position(longest.and_then(|len| len.checked_sub(1)))?;
         keys.build_plan(offsets, ctx.members());
-        let rows = Rows { x, norm: None, places: Places::default() };
-        let mut team = Team::new(ctx.members(), self.scratch_len(false));
+        let mut team = Team::new(ctx.members(), self.scratch_len(0));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
-            self.phase(s, crew, &rows, &mut q, keys);
+            self.phase(s, crew, &Rows::plain(x), &mut q, keys);
         }));
         Ok(())
     }
@@ -139,6 +176,17 @@ impl QkvProjection {
     /// Whether the rotary, if there is one, has the largest position of a batch.
     pub(crate) fn check_position(&self, last: Option<usize>) -> Result<(), Error> {
         self.rotary.as_ref().zip(last).map_or(Ok(()), |(rotary, last)| rotary.check_position(last))
+    }
+
+    /// Whether rows of this shape can be added to what queries and keys are projected from.
+    pub(crate) fn check_added(&self, added: MatRef<'_>, rows: usize) -> Result<(), Error> {
+        check_size("position_embedding.rows", rows, added.rows())?;
+        check_size("position_embedding.cols", self.d_model(), added.cols())?;
+        if self.is_behind {
+            let expected = "none, as the batch norm in the weights would normalise it too";
+            return Err(Error::Mismatch { arg: "position_embedding", expected });
+        }
+        Ok(())
     }
 
     /// The keys and values of a source.
@@ -183,7 +231,7 @@ impl QkvProjection {
         out: &'a mut [f32],
         n: usize,
     ) -> MatRef<'a> {
-        let Rows { x, norm, ref places } = *rows;
+        let Rows { x, ref places, .. } = *rows;
         let (starts, cols) = (self.starts(), if n == 1 { self.heads.query_cols() } else { self.starts()[n] });
         let mut out = MatMut::scratch(out, x.rows(), cols, self.projected_stride());
         let split = Split::new(x.rows(), cols, MAX_TILE_ROWS, crew.members());
@@ -193,11 +241,11 @@ impl QkvProjection {
             (split.rows, split.cols),
             #[inline(always)]
             |row, col, mut out, scratch| {
-                let (scratch, normed) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
-                let x = x.block(row..row + out.rows(), 0..x.cols());
-                let x = normalised(s, x, norm, normed);
+                let (scratch, rest) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
+                let sources = rows.sources(s, row..row + out.rows(), rest);
                 let end = col + out.cols();
-                for (linear, &start) in [&self.q, &self.k, &self.v].into_iter().zip(&starts).take(n) {
+                let maps = [&self.q, &self.k, &self.v].into_iter().zip(sources);
+                for ((linear, x), &start) in maps.zip(&starts).take(n) {
                     let (from, to) = (col.max(start), end.min(start + linear.out_features()));
                     if from < to {
                         let mut out = out.block(0..x.rows(), from - col..to - col);
@@ -233,8 +281,9 @@ impl QkvProjection {
         [part(q, self.heads.query_cols()), part(k, self.heads.key_cols()), part(v, self.heads.value_cols())]
     }
 
-    pub(crate) fn scratch_len(&self, norm: bool) -> usize {
-        MAX_TILE_ROWS * (PANEL + if norm { padded_stride(self.d_model()) } else { 0 })
+    /// Scratch of a tile, with room for so many copies of its rows.
+    pub(crate) fn scratch_len(&self, copies: usize) -> usize {
+        MAX_TILE_ROWS * (PANEL + copies * padded_stride(self.d_model()))
     }
 
     /// One phase: every tile of rows, or of few rows some heads.
@@ -246,7 +295,7 @@ impl QkvProjection {
         q: &mut MatMut<'_>,
         keys: &mut KeyStore,
     ) {
-        let Rows { x, norm, ref places } = *rows;
+        let Rows { x, ref places, .. } = *rows;
         let layout = keys.layout;
         let parts = if keys.plan.by_block { parts(&self.heads, x.rows(), crew.members()) } else { 1 };
         let kv_heads = self.heads.n_kv_heads.div_ceil(parts).next_multiple_of(head_step(&self.heads));
@@ -259,13 +308,12 @@ impl QkvProjection {
             (data, &plan.tile_blocks, layout.block_len(), kv_heads * layout.unit_len()),
             #[inline(always)]
             |tile, part, mut q, units, scratch| {
-                let rows = plan.tile_rows[tile]..plan.tile_rows[tile + 1];
-                let (scratch, normed) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
-                let x = x.block(rows.clone(), 0..x.cols());
-                let x = normalised(s, x, norm, normed);
+                let (scratch, rest) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
+                let [of_q, of_k, of_v] =
+                    rows.sources(s, plan.tile_rows[tile]..plan.tile_rows[tile + 1], rest);
                 self.q.tile(
                     s,
-                    x,
+                    of_q,
                     part * q_heads * layout.head_dim,
                     Activation::None,
                     Residual::None,
@@ -278,9 +326,9 @@ impl QkvProjection {
                     let (block, t) = plan.block_of(first, row);
                     ((block - first) * layout.block_len(), t)
                 };
-                for (linear, dim, store) in [
-                    (&self.k, layout.head_dim, KeyLayout::store_key as fn(_, &mut [f32], _, _, &[f32])),
-                    (&self.v, layout.value_dim, KeyLayout::store_value),
+                for (linear, x, dim, store) in [
+                    (&self.k, of_k, layout.head_dim, KeyLayout::store_key as fn(_, &mut [f32], _, _, &[f32])),
+                    (&self.v, of_v, layout.value_dim, KeyLayout::store_value),
                 ] {
                     let cols = heads.start * dim..heads.end * dim;
                     linear.panels(

@@ -97,6 +97,9 @@ pub struct Inputs<'a> {
     /// Where each row stands for a [`Rotary`](crate::Rotary), `[tokens]`; by default at its place in its sequence, behind what a cache holds
     /// of it. The graph goes by places.
     pub positions: Option<&'a [usize]>,
+    /// Added in self-attention to the rows, behind their norm, that queries and keys are projected from, `[tokens, d_model]`; values are
+    /// projected from the rows without. So DETR tells pixels where they are, in every layer anew.
+    pub position_embedding: Option<MatRef<'a>>,
 }
 
 /// What cross-attention sees unless told otherwise.
@@ -113,6 +116,7 @@ impl<'a> Inputs<'a> {
             sources: &[],
             source_graph: &FULL,
             positions: None,
+            position_embedding: None,
         }
     }
 }
@@ -219,12 +223,13 @@ impl SubLayer {
         let Some(keys) = keys else { return };
         let attended_stride = padded_stride(heads.output_cols());
         let mut attended = MatMut::scratch(attended, x.rows(), heads.output_cols(), attended_stride);
-        let (norm, positions) = (self.placement.before(), inputs.positions);
+        let norm = self.placement.before();
+        let (each, added) = (inputs.positions, inputs.position_embedding);
         let none = Terms::default();
         let call = Call { heads, graph: inputs.graph, terms: &inputs.terms };
         match (&self.kind, inputs.caches.first_mut()) {
             (Kind::CrossAttention(_), _) => {
-                let rows = Rows { x: x.as_ref(), norm, places: Places::default() };
+                let rows = Rows { x: x.as_ref(), norm, added: None, places: Places::default() };
                 let q = qkv.project_rows(s, crew, &rows, &keys.plan, projected, 1);
                 let (source, rest) = inputs.sources.split_at(1);
                 inputs.sources = rest;
@@ -234,8 +239,8 @@ impl SubLayer {
                 attend_phase(s, crew, &call, &queries, &keys.plan, source, &mut attended);
             }
             (_, Some(cache)) => {
-                let places = Places { each: positions, cache: Some(&*cache) };
-                let rows = Rows { x: x.as_ref(), norm, places };
+                let places = Places { each, cache: Some(&*cache) };
+                let rows = Rows { x: x.as_ref(), norm, added, places };
                 let [q, k, v] = qkv.split(qkv.project_rows(s, crew, &rows, &keys.plan, projected, 3));
                 cache.push_batch(k, v, inputs.offsets);
                 let queries = QueryRows::new(q, inputs.offsets);
@@ -248,7 +253,7 @@ impl SubLayer {
                 keys.layout = heads.layout();
                 let q_cols = heads.query_cols();
                 let mut q = MatMut::scratch(projected, x.rows(), q_cols, padded_stride(q_cols));
-                let rows = Rows { x: x.as_ref(), norm, places: Places { each: positions, cache: None } };
+                let rows = Rows { x: x.as_ref(), norm, added, places: Places { each, cache: None } };
                 qkv.phase(s, crew, &rows, &mut q, keys);
                 let queries = QueryRows::new(q.as_ref(), inputs.offsets);
                 let own = Stores::alone(keys);
@@ -268,6 +273,7 @@ struct Remaining<'a, 'i> {
     sources: &'a [KeyStore],
     source_graph: &'a Graph,
     positions: Option<&'a [usize]>,
+    position_embedding: Option<MatRef<'a>>,
     zeros: &'i [isize],
 }
 

@@ -49,6 +49,9 @@ impl Needs {
             Kind::SelfAttention(SelfAttention { qkv, .. })
             | Kind::CrossAttention(CrossAttention { qkv, .. }) => {
                 let heads = qkv.heads();
+                // Rows with a norm, and with what is added to them.
+                let copies = usize::from(placement.before().is_some())
+                    + usize::from(matches!(kind, Kind::SelfAttention(_)));
                 Needs {
                     max_tokens,
                     members,
@@ -57,7 +60,7 @@ impl Needs {
                     block: heads.layout().block_len(),
                     hidden: 0,
                     scratch: scratch_len(heads)
-                        .max(qkv.scratch_len(placement.before().is_some()))
+                        .max(qkv.scratch_len(copies))
                         .max(close_phase_scratch(placement, sub_layer.d_model())),
                 }
             }
@@ -148,7 +151,16 @@ impl Workspace {
             return Ok(());
         }
         let Workspace { team, buffers, zeros, .. } = self;
-        let Inputs { offsets, graph, terms, ref mut caches, sources, source_graph, positions } = *inputs;
+        let Inputs {
+            offsets,
+            graph,
+            terms,
+            ref mut caches,
+            sources,
+            source_graph,
+            positions,
+            position_embedding,
+        } = *inputs;
         let mut remaining = Remaining {
             offsets,
             graph,
@@ -157,6 +169,7 @@ impl Workspace {
             sources,
             source_graph,
             positions,
+            position_embedding,
             zeros: &zeros[..zeros.len().min(offsets.len() - 1)],
         };
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
@@ -224,6 +237,9 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
                     }
                 }
                 attention.qkv.check_position(places.last(plan))?;
+                if let Some(added) = inputs.position_embedding {
+                    attention.qkv.check_added(added, plan.tokens)?;
+                }
                 check_terms(heads, inputs.graph, &inputs.terms, plan, longest)?;
             }
             Kind::CrossAttention(CrossAttention { qkv, .. }) => {

@@ -240,26 +240,26 @@ impl Model {
 
     /// The projected queries, and the attention's output before its own projection.
     pub fn reference_attention(&self, x: &[f64], offsets: &[usize], graph: &Graph) -> (Vec<f64>, Vec<f64>) {
-        let places: Vec<usize> = offsets.windows(2).flat_map(|ends| 0..ends[1] - ends[0]).collect();
-        self.reference_attention_at(x, offsets, graph, &places)
+        self.reference_attention_of(x, x, offsets, graph)
     }
 
-    /// The same, where rows stand at these positions.
-    pub fn reference_attention_at(
+    /// The same of queries and keys from `x`, and values from `of_values`.
+    fn reference_attention_of(
         &self,
         x: &[f64],
+        of_values: &[f64],
         offsets: &[usize],
         graph: &Graph,
-        positions: &[usize],
     ) -> (Vec<f64>, Vec<f64>) {
-        let [mut q, mut k, v] =
-            [&self.q, &self.k, &self.v].map(|map| r::linear(x, &map.reference(), |x| x, None));
+        let project = |map: &Map, x: &[f64]| r::linear(x, &map.reference(), |x| x, None);
+        let (mut q, mut k, v) = (project(&self.q, x), project(&self.k, x), project(&self.v, of_values));
         let shape = reference_heads(&self.shape.heads);
         if let Some((pairs, dim)) = self.shape.rotary {
+            let places: Vec<usize> = offsets.windows(2).flat_map(|ends| 0..ends[1] - ends[0]).collect();
             let frequencies = r::rotary_frequencies(dim, ROTARY_BASE);
             let interleaved = pairs == RotaryPairs::Interleaved;
             for x in [&mut q, &mut k] {
-                *x = r::rotary(x, shape.head_dim, &frequencies, interleaved, positions);
+                *x = r::rotary(x, shape.head_dim, &frequencies, interleaved, &places);
             }
         }
         let allowed = |_, _, i, j| graph.allows(i, j);
@@ -268,8 +268,15 @@ impl Model {
     }
 
     pub fn reference(&self, x: &[f64], offsets: &[usize], graph: &Graph) -> Vec<f64> {
+        self.reference_with(x, offsets, graph, &vec![0.0; x.len()])
+    }
+
+    /// The same, with `added` to the rows that queries and keys are projected from.
+    pub fn reference_with(&self, x: &[f64], offsets: &[usize], graph: &Graph, added: &[f64]) -> Vec<f64> {
         let attend = |x: &[f64]| {
-            r::linear(&self.reference_attention(x, offsets, graph).1, &self.out.reference(), |x| x, None)
+            let sum: Vec<f64> = x.iter().zip(added).map(|(x, y)| x + y).collect();
+            let (_, attended) = self.reference_attention_of(&sum, x, offsets, graph);
+            r::linear(&attended, &self.out.reference(), |x| x, None)
         };
         let x = r::sub_layer(x, &self.reference_placement(0), attend);
         r::sub_layer(&x, &self.reference_placement(2), |x| match self.shape.gated {
