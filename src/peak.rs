@@ -47,10 +47,10 @@ fn chains<S: Simd, const N: usize>(s: S, iterations: usize) -> u64 {
         #[inline(always)]
         || {
             let (a, b) = (s.splat(a), s.splat(b));
-            let mut x = seeds.map(
-                #[inline(always)]
-                |seed| s.splat(seed),
-            );
+            let mut x = [a; N];
+            for (x, seed) in x.iter_mut().zip(seeds) {
+                *x = s.splat(seed);
+            }
             for _ in 0..iterations {
                 for x in &mut x {
                     *x = x.mul_add(a, b);

@@ -68,7 +68,7 @@ fn softmax_row<S: Simd>(s: S, row: &mut [f32]) {
         row.fill(fill);
         return;
     }
-    let sum = exp_sum(s, row, max);
+    let sum = exp_sum(s, row, 1.0, max);
     let scale = s.splat(1.0 / sum);
     reduce::map(
         s,
@@ -78,22 +78,22 @@ fn softmax_row<S: Simd>(s: S, row: &mut [f32]) {
     );
 }
 
-/// Replaces `x` by `exp(x - max)` and returns the canonical sum.
+/// Replaces `x` by `exp(scale * x - max)` and returns the canonical sum.
 #[inline(always)]
-pub(crate) fn exp_sum<S: Simd>(s: S, row: &mut [f32], max: f32) -> f32 {
-    let m = s.splat(max);
+pub(crate) fn exp_sum<S: Simd>(s: S, row: &mut [f32], scale: f32, max: f32) -> f32 {
+    let (scale, m) = (s.splat(scale), s.splat(max));
     let mut slots = [s.splat(0.0); 4];
     let (whole, tail) = row.as_chunks_mut::<64>();
     for x in whole {
         for (j, slot) in slots.iter_mut().enumerate() {
-            let p = exp_nonpositive(s, s.load(&x[j * 16..]) - m);
+            let p = exp_nonpositive(s, s.load(&x[j * 16..]) * scale - m);
             p.store(&mut x[j * 16..]);
             *slot = *slot + p;
         }
     }
     for (j, part) in tail.chunks_mut(16).enumerate() {
         // Lanes past the end: exp(-inf) is +0.
-        let p = exp_nonpositive(s, s.load_partial(part, s.splat(f32::NEG_INFINITY)) - m);
+        let p = exp_nonpositive(s, s.load_partial(part, s.splat(f32::NEG_INFINITY)) * scale - m);
         p.store_partial(part);
         slots[j] = slots[j] + p;
     }

@@ -11,11 +11,12 @@ use crate::attention::bits::Query;
 use crate::attention::graph::{Cover, Graph};
 use crate::attention::keys::{BLOCK, CHUNK_BLOCKS, Keys};
 use crate::attention::terms::{Relative, SegmentTerm, Terms};
-use crate::gemm::{Start, product};
+use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
-use crate::reduce::fold;
+use crate::reduce::{self, fold};
 use crate::simd::{LANES, Simd, Vector};
+use crate::softmax::exp_sum;
 use crate::view::{MatMut, MatRef};
 
 /// Keys of a chunk: 64 rows of scores (64 KiB) and the chunk's keys and values (128 KiB at 64 dimensions) stay in L2.
@@ -31,9 +32,12 @@ const GROUP: usize = 16;
 const RELATIVE_COLS: usize = CHUNK + ROWS + BLOCK;
 const RELATIVE_STRIDE: usize = RELATIVE_COLS + LANES;
 
-/// Scratch of a tile, in elements; what relative positions take is never touched without them.
-pub(crate) fn scratch_len(heads: &Heads) -> usize {
-    let relative = 2 * padded_stride(heads.head_dim) + RELATIVE_STRIDE;
+/// Rows whose scores (8 KiB) go through both passes of softmax together.
+const SOFTMAX_ROWS: usize = 8;
+
+/// Scratch of a tile, in elements, with or without relative positions.
+pub(crate) fn scratch_len(heads: &Heads, has_relative: bool) -> usize {
+    let relative = if has_relative { 2 * padded_stride(heads.head_dim) + RELATIVE_STRIDE } else { 0 };
     ROWS * (SCORE_STRIDE + 2 * heads.layout().value_stride() + 2 + relative)
 }
 
@@ -43,6 +47,14 @@ pub(crate) struct Call<'a> {
     pub(crate) heads: &'a Heads,
     pub(crate) graph: &'a Graph,
     pub(crate) terms: &'a Terms<'a>,
+}
+
+impl Call<'_> {
+    /// Whether a score is finished by a positive scale alone.
+    #[inline(always)]
+    fn is_plain(&self) -> bool {
+        self.heads.scale > 0.0 && self.heads.softcap <= 0.0 && self.terms.bias.is_none()
+    }
 }
 
 /// The queries of a tile: one head of at most [`ROWS`] rows of one sequence.
@@ -91,6 +103,12 @@ pub(crate) fn attend<S: Simd>(
     let (max, rest) = rest.split_at_mut(ROWS);
     let (sum, rest) = rest.split_at_mut(ROWS);
     max[..rows].fill(f32::NEG_INFINITY);
+    // Short rows far apart, to be read and to be written, are nothing that the hardware foresees.
+    for row in 0..rows {
+        for line in queries.q.row(row).chunks(LANES) {
+            s.prefetch(line.as_ptr());
+        }
+    }
     let mut score = MatMut::scratch(score, rows, CHUNK, SCORE_STRIDE);
     let mut part = MatMut::scratch(part, rows, stride, stride);
     let mut total = MatMut::scratch(total, rows, stride, stride);
@@ -109,7 +127,7 @@ pub(crate) fn attend<S: Simd>(
 
     for chunk in keys.first_block() / CHUNK_BLOCKS..keys.len.div_ceil(CHUNK) {
         // Where not all see all, a few rows at a time: the fewer, the closer their common keys are to each one's own.
-        let cover = Tiles::cover(call, queries, keys.len, chunk);
+        let cover = Tiles::cover(call, queries, Tiles::keys(chunk, keys.len), keys.len);
         let step = match cover {
             Cover::Empty => continue,
             Cover::Partial => GROUP,
@@ -140,8 +158,13 @@ pub(crate) fn attend<S: Simd>(
             continue;
         }
         let inv = s.splat(1.0 / sum[row]);
-        for (out, total) in out.chunks_mut(LANES).zip(total.row(row).as_chunks::<LANES>().0) {
-            (s.load(total) * inv).store_partial(out);
+        let (total, (whole, tail)) = (total.row(row), out.as_chunks_mut::<LANES>());
+        let mut total = total.as_chunks::<LANES>().0.iter();
+        for (out, total) in whole.iter_mut().zip(&mut total) {
+            (s.load(total) * inv).store(out);
+        }
+        for total in total {
+            (s.load(total) * inv).store_partial(tail);
         }
     }
 }
@@ -176,45 +199,76 @@ fn attend_chunk<S: Simd>(
     for (i, block, seen) in tiles.iter() {
         let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
         let mut tile = score.block(0..n, cols);
-        product(s, *q, &keys.keys(block, kv_head)[seen.start..], BLOCK, Start::Zero, &mut tile, &[]);
+        let panel = Rhs::rows(&keys.keys(block, kv_head)[seen.start..], BLOCK);
+        let next = tiles.after(i).map_or(&[][..], |block| keys.unit(block, kv_head));
+        product(s, *q, panel, Start::Zero, &mut tile, next);
     }
     if let (Some(relative), Some((w, mut buffer))) = (&call.terms.relative, positions) {
         add_relative(s, relative, w, queries.first.head, queries.position, chunk, &mut buffer, score);
     }
     let mut chunk_max = [f32::NEG_INFINITY; ROWS];
     let mut chunk_sum = [0.0; ROWS];
-    for row in 0..n {
-        let scores = score.row_mut(row);
-        if let Some(term) = &call.terms.segment {
-            let (query, _) = queries.query(row);
-            add_segment(s, term, queries.q.row(row), query, &tiles, scores);
+    // Some rows at a time, which stay in L1 between their two passes: a row's maximum is ready by the time it is needed.
+    let scale = call.heads.scale;
+    let direct = tiles.full && call.is_plain();
+    for first in (0..n).step_by(SOFTMAX_ROWS) {
+        let group = first..n.min(first + SOFTMAX_ROWS);
+        for row in group.clone() {
+            let scores = score.row_mut(row);
+            if let Some(term) = &call.terms.segment {
+                let (query, _) = queries.query(row);
+                add_segment(s, term, queries.q.row(row), query, &tiles, scores);
+            }
+            chunk_max[row] = if direct {
+                // Rounding keeps the order of products with a positive scale, so the largest can be scaled alone.
+                settle_max(reduce::max(s, &scores[..tiles.len]) * scale, || tiles.has_nan(scores))
+            } else {
+                finish(s, scores, &tiles, row, call, queries)
+            };
         }
-        chunk_max[row] = finish(s, scores, &tiles, row, call, queries);
-        chunk_sum[row] = exponentials(s, scores, &tiles, chunk_max[row]);
+        for row in group {
+            let scores = score.row_mut(row);
+            chunk_sum[row] = if direct && chunk_max[row] != f32::NEG_INFINITY {
+                exp_sum(s, &mut scores[..tiles.len], scale, chunk_max[row])
+            } else {
+                exponentials(s, scores, &tiles, chunk_max[row])
+            };
+        }
     }
+    // The first chunk that any of the rows sees is the output so far, and needs no fold.
+    let is_first = max.iter().all(|&max| max == f32::NEG_INFINITY);
+    let out = if is_first { &mut *total } else { &mut *part };
     let mut start = Start::Zero;
-    for (i, block, seen) in tiles.iter() {
-        let p = score.as_ref().block(0..n, i * BLOCK + seen.start..i * BLOCK + seen.end);
-        let values = &keys.values(block, kv_head)[seen.start * stride..];
-        product(s, p, values, stride, start, part, &[]);
+    for seen in tiles.runs() {
+        let values = keys.values_from(tiles.first_block + seen.start / BLOCK, kv_head);
+        let first = seen.start % BLOCK;
+        let gap = keys.layout.block_len() - BLOCK * stride;
+        let values = Rhs::rows(&values[first * stride..], stride).in_runs(BLOCK - first, BLOCK, gap);
+        let p = score.as_ref().block(0..n, seen);
+        product(s, p, values, start, out, keys.after(chunk, kv_head));
         start = Start::Continue;
     }
-    for row in 0..n {
-        if chunk_max[row] == f32::NEG_INFINITY {
-            continue;
+    if !tiles.full {
+        for row in 0..n {
+            if chunk_max[row] != f32::NEG_INFINITY && !is_finite(s, out.row(row)) {
+                // A NaN or infinity behind the mask may have come in as 0 * NaN.
+                only_allowed(s, score.row(row), &tiles, row, keys, kv_head, out.row_mut(row));
+            }
         }
-        if !tiles.full && part.row(row).iter().any(|x| !x.is_finite()) {
-            // A NaN or infinity behind the mask may have come in as 0 * NaN.
-            only_allowed(s, score.row(row), &tiles, row, keys, kv_head, part.row_mut(row));
-        }
-        let new = (chunk_max[row], chunk_sum[row]);
-        fold_row(s, (&mut max[row], &mut sum[row]), total.row_mut(row), new, part.row(row));
+    }
+    if is_first {
+        max.copy_from_slice(&chunk_max[..n]);
+        sum.copy_from_slice(&chunk_sum[..n]);
+    } else {
+        fold_chunk(s, (max, sum), total, (&chunk_max[..n], &chunk_sum[..n]), part);
     }
 }
 
 /// What some rows see of a chunk.
 struct Tiles {
     first_block: usize,
+    /// Keys of the chunk.
+    len: usize,
     /// The keys of each block that some row sees, begun at a whole vector; empty if none.
     seen: [Range<usize>; CHUNK_BLOCKS],
     /// Every row sees all of those keys.
@@ -224,15 +278,30 @@ struct Tiles {
 }
 
 impl Tiles {
-    /// What can be told without looking at each row.
+    /// What of some keys the rows see, as far as that can be told without looking at each row.
     #[inline(always)]
-    fn cover(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Cover {
+    fn cover(call: &Call<'_>, queries: &Queries<'_>, keys: Range<usize>, len: usize) -> Cover {
         let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
-        let keys = (chunk * CHUNK, len.min((chunk + 1) * CHUNK));
-        match call.graph.cover(queries.first, span, keys, len) {
+        match call.graph.cover(queries.first, span, (keys.start, keys.end), len) {
             Cover::Full if call.terms.bias.is_some() => Cover::Partial,
             cover => cover,
         }
+    }
+
+    /// The keys of a block that a row sees.
+    #[inline(always)]
+    fn word_of(call: &Call<'_>, queries: &Queries<'_>, row: usize, block: usize, len: usize) -> u64 {
+        let (query, position) = queries.query(row);
+        let word = call.graph.word(query, position, block, len);
+        let Some(bias) = &call.terms.bias else { return word };
+        let bias = bias.row(query)[block * BLOCK..].iter().take(BLOCK).enumerate();
+        word & !bias.fold(0, |word, (j, &b)| word | u64::from(b == f32::NEG_INFINITY) << j)
+    }
+
+    /// The keys of a chunk.
+    #[inline(always)]
+    fn keys(chunk: usize, len: usize) -> Range<usize> {
+        chunk * CHUNK..len.min((chunk + 1) * CHUNK)
     }
 
     #[inline(always)]
@@ -241,11 +310,12 @@ impl Tiles {
         let valid = |i: usize| len.saturating_sub((first_block + i) * BLOCK).min(BLOCK);
         let mut tiles = Tiles {
             first_block,
+            len: Self::keys(chunk, len).len(),
             seen: core::array::from_fn(|i| 0..valid(i)),
             full: true,
             words: [[0; CHUNK_BLOCKS]; ROWS],
         };
-        match Self::cover(call, queries, len, chunk) {
+        match Self::cover(call, queries, Self::keys(chunk, len), len) {
             Cover::Empty => tiles.seen = core::array::from_fn(|_| 0..0),
             Cover::Partial => tiles.find_words(call, queries, len),
             Cover::Full => {}
@@ -259,15 +329,14 @@ impl Tiles {
         for (i, seen) in self.seen.iter_mut().enumerate().filter(|(_, seen)| seen.start < seen.end) {
             let block = self.first_block + i;
             let valid = u64::MAX >> (BLOCK - seen.end);
+            let cover = Self::cover(call, queries, block * BLOCK..block * BLOCK + seen.end, len);
             let (mut any, mut all) = (0, valid);
             for row in 0..queries.q.rows() {
-                let (query, position) = queries.query(row);
-                let mut word = call.graph.word(query, position, block, len) & valid;
-                if let Some(bias) = &call.terms.bias {
-                    let bias = bias.row(query)[block * BLOCK..].iter().take(seen.end);
-                    let forbidden = bias.enumerate().map(|(j, &b)| u64::from(b == f32::NEG_INFINITY) << j);
-                    word &= !forbidden.fold(0, |word, bit| word | bit);
-                }
+                let word = match cover {
+                    Cover::Full => valid,
+                    Cover::Empty => 0,
+                    Cover::Partial => valid & Self::word_of(call, queries, row, block, len),
+                };
                 self.words[row][i] = word;
                 any |= word;
                 all &= word;
@@ -286,6 +355,37 @@ impl Tiles {
         (0..CHUNK_BLOCKS)
             .filter(|&i| !self.seen[i].is_empty())
             .map(|i| (i, self.first_block + i, self.seen[i].clone()))
+    }
+
+    /// Whether a key that some row sees has no number as its score.
+    #[cold]
+    fn has_nan(&self, scores: &[f32]) -> bool {
+        self.iter().any(|(i, _, seen)| scores[i * BLOCK..][seen].iter().any(|x| x.is_nan()))
+    }
+
+    /// Keys of the chunk without a gap that some row sees.
+    #[inline(always)]
+    fn runs(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut i = 0;
+        core::iter::from_fn(move || {
+            while i < CHUNK_BLOCKS && self.seen[i].is_empty() {
+                i += 1;
+            }
+            let Range { start, end } = self.seen.get(i)?;
+            let (start, mut end) = (i * BLOCK + start, i * BLOCK + end);
+            i += 1;
+            while end == i * BLOCK && i < CHUNK_BLOCKS && self.seen[i].start == 0 {
+                end += self.seen[i].end;
+                i += 1;
+            }
+            Some(start..end)
+        })
+    }
+
+    /// The block that is taken after block `i` of the chunk.
+    #[inline(always)]
+    fn after(&self, i: usize) -> Option<usize> {
+        (i + 1..CHUNK_BLOCKS).find(|&i| !self.seen[i].is_empty()).map(|i| self.first_block + i)
     }
 
     /// The keys of block `i` of the chunk that a row sees.
@@ -329,7 +429,7 @@ fn add_relative<S: Simd>(
     for i in 0..(panels as usize).min(RELATIVE_COLS / BLOCK) {
         let mut tile = buffer.block(0..rows, i * BLOCK..(i + 1) * BLOCK);
         match relative.table.panel(head, first + i as isize) {
-            Some(panel) => product(s, w, panel, BLOCK, Start::Zero, &mut tile, &[]),
+            Some(panel) => product(s, w, Rhs::rows(panel, BLOCK), Start::Zero, &mut tile, &[]),
             None => {
                 for row in 0..rows {
                     tile.row_mut(row).fill(0.0);
@@ -376,94 +476,133 @@ fn add_segment<S: Simd>(
 #[inline(always)]
 fn finish<S: Simd>(
     s: S,
-    row_scores: &mut [f32],
+    scores: &mut [f32],
     tiles: &Tiles,
     row: usize,
     call: &Call<'_>,
     queries: &Queries<'_>,
 ) -> f32 {
     let least = s.splat(f32::NEG_INFINITY);
-    let scale = s.splat(call.heads.scale);
-    let cap = s.splat(call.heads.softcap);
-    let bias = call.terms.bias.map(|bias| bias.row(queries.query(row).0));
-    let mut max = [least; 4];
-    for (i, block, seen) in tiles.iter() {
-        let word = tiles.word(row, i);
-        let bias = bias.map(|bias| &bias[block * BLOCK..][..seen.end]);
-        let scores = &mut row_scores[i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES)];
-        for (j, x) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            let j = seen.start / LANES + j;
-            let mut v = s.load(x) * scale;
-            if call.heads.softcap > 0.0 {
-                v = tanh(s, v / cap) * cap;
+    let (scale, cap) = (s.splat(call.heads.scale), s.splat(call.heads.softcap));
+    let mut max = least;
+    macro_rules! each_vector {
+        (|$i:ident, $j:ident, $v:ident| $finished:expr) => {
+            for ($i, _, seen) in tiles.iter() {
+                let word = tiles.word(row, $i);
+                for $j in seen.start / LANES..seen.end.div_ceil(LANES) {
+                    let x = &mut scores[$i * BLOCK + $j * LANES..][..LANES];
+                    let $v = s.load(x) * scale;
+                    let v = $finished;
+                    let v = v.select(v.mask((word >> ($j * LANES)) as u16), least);
+                    v.store(x);
+                    max = v.max(max);
+                }
             }
-            if let Some(bias) = bias {
-                v = v + s.load_partial(&bias[j * LANES..], least);
-            }
-            if word != u64::MAX {
-                v = v.select(v.mask((word >> (j * LANES)) as u16), least);
-            }
-            v.store(x);
-            max[j] = v.max(max[j]);
-        }
+        };
     }
-    let max = max[0].max(max[1]).max(max[2].max(max[3])).max_lane();
-    if max == f32::NEG_INFINITY && has_nan(row_scores, tiles) {
-        // The maximum may pass over a NaN; it must not hide in a row of -inf.
-        return f32::NAN;
+    if call.is_plain() {
+        each_vector!(|i, j, v| v);
+    } else {
+        let bias = call.terms.bias.map(|bias| bias.row(queries.query(row).0));
+        each_vector!(|i, j, v| {
+            let v = if call.heads.softcap > 0.0 { tanh(s, v / cap) * cap } else { v };
+            match bias {
+                Some(bias) => {
+                    let first = (tiles.first_block + i) * BLOCK + j * LANES;
+                    v + s.load_partial(&bias[first..bias.len().min(first + LANES)], least)
+                }
+                None => v,
+            }
+        });
     }
-    max
+    settle_max(max.max_lane(), || tiles.has_nan(scores))
 }
 
-#[cold]
-fn has_nan(row: &[f32], tiles: &Tiles) -> bool {
-    tiles.iter().any(|(i, _, seen)| row[i * BLOCK..][seen].iter().any(|x| x.is_nan()))
+/// The maximum of a row, which may have passed over a NaN: that must not hide in a row of `-inf`.
+#[inline(always)]
+fn settle_max(max: f32, has_nan: impl FnOnce() -> bool) -> f32 {
+    if max == f32::NEG_INFINITY && has_nan() { f32::NAN } else { max }
 }
 
 /// Replaces the scores of a row by `exp(score - max)` and returns their canonical sum; all 0 if no key is allowed.
 #[inline(always)]
-fn exponentials<S: Simd>(s: S, row: &mut [f32], tiles: &Tiles, max: f32) -> f32 {
+fn exponentials<S: Simd>(s: S, scores: &mut [f32], tiles: &Tiles, max: f32) -> f32 {
     let m = s.splat(max);
     let none = max == f32::NEG_INFINITY;
     let mut slots = [s.splat(0.0); 4];
     for (i, _, seen) in tiles.iter() {
-        let block = &mut row[i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES)];
+        let block = &mut scores[i * BLOCK..(i + 1) * BLOCK];
         if none {
-            block.fill(0.0);
+            block[seen.start..seen.end.next_multiple_of(LANES)].fill(0.0);
             continue;
         }
-        for (j, x) in block.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            let p = exp_nonpositive(s, s.load(x) - m);
-            p.store(x);
-            let j = seen.start / LANES + j;
-            slots[j] = slots[j] + p;
+        for (j, (slot, x)) in slots.iter_mut().zip(block.as_chunks_mut::<LANES>().0).enumerate() {
+            if seen.start <= j * LANES && j * LANES < seen.end {
+                let p = exp_nonpositive(s, s.load(x) - m);
+                p.store(x);
+                *slot = *slot + p;
+            }
         }
     }
     fold(slots)
 }
 
-/// Takes a chunk's `(max, sum)` and output into those of the row.
+/// Takes a chunk's maxima, sums and outputs into those of the rows.
 #[inline(always)]
-fn fold_row<S: Simd>(
+fn fold_chunk<S: Simd>(
     s: S,
-    (max, sum): (&mut f32, &mut f32),
-    total: &mut [f32],
-    (chunk_max, chunk_sum): (f32, f32),
-    part: &[f32],
+    (max, sum): (&mut [f32], &mut [f32]),
+    total: &mut MatMut<'_>,
+    (chunk_max, chunk_sum): (&[f32], &[f32]),
+    part: &MatMut<'_>,
 ) {
-    if *max == f32::NEG_INFINITY {
-        (*max, *sum) = (chunk_max, chunk_sum);
-        total.copy_from_slice(part);
-        return;
+    let least = s.splat(f32::NEG_INFINITY);
+    let mut weights = [[0.0; LANES]; 2];
+    // The weights of sixteen rows at once: exponentials of one row's alone would use one lane of a vector each.
+    for first in (0..max.len()).step_by(LANES) {
+        let group = first..max.len().min(first + LANES);
+        let (max, sum) = (&mut max[group.clone()], &mut sum[group.clone()]);
+        let (new_max, new_sum) = (&chunk_max[group.clone()], &chunk_sum[group.clone()]);
+        let (m, c) = (s.load_partial(max, least), s.load_partial(new_max, least));
+        let both = m.max(c);
+        let (old_weight, new_weight) = (exp_nonpositive(s, m - both), exp_nonpositive(s, c - both));
+        let sums =
+            s.load_partial(sum, least).mul_add(old_weight, s.load_partial(new_sum, least) * new_weight);
+        let (mut maxima, mut folded) = ([0.0; LANES], [0.0; LANES]);
+        both.store(&mut maxima);
+        sums.store(&mut folded);
+        old_weight.store(&mut weights[0]);
+        new_weight.store(&mut weights[1]);
+        for (i, row) in group.enumerate() {
+            if new_max[i] == f32::NEG_INFINITY {
+                continue;
+            }
+            let (total, part) = (total.row_mut(row), part.row(row));
+            if max[i] == f32::NEG_INFINITY {
+                (max[i], sum[i]) = (new_max[i], new_sum[i]);
+                total.copy_from_slice(part);
+                continue;
+            }
+            (max[i], sum[i]) = (maxima[i], folded[i]);
+            let (old, new) = (s.splat(weights[0][i]), s.splat(weights[1][i]));
+            for (total, part) in total.as_chunks_mut::<LANES>().0.iter_mut().zip(part.as_chunks::<LANES>().0)
+            {
+                s.load(total).mul_add(old, s.load(part) * new).store(total);
+            }
+        }
     }
-    let new = if *max > chunk_max { *max } else { chunk_max };
-    let exp = |x: f32| exp_nonpositive(s, s.splat(x));
-    let (old_weight, chunk_weight) = (exp(*max - new), exp(chunk_max - new));
-    let sums = s.splat(*sum).mul_add(old_weight, s.splat(chunk_sum) * chunk_weight);
-    (*max, *sum) = (new, sums.max_lane());
-    for (total, part) in total.as_chunks_mut::<LANES>().0.iter_mut().zip(part.as_chunks::<LANES>().0) {
-        s.load(total).mul_add(old_weight, s.load(part) * chunk_weight).store(total);
+}
+
+/// Whether a row of whole vectors has neither a NaN nor an infinity: `x - x` is 0 then.
+#[inline(always)]
+fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
+    let vectors = row.as_chunks::<LANES>().0;
+    let mut sum = s.splat(0.0);
+    for x in vectors {
+        let x = s.load(x);
+        sum = sum + (x - x);
     }
+    sum.sum() == 0.0
 }
 
 /// The chunk's output of one row over its allowed keys only: the same chain without the masked zeros.

@@ -15,8 +15,11 @@ use crate::workspace::Aligned;
 /// Tokens of a block: the columns of a panel.
 pub(crate) const BLOCK: usize = crate::gemm::PANEL;
 
-/// Blocks of a chunk of 256 keys, the unit in which softmax is folded.
+/// Blocks of a chunk of 256 keys, the unit in which softmax is folded. They follow one another in memory.
 pub(crate) const CHUNK_BLOCKS: usize = 4;
+
+/// Keys of a chunk.
+const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
 
 /// The shape of every unit of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,8 +115,9 @@ impl KeyLayout {
 pub(crate) struct Keys<'a> {
     pub(crate) layout: KeyLayout,
     blocks: Blocks<'a>,
-    /// The whole blocks before them, of another store, and how many these are.
+    /// The blocks before them, of another store, and how many of these: whole chunks.
     past: (Blocks<'a>, usize),
+    first_block: usize,
     /// Its tokens, those that a ring has dropped included.
     pub(crate) len: usize,
 }
@@ -129,12 +133,7 @@ impl<'a> Keys<'a> {
     /// The first block that is still there; the first of a chunk.
     #[inline(always)]
     pub(crate) fn first_block(&self) -> usize {
-        let first =
-            |len: usize, ring: usize| len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS).saturating_sub(ring);
-        match self.past {
-            (_, 0) => first(self.len, self.blocks.ring),
-            (past, blocks) => first(blocks * BLOCK, past.ring),
-        }
+        self.first_block
     }
 
     /// The keys `[head_dim][64]` of a block.
@@ -149,21 +148,38 @@ impl<'a> Keys<'a> {
         &self.unit(block, head)[self.layout.head_dim * BLOCK..]
     }
 
+    /// The same and what follows it in memory: the values of the next block of the chunk are [`KeyLayout::block_len`] further.
     #[inline(always)]
-    fn unit(&self, block: usize, head: usize) -> &'a [f32] {
-        let len = self.layout.unit_len();
-        &self.block(block)[head * len..][..len]
+    pub(crate) fn values_from(&self, block: usize, head: usize) -> &'a [f32] {
+        let (data, start) = self.place(block, head);
+        &data[start + self.layout.head_dim * BLOCK..]
     }
 
-    /// The units of a block.
+    /// What is mostly read after a chunk: the unit of the next chunk's first block, or after the last chunk the next head's.
     #[inline(always)]
-    fn block(&self, block: usize) -> &'a [f32] {
-        let (Blocks { data, ring }, place) = match self.past {
+    pub(crate) fn after(&self, chunk: usize, head: usize) -> &'a [f32] {
+        let block = (chunk + 1) * CHUNK_BLOCKS;
+        let next = if block * BLOCK < self.len { (block, head) } else { (self.first_block(), head + 1) };
+        let (data, start) = self.place(next.0, next.1);
+        let end = data.len().min(start + self.layout.unit_len());
+        &data[start.min(end)..end]
+    }
+
+    /// Keys and values of a block.
+    #[inline(always)]
+    pub(crate) fn unit(&self, block: usize, head: usize) -> &'a [f32] {
+        let (data, start) = self.place(block, head);
+        &data[start..][..self.layout.unit_len()]
+    }
+
+    /// Whose blocks a block is among, and where its unit begins there.
+    #[inline(always)]
+    fn place(&self, block: usize, head: usize) -> (&'a [f32], usize) {
+        let (Blocks { data, ring }, block) = match self.past {
             (past, blocks) if block < blocks => (past, block),
             (_, blocks) => (self.blocks, block - blocks),
         };
-        let len = self.layout.block_len();
-        &data[place % ring * len..][..len]
+        (data, (block % ring * self.layout.n_heads + head) * self.layout.unit_len())
     }
 }
 
@@ -185,8 +201,10 @@ impl<'a> Stores<'a> {
         let keys = self.keys.segment(segment);
         let Some(past) = self.past else { return keys };
         let past = past.segment(past.past_of(segment));
-        let whole = past.len / BLOCK;
-        Keys { past: (past.blocks, whole), len: whole * BLOCK + keys.len, ..keys }
+        let whole = past.len / CHUNK * CHUNK_BLOCKS;
+        // What it has dropped is before the first of these, if there is one.
+        let first_block = past.first_block.min(whole);
+        Keys { past: (past.blocks, whole), first_block, len: whole * BLOCK + keys.len, ..keys }
     }
 
     /// Keys of the longest sequence.
@@ -203,7 +221,7 @@ pub struct KeyStore {
     data: Aligned,
     /// Blocks per sequence, if they are a cache's.
     ring: Option<usize>,
-    /// Keys before each sequence's own, if they are another store's: its first block begins with what these leave of one.
+    /// Keys before each sequence's own, if they are another store's: what these leave of a chunk stands here first.
     behind: Vec<usize>,
 }
 
@@ -256,7 +274,7 @@ impl KeyStore {
     }
 
     /// Stores the keys and values of tokens that stand behind those of `past`, for [`attend_after`](Self::attend_after). The keys of
-    /// `past` stay where they are; only what they leave of a block of 64, less than a block per sequence, is copied to the first block here.
+    /// `past` stay where they are; only what they leave of a chunk of 256 is copied before the new ones, and needs room here.
     ///
     /// # Shapes
     /// As [`set`](Self::set). `past` has as many sequences, or one that stands before all: a common prefix.
@@ -278,7 +296,7 @@ impl KeyStore {
         let lens = offsets.windows(2).enumerate().map(|(i, w)| (past.len_of(i), w[1] - w[0]));
         self.check_blocks(
             segments,
-            lens.clone().map(|(past, len)| (past % BLOCK + len).div_ceil(BLOCK)).sum(),
+            lens.clone().map(|(past, len)| (past % CHUNK + len).div_ceil(BLOCK)).sum(),
         )?;
 
         self.plan.clear();
@@ -286,11 +304,13 @@ impl KeyStore {
         let Self { layout, plan, data, behind, .. } = self;
         let mut first_block = 0;
         for (segment, ((before, len), rows)) in lens.zip(offsets.windows(2)).enumerate() {
-            let (whole, lead) = (before / BLOCK, before % BLOCK);
+            let (whole, lead) = (before / CHUNK * CHUNK_BLOCKS, before % CHUNK);
             let blocks = &mut data[first_block * layout.block_len()..];
-            if lead > 0 {
-                let last = past.segment(past.past_of(segment)).block(whole);
-                blocks[..layout.block_len()].copy_from_slice(last);
+            for (i, block) in
+                blocks.chunks_exact_mut(layout.block_len()).take(lead.div_ceil(BLOCK)).enumerate()
+            {
+                let (data, start) = past.segment(past.past_of(segment)).place(whole + i, 0);
+                block.copy_from_slice(&data[start..][..layout.block_len()]);
             }
             layout.store_rows(blocks, usize::MAX, lead, k, v, rows[0]..rows[1]);
             plan.segments.push(Segment { first_block, len: lead + len });
@@ -384,9 +404,11 @@ impl KeyStore {
     pub(crate) fn segment(&self, segment: usize) -> Keys<'_> {
         let Segment { first_block, len } = self.plan.segments[segment];
         let data = &self.data[first_block * self.layout.block_len()..];
-        let ring = self.ring.unwrap_or(len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS));
-        let blocks = Blocks { data, ring: ring.max(1) };
-        Keys { layout: self.layout, blocks, past: (blocks, 0), len }
+        let chunks = len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS);
+        let ring = self.ring.unwrap_or(chunks).max(1);
+        let blocks = Blocks { data, ring };
+        let first_block = chunks.saturating_sub(ring);
+        Keys { layout: self.layout, blocks, past: (blocks, 0), first_block, len }
     }
 
     pub(crate) fn parts(&mut self) -> (&Plan, &mut [f32]) {
@@ -426,10 +448,8 @@ impl KvCache {
     pub fn new(heads: &Heads, sequences: usize, capacity: usize) -> Result<KvCache, Error> {
         check_dim("sequences", sequences)?;
         check_dim("capacity", capacity)?;
-        let blocks = capacity
-            .checked_next_multiple_of(CHUNK_BLOCKS * BLOCK)
-            .ok_or(Error::Overflow { arg: "capacity" })?
-            / BLOCK;
+        let blocks =
+            capacity.checked_next_multiple_of(CHUNK).ok_or(Error::Overflow { arg: "capacity" })? / BLOCK;
         let total = checked_product("capacity", &[blocks, sequences])?;
         let mut store = KeyStore::with_blocks(heads, total, sequences)?;
         store.ring = Some(blocks);
@@ -443,8 +463,7 @@ impl KvCache {
     /// [`Error::ZeroDim`], [`Error::Overflow`].
     pub fn ring(heads: &Heads, sequences: usize, window: usize) -> Result<KvCache, Error> {
         // A call may append a chunk, whose first token sees `window` tokens; the oldest chunk goes as a whole when a new one begins.
-        let chunk = CHUNK_BLOCKS * BLOCK;
-        let capacity = window.checked_add(2 * (chunk - 1)).ok_or(Error::Overflow { arg: "window" })?;
+        let capacity = window.checked_add(2 * (CHUNK - 1)).ok_or(Error::Overflow { arg: "window" })?;
         Ok(KvCache { window: true, ..KvCache::new(heads, sequences, capacity)? })
     }
 
@@ -526,7 +545,7 @@ impl KvCache {
             return Err(Error::TooLarge { arg: "sequence", max, actual: sequence });
         }
         // A ring takes at most what it keeps at once; more would drop what the same call's first queries see.
-        let max = if self.window { CHUNK_BLOCKS * BLOCK } else { self.capacity - self.len(sequence) };
+        let max = if self.window { CHUNK } else { self.capacity - self.len(sequence) };
         if rows > max {
             return Err(Error::TooLarge { arg: "tokens appended to the cache", max, actual: rows });
         }

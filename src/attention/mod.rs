@@ -305,7 +305,7 @@ impl Stores<'_> {
         plan.build(queries.offsets, ctx.members());
         check_terms(heads, graph, terms, &plan, self.longest())?;
         let call = Call { heads, graph, terms };
-        let mut team = Team::new(ctx.members(), scratch_len(heads));
+        let mut team = Team::new(ctx.members(), scratch_len(heads, terms.relative.is_some()));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
             attend_phase(s, crew, &call, queries, &plan, self, &mut out);
         }));

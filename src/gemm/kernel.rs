@@ -25,8 +25,40 @@ pub(crate) enum Start {
     Add,
 }
 
-/// `c (start) a * b`, where row `k` of `b` begins at `k * b_stride`. Columns come in whole vectors: `c.cols()` is a multiple of
-/// 16 and every row of `b` has that many readable elements.
+/// The right operand of a product. Row `k` begins at `k * stride`; after `first` rows, and then after every `run`, `gap` elements
+/// are left out.
+#[derive(Clone, Copy)]
+pub(crate) struct Rhs<'a> {
+    data: &'a [f32],
+    stride: usize,
+    first: usize,
+    run: usize,
+    gap: usize,
+}
+
+impl<'a> Rhs<'a> {
+    /// Rows at equal distances.
+    #[inline(always)]
+    pub(crate) fn rows(data: &'a [f32], stride: usize) -> Rhs<'a> {
+        Rhs { data, stride, first: usize::MAX, run: usize::MAX, gap: 0 }
+    }
+
+    /// The same rows in runs of `run`, of which the first has `first`, with gaps between them.
+    #[inline(always)]
+    pub(crate) fn in_runs(self, first: usize, run: usize, gap: usize) -> Rhs<'a> {
+        Rhs { first, run, gap, ..self }
+    }
+
+    /// Elements from the begin of the first of `k` rows to that of the last, and `cols` more.
+    #[inline(always)]
+    fn extent(&self, k: usize, cols: usize) -> usize {
+        let gaps = if k <= self.first { 0 } else { (k - self.first).div_ceil(self.run) };
+        (k - 1) * self.stride + gaps * self.gap + cols
+    }
+}
+
+/// `c (start) a * b`. Columns come in whole vectors: `c.cols()` is a multiple of 16 and every row of `b` has that many readable
+/// elements.
 ///
 /// Meanwhile `next`, what the following product will read, is brought into L2: a line per step of K. Without it the first tile of
 /// a block waits for the last cache at every step.
@@ -35,17 +67,17 @@ pub(crate) enum Start {
 pub(crate) fn product<S: Simd>(
     s: S,
     a: MatRef<'_>,
-    b: &[f32],
-    b_stride: usize,
+    b: Rhs<'_>,
     start: Start,
     c: &mut MatMut<'_>,
     next: &[f32],
 ) {
     let (rows, k, cols) = (a.rows(), a.cols(), c.cols());
-    assert!(c.rows() == rows && cols % LANES == 0 && cols <= b_stride);
-    assert!(k == 0 || b.len() >= (k - 1) * b_stride + cols);
+    assert!(c.rows() == rows && cols % LANES == 0 && cols <= b.stride && b.first > 0 && b.run > 0);
+    assert!(k == 0 || b.data.len() >= b.extent(k, cols));
+    let Rhs { data, stride: b_stride, first, run, gap } = b;
     let (a_stride, c_stride) = (a.row_stride(), c.row_stride());
-    let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
+    let (a, b, c) = (a.as_ptr(), data.as_ptr(), c.as_mut_ptr());
     let mut ahead = next.chunks(k.max(1) * LANES);
     let mut col = 0;
     while col < cols {
@@ -59,7 +91,7 @@ pub(crate) fn product<S: Simd>(
             let (a, b, c) = unsafe { (a.add(row * a_stride), b.add(col), c.add(row * c_stride + col)) };
             // Nothing left to fetch: lines of `b`, which are there already. An unmapped address would cost a page walk.
             let next = ahead.next().map_or(b, |lines| lines.as_ptr());
-            let tile = Tile { k, a, a_stride, b, b_stride, c, c_stride, start, next };
+            let tile = Tile { k, first, run, gap, a, a_stride, b, b_stride, c, c_stride, start, next };
             // SAFETY: as above.
             unsafe { pick(s, height, vectors, &tile) };
             row += height;
@@ -71,6 +103,9 @@ pub(crate) fn product<S: Simd>(
 /// The operands of one tile.
 struct Tile {
     k: usize,
+    first: usize,
+    run: usize,
+    gap: usize,
     a: *const f32,
     a_stride: usize,
     b: *const f32,
@@ -108,10 +143,10 @@ unsafe fn pick<S: Simd>(s: S, height: usize, vectors: usize, tile: &Tile) {
 }
 
 /// # Safety
-/// `MR` rows of `k` elements at `a`, `k` rows of `NV` vectors at `b` and `MR` rows of `NV` vectors at `c` are valid.
+/// `MR` rows of `k` elements at `a`, `k` rows of `NV` vectors at `b`, its gaps left out, and `MR` rows of `NV` vectors at `c` are valid.
 #[inline(always)]
 unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
-    let Tile { k, mut a, a_stride, mut b, b_stride, c, c_stride, start, next } = *tile;
+    let Tile { k, first, run, gap, mut a, a_stride, mut b, b_stride, c, c_stride, start, next } = *tile;
     let mut ahead = next;
     let mut acc = [[s.splat(0.0); NV]; MR];
     // SAFETY: the caller's promise covers every access below.
@@ -123,21 +158,27 @@ unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
                 }
             }
         }
-        for _ in 0..k {
-            let mut step = [s.splat(0.0); NV];
-            for (j, v) in step.iter_mut().enumerate() {
-                *v = s.load_ptr(b.add(j * LANES));
-            }
-            for (i, row) in acc.iter_mut().enumerate() {
-                let x = s.splat(*a.add(i * a_stride));
-                for (v, y) in row.iter_mut().zip(step) {
-                    *v = x.mul_add(y, *v);
+        let (mut left, mut steps) = (k, k.min(first));
+        while left > 0 {
+            for _ in 0..steps {
+                let mut step = [s.splat(0.0); NV];
+                for (j, v) in step.iter_mut().enumerate() {
+                    *v = s.load_ptr(b.add(j * LANES));
                 }
+                for (i, row) in acc.iter_mut().enumerate() {
+                    let x = s.splat(*a.add(i * a_stride));
+                    for (v, y) in row.iter_mut().zip(step) {
+                        *v = x.mul_add(y, *v);
+                    }
+                }
+                a = a.add(1);
+                b = b.wrapping_add(b_stride);
+                s.prefetch(ahead);
+                ahead = ahead.wrapping_add(LANES);
             }
-            a = a.add(1);
-            b = b.add(b_stride);
-            s.prefetch(ahead);
-            ahead = ahead.wrapping_add(LANES);
+            left -= steps;
+            steps = left.min(run);
+            b = b.wrapping_add(gap);
         }
         for (i, row) in acc.iter().enumerate() {
             for (j, &v) in row.iter().enumerate() {

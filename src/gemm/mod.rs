@@ -11,7 +11,7 @@ mod pack;
 pub use matmul::{Strided, StridedMut, matmul};
 pub use pack::PackedMatrix;
 
-pub(crate) use kernel::{Start, product};
+pub(crate) use kernel::{Rhs, Start, product};
 
 /// Columns of a panel: four AVX-512 vectors, or four slices of one cache line for the other instruction sets.
 pub(crate) const PANEL: usize = 64;
@@ -51,5 +51,5 @@ pub(crate) fn block_product<S: Simd>(
     let (block, next) = w.panels_from(panel)[start * PANEL..].split_at(a.cols() * PANEL);
     let next = &next[..next.len().min(K_BLOCK * PANEL)];
     let mode = if start == 0 { Start::Zero } else { Start::Add };
-    product(s, a, block, PANEL, mode, sums, next);
+    product(s, a, Rhs::rows(block, PANEL), mode, sums, next);
 }

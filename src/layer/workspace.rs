@@ -59,7 +59,7 @@ impl Needs {
                     attended: padded_stride(heads.output_cols()),
                     block: heads.layout().block_len(),
                     hidden: 0,
-                    scratch: scratch_len(heads)
+                    scratch: scratch_len(heads, true)
                         .max(qkv.scratch_len(copies))
                         .max(close_phase_scratch(placement, sub_layer.d_model())),
                 }
