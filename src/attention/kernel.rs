@@ -210,7 +210,7 @@ fn attend_chunk<S: Simd>(
     let mut chunk_sum = [0.0; ROWS];
     // Some rows at a time, which stay in L1 between their two passes: a row's maximum is ready by the time it is needed.
     let scale = call.heads.scale;
-    let direct = tiles.full && call.is_plain();
+    let direct = tiles.are_whole() && call.is_plain();
     for first in (0..n).step_by(SOFTMAX_ROWS) {
         let group = first..n.min(first + SOFTMAX_ROWS);
         for row in group.clone() {
@@ -271,7 +271,7 @@ struct Tiles {
     len: usize,
     /// The keys of each block that some row sees, begun at a whole vector; empty if none.
     seen: [Range<usize>; CHUNK_BLOCKS],
-    /// Every row sees all of those keys.
+    /// Every row sees all of those keys; of a block without any, none.
     full: bool,
     /// The keys that each row sees, unless `full`.
     words: [[u64; CHUNK_BLOCKS]; ROWS],
@@ -355,6 +355,12 @@ impl Tiles {
         (0..CHUNK_BLOCKS)
             .filter(|&i| !self.seen[i].is_empty())
             .map(|i| (i, self.first_block + i, self.seen[i].clone()))
+    }
+
+    /// Whether every row sees every key of the chunk.
+    #[inline(always)]
+    fn are_whole(&self) -> bool {
+        self.full && self.seen.iter().map(Range::len).sum::<usize>() == self.len
     }
 
     /// Whether a key that some row sees has no number as its score.
