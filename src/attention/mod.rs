@@ -25,6 +25,7 @@ pub(crate) use rotary::Places;
 use crate::attention::bits::Query;
 use crate::attention::kernel::{Queries, attend};
 use crate::attention::keys::KeyLayout;
+use crate::attention::terms::check_positions;
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::{Crew, Team};
@@ -227,8 +228,8 @@ impl KeyStore {
     /// As [`attention`]; the queries have as many sequences as the store, of any lengths.
     ///
     /// # Errors
-    /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if shapes disagree, [`Error::Mismatch`] if the store stands behind
-    /// another. Nothing is written then.
+    /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if shapes disagree, [`Error::Overflow`] if a position is far beyond the
+    /// length of any sequence, [`Error::Mismatch`] if the store stands behind another. Nothing is written then.
     pub fn attend(
         &self,
         ctx: Context<'_>,
@@ -298,8 +299,14 @@ impl Stores<'_> {
         check_size("out.cols", heads.output_cols(), out.cols())?;
         match queries.positions {
             Positions::Last => {}
-            Positions::First(first) => check_size("first positions", segments, first.len())?,
-            Positions::Each(each) => check_size("positions", rows, each.len())?,
+            Positions::First(first) => {
+                check_size("first positions", segments, first.len())?;
+                check_positions("first positions", first.iter().copied())?;
+            }
+            Positions::Each(each) => {
+                check_size("positions", rows, each.len())?;
+                check_positions("positions", each.iter().copied())?;
+            }
         }
         let mut plan = Plan::with_capacity(max_blocks(rows, segments), segments);
         plan.build(queries.offsets, ctx.members());
