@@ -89,13 +89,15 @@ fn apply<S: Simd>(ctx: Context<'_>, s: S, function: Function, x: MatMut<'_>) {
                 None,
                 x,
                 #[inline(always)]
-                |row| {
-                    reduce::map(
-                        s,
-                        row,
-                        #[inline(always)]
-                        |v| $f(s, v),
-                    )
+                |rows| {
+                    for i in 0..rows.rows() {
+                        reduce::map(
+                            s,
+                            rows.row_mut(i),
+                            #[inline(always)]
+                            |v| $f(s, v),
+                        );
+                    }
                 },
             )
         };

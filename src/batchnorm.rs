@@ -84,21 +84,23 @@ impl Affine {
             None,
             x,
             #[inline(always)]
-            |row| self.apply_row(s, row)
+            |rows| self.apply_rows(s, rows)
         ));
         Ok(())
     }
 
     #[inline(always)]
-    pub(crate) fn apply_row<S: Simd>(&self, s: S, row: &mut [f32]) {
-        scale_row(
-            s,
-            row,
-            &self.scale,
-            Some(&self.shift),
-            #[inline(always)]
-            |x| x,
-        );
+    pub(crate) fn apply_rows<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
+        for i in 0..x.rows() {
+            scale_row(
+                s,
+                x.row_mut(i),
+                &self.scale,
+                Some(&self.shift),
+                #[inline(always)]
+                |x| x,
+            );
+        }
     }
 }
 

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::simd::Simd;
 use crate::view::MatMut;
+use crate::workspace::AlignedBuffer;
 
 /// Where helpers come from. Implement it to run laneformer on threads of your own.
 ///
@@ -298,7 +299,7 @@ pub(crate) struct Team {
 }
 
 /// One member's scratch: only the member whose number it has touches it.
-struct Scratch(UnsafeCell<Box<[crate::workspace::Chunk]>>);
+struct Scratch(UnsafeCell<AlignedBuffer>);
 
 // SAFETY: a member number is unique inside a region (places are handed out once per epoch), so no two
 // threads use one scratch at a time.
@@ -315,7 +316,7 @@ impl Team {
     pub(crate) fn new(members: usize, scratch_len: usize) -> Team {
         let members = members.clamp(1, MAX_MEMBERS);
         let scratch =
-            (0..members).map(|_| Scratch(UnsafeCell::new(crate::workspace::chunks(scratch_len)))).collect();
+            (0..members).map(|_| Scratch(UnsafeCell::new(AlignedBuffer::scratch(scratch_len)))).collect();
         Team { control: Arc::new(Control::new(members)), scratch }
     }
 
@@ -324,9 +325,8 @@ impl Team {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        let chunk = size_of::<crate::workspace::Chunk>();
         // SAFETY: `&self` cannot be in a region, which borrows the team exclusively.
-        self.scratch.iter().map(|s| unsafe { (&*s.0.get()).len() } * chunk).sum()
+        self.scratch.iter().map(|s| unsafe { size_of_val(&**s.0.get()) }).sum()
     }
 
     /// Opens a region, runs `body` on this thread and closes the region. Helpers work on the body's phases.
@@ -400,7 +400,7 @@ impl Crew<'_> {
             let scratch = unsafe { &mut *scratch[member].0.get() };
             s.vectorize(
                 #[inline(always)]
-                || f(tile, crate::workspace::as_f32(scratch)),
+                || f(tile, scratch),
             );
         };
         self.publish(tiles, &run);

@@ -4,7 +4,7 @@ use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::isa::dispatch;
 use crate::reduce;
-use crate::rows::{check_shape, for_rows};
+use crate::rows::{TOGETHER, check_shape, for_rows};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -75,50 +75,63 @@ fn rows(
         source,
         x,
         #[inline(always)]
-        |row| layernorm_row(s, row, gain, bias, eps)
+        |rows| layernorm_rows(s, rows, gain, bias, eps)
     ));
     Ok(())
 }
 
+/// [`TOGETHER`] rows at most: each pass on all of them before the next.
 #[inline(always)]
-pub(crate) fn layernorm_row<S: Simd>(s: S, row: &mut [f32], gain: &[f32], bias: Option<&[f32]>, eps: f32) {
-    let n = row.len() as f32;
-    let zero = s.splat(0.0);
-    let mean = s.splat(
-        reduce::sum(
+pub(crate) fn layernorm_rows<S: Simd>(
+    s: S,
+    x: &mut MatMut<'_>,
+    gain: &[f32],
+    bias: Option<&[f32]>,
+    eps: f32,
+) {
+    let (zero, n, rows) = (s.splat(0.0), x.cols() as f32, x.rows());
+    let mut means = [0.0; TOGETHER];
+    for (i, mean) in means.iter_mut().enumerate().take(rows) {
+        let sum = reduce::sum(
             s,
-            row,
+            x.row(i),
             zero,
             #[inline(always)]
             |x| x,
-        ) / n,
-    );
-
+        );
+        *mean = sum / n;
+    }
     // What the rounding of the mean left over is the mean of the centred row: taking it off costs one add.
-    let (mut rest, mut squares) = ([zero; 4], [zero; 4]);
-    reduce::for_each(
-        s,
-        row,
-        mean,
-        #[inline(always)]
-        |j, x| {
-            let d = x - mean;
-            rest[j] = rest[j] + d;
-            squares[j] = d.mul_add(d, squares[j]);
-        },
-    );
-    let centre = reduce::fold(rest) / n;
-    let var = reduce::fold(squares) / n - centre * centre;
-    let inv = s.splat(1.0 / (var + eps).sqrt());
-    let centre = s.splat(centre);
-    scale_row(
-        s,
-        row,
-        gain,
-        bias,
-        #[inline(always)]
-        |x| ((x - mean) - centre) * inv,
-    );
+    let (mut centres, mut inverses) = ([0.0; TOGETHER], [0.0; TOGETHER]);
+    for i in 0..rows.min(TOGETHER) {
+        let mean = s.splat(means[i]);
+        let (mut rest, mut squares) = ([zero; 4], [zero; 4]);
+        reduce::for_each(
+            s,
+            x.row(i),
+            mean,
+            #[inline(always)]
+            |j, x| {
+                let d = x - mean;
+                rest[j] = rest[j] + d;
+                squares[j] = d.mul_add(d, squares[j]);
+            },
+        );
+        let centre = reduce::fold(rest) / n;
+        let var = reduce::fold(squares) / n - centre * centre;
+        (centres[i], inverses[i]) = (centre, 1.0 / (var + eps).sqrt());
+    }
+    for i in 0..rows.min(TOGETHER) {
+        let (mean, centre, inv) = (s.splat(means[i]), s.splat(centres[i]), s.splat(inverses[i]));
+        scale_row(
+            s,
+            x.row_mut(i),
+            gain,
+            bias,
+            #[inline(always)]
+            |x| ((x - mean) - centre) * inv,
+        );
+    }
 }
 
 /// `x = f(x) * gain + bias`.

@@ -8,7 +8,7 @@
 //! | attention | [`attention()`], [`KeyStore`], [`KvCache`], [`Graph`], [`Bits`], [`Terms`], [`Heads`], [`QkvProjection`], [`Rotary`] |
 //! | products | [`Linear`], [`PackedMatrix`], [`Epilogue`], [`gemm::matmul`], [`Ffn`] |
 //! | rows | [`softmax`], [`layernorm`], [`rmsnorm`], [`Affine`], [`batchnorm_train`], [`elementwise`] |
-//! | where it runs | [`Context`], [`Isa`], [`Executor`], [`peak`] |
+//! | where it runs | [`Context`], [`Isa`], [`Executor`], [`AlignedBuffer`], [`peak`] |
 //!
 //! All sizes and strides are in elements. A batch is ragged: the tokens of all sequences packed one behind the other, and `offsets` that say
 //! where each begins and where the last ends. Padding never enters.
@@ -80,8 +80,8 @@ mod workspace;
 
 pub use activation::{Activation, Function, elementwise};
 pub use attention::{
-    Bias, Bits, Graph, Heads, KeyStore, KvCache, QkvProjection, QueryRows, Relative, RelativeTable, Rotary,
-    RotaryPairs, SegmentTerm, Terms, attention,
+    Bias, Bits, Cover, Graph, Heads, KeyStore, KvCache, QkvProjection, QueryRows, Relative, RelativeTable,
+    Rotary, RotaryPairs, SegmentTerm, Terms, Tile, attention,
 };
 pub use batchnorm::{Affine, BatchStats, batchnorm_train};
 pub use context::Context;
@@ -99,6 +99,7 @@ pub use norm::{Norm, Placement};
 pub use rmsnorm::{rmsnorm, rmsnorm_into};
 pub use softmax::{softmax, softmax_into};
 pub use view::{MatMut, MatRef};
+pub use workspace::AlignedBuffer;
 
 /// The README's example, compiled with the other examples.
 #[cfg(all(doctest, feature = "rayon"))]

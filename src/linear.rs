@@ -12,7 +12,7 @@ use crate::isa::dispatch;
 use crate::reduce::four;
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
-use crate::workspace::Aligned;
+use crate::workspace::AlignedBuffer;
 
 /// `y = x W^T + b` with packed weights. Made once and shared by any number of threads.
 ///
@@ -30,7 +30,7 @@ use crate::workspace::Aligned;
 pub struct Linear {
     weight: PackedMatrix,
     /// As long as the panels are wide, so that the epilogue reads whole vectors.
-    bias: Aligned,
+    bias: AlignedBuffer,
 }
 
 /// What happens to a product before it is stored: `activation(x W^T + b) + scale * residual`.
@@ -77,7 +77,7 @@ impl Linear {
     /// # Errors
     /// [`Error::Size`] if the bias has another length than there are outputs.
     pub fn new(weight: PackedMatrix, bias: Option<&[f32]>) -> Result<Linear, Error> {
-        let mut padded = Aligned::zeroed(weight.panels() * PANEL);
+        let mut padded = AlignedBuffer::scratch(weight.panels() * PANEL);
         if let Some(bias) = bias {
             check_size("bias.len()", weight.n(), bias.len())?;
             padded[..bias.len()].copy_from_slice(bias);

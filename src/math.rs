@@ -63,7 +63,7 @@ pub(crate) fn exp_nonpositive<S: Simd>(s: S, x: S::V) -> S::V {
     let r = (t - magic).neg_mul_add(s.splat(core::f32::consts::LN_2), x);
     let p = polynomial(s, r, [8.262_925e-3, 4.189_913_7e-2, 1.666_811e-1, 4.999_914e-1, 9.999_995e-1, 1.0]);
     let y = p * t.exp2_magic();
-    s.splat(0.0).select(x.lt(s.splat(LOWEST)), y)
+    y.select(x.not_lt(s.splat(LOWEST)), s.splat(0.0))
 }
 
 /// `tanh x = e / (e + 2)` with `e = exp(2 |x|) - 1` and the sign restored, at most 2.5 ULP.

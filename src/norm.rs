@@ -2,9 +2,10 @@
 
 use crate::batchnorm::Affine;
 use crate::error::{Error, check_dim, check_size};
-use crate::layernorm::layernorm_row;
+use crate::layernorm::layernorm_rows;
 use crate::linear::padded_stride;
-use crate::rmsnorm::rmsnorm_row;
+use crate::rmsnorm::rmsnorm_rows;
+use crate::rows::each_group;
 use crate::simd::Simd;
 use crate::view::{MatMut, MatRef};
 
@@ -61,21 +62,21 @@ impl Norm {
     #[inline(always)]
     fn rows<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
         match self {
-            Norm::LayerNorm { gain, bias, eps } => {
-                for i in 0..x.rows() {
-                    layernorm_row(s, x.row_mut(i), gain, bias.as_deref(), *eps);
-                }
-            }
-            Norm::RmsNorm { gain, eps } => {
-                for i in 0..x.rows() {
-                    rmsnorm_row(s, x.row_mut(i), gain, *eps);
-                }
-            }
-            Norm::BatchNorm(affine) => {
-                for i in 0..x.rows() {
-                    affine.apply_row(s, x.row_mut(i));
-                }
-            }
+            Norm::LayerNorm { gain, bias, eps } => each_group(
+                None,
+                0,
+                x,
+                #[inline(always)]
+                |rows| layernorm_rows(s, rows, gain, bias.as_deref(), *eps),
+            ),
+            Norm::RmsNorm { gain, eps } => each_group(
+                None,
+                0,
+                x,
+                #[inline(always)]
+                |rows| rmsnorm_rows(s, rows, gain, *eps),
+            ),
+            Norm::BatchNorm(affine) => affine.apply_rows(s, x),
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::error::{Error, check_size};
 use crate::isa::dispatch;
 use crate::layernorm::scale_row;
 use crate::reduce;
-use crate::rows::{check_shape, for_rows};
+use crate::rows::{TOGETHER, check_shape, for_rows};
 use crate::simd::Simd;
 use crate::view::{MatMut, MatRef};
 
@@ -65,27 +65,34 @@ fn rows(
         source,
         x,
         #[inline(always)]
-        |row| rmsnorm_row(s, row, gain, eps)
+        |rows| rmsnorm_rows(s, rows, gain, eps)
     ));
     Ok(())
 }
 
+/// [`TOGETHER`] rows at most: each pass on all of them before the next.
 #[inline(always)]
-pub(crate) fn rmsnorm_row<S: Simd>(s: S, row: &mut [f32], gain: &[f32], eps: f32) {
-    let squares = reduce::sum(
-        s,
-        row,
-        s.splat(0.0),
-        #[inline(always)]
-        |x| x * x,
-    );
-    let inv = s.splat(1.0 / (squares / row.len() as f32 + eps).sqrt());
-    scale_row(
-        s,
-        row,
-        gain,
-        None,
-        #[inline(always)]
-        |x| x * inv,
-    );
+pub(crate) fn rmsnorm_rows<S: Simd>(s: S, x: &mut MatMut<'_>, gain: &[f32], eps: f32) {
+    let (n, mut inverses) = (x.cols() as f32, [0.0; TOGETHER]);
+    for (i, inv) in inverses.iter_mut().enumerate().take(x.rows()) {
+        let squares = reduce::sum(
+            s,
+            x.row(i),
+            s.splat(0.0),
+            #[inline(always)]
+            |x| x * x,
+        );
+        *inv = 1.0 / (squares / n + eps).sqrt();
+    }
+    for (i, inv) in inverses.into_iter().enumerate().take(x.rows()) {
+        let inv = s.splat(inv);
+        scale_row(
+            s,
+            x.row_mut(i),
+            gain,
+            None,
+            #[inline(always)]
+            |x| x * inv,
+        );
+    }
 }

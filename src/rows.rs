@@ -7,39 +7,26 @@ use crate::simd::Simd;
 use crate::view::{MatMut, MatRef};
 
 /// Elements below which inviting helpers (tens of microseconds) costs more than it brings.
-const SERIAL: usize = 1 << 16;
+pub(crate) const SERIAL: usize = 1 << 16;
 
 /// Elements of a tile: some microseconds of work, 64 KiB of data.
-const GRAIN: usize = 1 << 14;
+pub(crate) const GRAIN: usize = 1 << 14;
 
-/// Runs `f` on every row, in tiles of several rows on the context's threads. With a `source` of the same shape a row is first copied
-/// from there: just before it is worked on, so that it is in L1.
+/// Rows that are worked on together: what one row's pass must wait for, a sum or a maximum, is ready when its turn comes again.
+pub(crate) const TOGETHER: usize = 4;
+
+/// Columns up to which so many rows stay in L1 between their passes.
+const SHORT: usize = 1024;
+
+/// Runs `f` on every row, [`TOGETHER`] at a time at most, in tiles of several rows on the context's threads. With a `source` of the same
+/// shape rows are first copied from there: just before they are worked on, so that they are in L1.
 #[inline(always)]
 pub(crate) fn for_rows<S: Simd>(
     ctx: Context<'_>,
     s: S,
     source: Option<MatRef<'_>>,
-    x: MatMut<'_>,
-    f: impl Fn(&mut [f32]) + Sync,
-) {
-    for_numbered_rows(
-        ctx,
-        s,
-        source,
-        x,
-        #[inline(always)]
-        |_, row| f(row),
-    );
-}
-
-/// The same, with the number of the row.
-#[inline(always)]
-pub(crate) fn for_numbered_rows<S: Simd>(
-    ctx: Context<'_>,
-    s: S,
-    source: Option<MatRef<'_>>,
     mut x: MatMut<'_>,
-    f: impl Fn(usize, &mut [f32]) + Sync,
+    f: impl Fn(&mut MatMut<'_>) + Copy + Sync,
 ) {
     let (rows, cols) = (x.rows(), x.cols());
     if cols == 0 {
@@ -48,7 +35,7 @@ pub(crate) fn for_numbered_rows<S: Simd>(
     if ctx.members() == 1 || rows * cols < SERIAL {
         s.vectorize(
             #[inline(always)]
-            || each_row(source, 0, &mut x, &f),
+            || each_group(source, 0, &mut x, f),
         );
         return;
     }
@@ -58,18 +45,29 @@ pub(crate) fn for_numbered_rows<S: Simd>(
             &mut x,
             ((GRAIN / cols).max(1), cols),
             #[inline(always)]
-            |first, _, mut block, _| each_row(source, first, &mut block, &f),
+            |first, _, mut block, _| each_group(source, first, &mut block, f),
         );
     });
 }
 
+/// Runs `f` on the rows of `x`, [`TOGETHER`] at a time at most; `x` is rows from `first` on of what has the `source`.
 #[inline(always)]
-fn each_row(source: Option<MatRef<'_>>, first: usize, x: &mut MatMut<'_>, f: &impl Fn(usize, &mut [f32])) {
-    for i in 0..x.rows() {
+pub(crate) fn each_group(
+    source: Option<MatRef<'_>>,
+    first: usize,
+    x: &mut MatMut<'_>,
+    f: impl Fn(&mut MatMut<'_>),
+) {
+    let (rows, cols) = (x.rows(), x.cols());
+    let step = if cols <= SHORT { TOGETHER } else { 1 };
+    for begin in (0..rows).step_by(step) {
+        let mut group = x.block(begin..rows.min(begin + step), 0..cols);
         if let Some(source) = source {
-            x.row_mut(i).copy_from_slice(source.row(first + i));
+            for i in 0..group.rows() {
+                group.row_mut(i).copy_from_slice(source.row(first + begin + i));
+            }
         }
-        f(first + i, x.row_mut(i));
+        f(&mut group);
     }
 }
 

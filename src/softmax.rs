@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::isa::dispatch;
 use crate::math::exp_nonpositive;
 use crate::reduce;
-use crate::rows::{check_shape, for_rows};
+use crate::rows::{TOGETHER, check_shape, for_rows};
 use crate::simd::{Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -55,45 +55,64 @@ fn rows(ctx: Context<'_>, source: Option<MatRef<'_>>, x: MatMut<'_>) {
         source,
         x,
         #[inline(always)]
-        |row| softmax_row(s, row)
+        |rows| softmax_rows(s, rows)
     ));
 }
 
+/// [`TOGETHER`] rows at most: each pass on all of them before the next.
 #[inline(always)]
-fn softmax_row<S: Simd>(s: S, row: &mut [f32]) {
-    let max = reduce::max(s, row);
-    if max == f32::NEG_INFINITY {
-        // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
-        let fill = if row.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 };
-        row.fill(fill);
-        return;
+fn softmax_rows<S: Simd>(s: S, x: &mut MatMut<'_>) {
+    let (mut max, mut sum) = ([0.0; TOGETHER], [0.0; TOGETHER]);
+    for (i, max) in max.iter_mut().enumerate().take(x.rows()) {
+        *max = reduce::max(s, x.row(i));
     }
-    let sum = exp_sum(s, row, 1.0, max);
-    let scale = s.splat(1.0 / sum);
-    reduce::map(
-        s,
-        row,
-        #[inline(always)]
-        |p| p * scale,
-    );
+    for (i, (&max, sum)) in max.iter().zip(&mut sum).enumerate().take(x.rows()) {
+        let row = x.row_mut(i);
+        if max > f32::NEG_INFINITY {
+            *sum = exp_sum(
+                s,
+                row,
+                max,
+                #[inline(always)]
+                |x| x,
+            );
+        } else {
+            // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
+            row.fill(if row.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
+            *sum = 1.0;
+        }
+    }
+    for (i, sum) in sum.into_iter().enumerate().take(x.rows()) {
+        let scale = s.splat(1.0 / sum);
+        reduce::map(
+            s,
+            x.row_mut(i),
+            #[inline(always)]
+            |p| p * scale,
+        );
+    }
 }
 
-/// Replaces `x` by `exp(scale * x - max)` and returns the canonical sum.
+/// Replaces `x` by `exp(f(x) - max)` and returns the canonical sum. `f(-inf)` is `-inf`.
 #[inline(always)]
-pub(crate) fn exp_sum<S: Simd>(s: S, row: &mut [f32], scale: f32, max: f32) -> f32 {
-    let (scale, m) = (s.splat(scale), s.splat(max));
+pub(crate) fn exp_sum<S: Simd>(s: S, row: &mut [f32], max: f32, f: impl Fn(S::V) -> S::V) -> f32 {
+    let m = s.splat(max);
     let mut slots = [s.splat(0.0); 4];
     let (whole, tail) = row.as_chunks_mut::<64>();
     for x in whole {
-        for (j, slot) in slots.iter_mut().enumerate() {
-            let p = exp_nonpositive(s, s.load(&x[j * 16..]) * scale - m);
+        // Four independent vectors at a time hide the latency of the polynomial.
+        let p = reduce::four(
+            #[inline(always)]
+            |j| exp_nonpositive(s, f(s.load(&x[j * 16..])) - m),
+        );
+        for (j, (slot, p)) in slots.iter_mut().zip(p).enumerate() {
             p.store(&mut x[j * 16..]);
             *slot = *slot + p;
         }
     }
     for (j, part) in tail.chunks_mut(16).enumerate() {
         // Lanes past the end: exp(-inf) is +0.
-        let p = exp_nonpositive(s, s.load_partial(part, s.splat(f32::NEG_INFINITY)) * scale - m);
+        let p = exp_nonpositive(s, f(s.load_partial(part, s.splat(f32::NEG_INFINITY))) - m);
         p.store_partial(part);
         slots[j] = slots[j] + p;
     }

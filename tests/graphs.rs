@@ -8,7 +8,9 @@ use common::data::Rng;
 use common::model::{offsets, reference_heads};
 use common::{on_every_isa, serial};
 use laneformer::reference as r;
-use laneformer::{Bits, Error, Graph, Heads, Isa, KeyStore, KvCache, MatRef, QueryRows, Terms, attention};
+use laneformer::{
+    Bits, Cover, Error, Graph, Heads, Isa, KeyStore, KvCache, MatRef, QueryRows, Terms, attention,
+};
 
 const LIMIT: f64 = 3e-6;
 
@@ -228,4 +230,106 @@ fn bits_that_do_not_fit_the_batch_are_refused() {
     assert!(Bits::groups(&[0], &[0], &[0, 1], 2, &[true; 3]).is_err());
     assert!(Bits::groups(&[0], &[0], &[0, 2], 1, &[true]).is_err());
     assert!(Bits::groups(&[], &[], &[0], usize::MAX, &[]).is_err());
+}
+
+/// Every pair of a query and a key of its sequence is in one tile, which knows whether the query sees the key.
+fn assert_tiles(
+    graph: &Graph,
+    head: usize,
+    queries: &[usize],
+    keys: &[usize],
+    allowed: impl Fn(usize, usize, usize) -> bool,
+) {
+    let (q_offsets, k_offsets) = (offsets(queries), offsets(keys));
+    let (rows, cols) = (q_offsets[queries.len()], k_offsets[keys.len()]);
+    let mut met = vec![0; rows * cols];
+    for tile in graph.tiles(head, &q_offsets, &k_offsets).unwrap() {
+        let s = k_offsets.partition_point(|&end| end <= tile.keys.start) - 1;
+        let mut edges = 0;
+        for query in tile.queries.clone() {
+            for key in tile.keys.clone() {
+                met[query * cols + key] += 1;
+                let seen = tile.seen(query) >> (key - tile.keys.start) & 1 == 1;
+                assert_eq!(seen, allowed(s, query - q_offsets[s], key - k_offsets[s]), "{query} {key}");
+                assert!(!seen || tile.computed.contains(&key), "{query} {key} {tile:?}");
+                edges += usize::from(seen);
+            }
+        }
+        assert_eq!((tile.seen(tile.queries.end), tile.seen(usize::MAX)), (0, 0));
+        assert_eq!(edges, tile.edges());
+        let cover = match edges {
+            0 => Cover::Empty,
+            n if n == tile.queries.len() * tile.keys.len() => Cover::Full,
+            _ => Cover::Partial,
+        };
+        assert_eq!((cover, tile.scores() == 0), (tile.cover, edges == 0), "{tile:?}");
+        assert_eq!((tile.computed.start - tile.keys.start) % 16, 0);
+        assert!(tile.computed.end == tile.keys.end || (tile.computed.end - tile.keys.start) % 16 == 0);
+    }
+    for (i, n) in met.iter().enumerate() {
+        let own = q_offsets.partition_point(|&end| end <= i / cols)
+            == k_offsets.partition_point(|&end| end <= i % cols);
+        assert_eq!(*n, i32::from(own), "{} {}", i / cols, i % cols);
+    }
+}
+
+#[test]
+fn tiles_hold_every_edge() {
+    for (queries, keys) in [(&[300][..], &[300][..]), (&[3, 1, 70], &[5, 300, 1]), (&[2, 0, 1], &[0, 4, 64])]
+    {
+        let at = |s: usize, i: usize| (i + keys[s]) as isize - queries[s] as isize;
+        let causal = |s, i, j: usize| j as isize <= at(s, i);
+        assert_tiles(&Graph::full(), 0, queries, keys, |_, _, _| true);
+        assert_tiles(&Graph::causal(), 0, queries, keys, causal);
+        let column = |j: usize| j.is_multiple_of(100);
+        let columns: Vec<bool> = (0..300).map(column).collect();
+        let columns = Bits::keys(&vec![&columns[..]; keys.len()]).unwrap();
+        assert_tiles(&Graph::window(9, 5).with_columns(columns), 0, queries, keys, |s, i, j| {
+            column(j) || (at(s, i) - 9..=at(s, i) + 5).contains(&(j as isize))
+        });
+        let bits = Bits::dense([3, 2, 300, 300], scattered).unwrap();
+        assert_tiles(&Graph::causal().with_bits(bits), 1, queries, keys, |s, i, j| {
+            causal(s, i, j) && scattered(s, 1, i, j)
+        });
+    }
+    let ids: Vec<u32> = (0..90).map(|i| u32::from(i % 20 >= 16)).collect();
+    let table = [true, false, true, true];
+    let bits = Bits::groups(&ids, &ids, &[0, 20, 90], 2, &table).unwrap();
+    assert_tiles(&Graph::full().with_bits(bits), 0, &[20, 70], &[20, 70], |s, i, j| {
+        let id = |i: usize| ids[[0, 20][s] + i] as usize;
+        table[id(i) * 2 + id(j)]
+    });
+}
+
+#[test]
+fn tiles_are_as_many_as_the_edges_need() {
+    let scores = |graph: Graph, n: usize| -> usize {
+        graph.tiles(0, &[0, n], &[0, n]).unwrap().map(|tile| tile.scores()).sum()
+    };
+    assert_eq!(scores(Graph::full(), 1000), 1_000_000);
+    // A window: so many more scores per query that they are whole vectors of the union of some rows.
+    assert!(scores(Graph::window(50, 50), 4096) < 4096 * (101 + 64 + 32));
+    assert_eq!(scores(Graph::window(50, 50), 8192) / scores(Graph::window(50, 50), 4096), 2);
+    let none = Bits::dense([1, 1, 1, 70], |_, _, _, _| false).unwrap();
+    assert_eq!(scores(Graph::full().with_bits(none), 70), 0);
+}
+
+#[test]
+fn tiles_of_what_does_not_fit_are_refused() {
+    let error = |graph: &Graph, head, offsets: &[usize], keys: &[usize]| {
+        graph.tiles(head, offsets, keys).map(|_| ()).unwrap_err()
+    };
+    let full = Graph::full();
+    assert_eq!(error(&full, 0, &[], &[0]), Error::TooSmall { arg: "offsets", min: 1, actual: 0 });
+    assert_eq!(
+        error(&full, 0, &[0, 1], &[0]),
+        Error::Size { arg: "key_offsets.len()", expected: 2, actual: 1 }
+    );
+    assert_eq!(error(&full, 0, &[0, 5, 3], &[0, 1, 2]), Error::NotAscending { arg: "offsets", at: 2 });
+    assert_eq!(error(&full, 0, &[0, 1], &[1, 2]), Error::Size { arg: "key_offsets", expected: 0, actual: 1 });
+    let two = Graph::full().with_bits(Bits::dense([1, 2, 4, 4], |_, _, _, _| true).unwrap());
+    assert!(two.tiles(1, &[0, 4], &[0, 4]).is_ok());
+    for (head, n) in [(2, 4), (usize::MAX, 4), (0, 5)] {
+        assert!(two.tiles(head, &[0, n], &[0, n]).is_err(), "{head} {n}");
+    }
 }

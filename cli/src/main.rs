@@ -1,8 +1,10 @@
-//! `laneformer`: sentence embeddings, verification against golden cases, benchmarks.
+//! `laneformer`: sentence embeddings, verification against golden cases, benchmarks, pictures of graphs.
 
 mod bench;
 mod compare;
+mod drawing;
 mod embed;
+mod graph;
 mod info;
 mod input;
 mod output;
@@ -29,6 +31,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Run the same work here and in other libraries, in turns, and write BENCHMARKS.md
     Compare(compare::CompareArgs),
+    /// Draw who sees whom and what attention computes of it
+    Graph(graph::GraphArgs),
     /// Turn sentences, one per line, into embeddings
     Embed(embed::EmbedArgs),
     /// Compare with golden cases computed by reference implementations
@@ -43,6 +47,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Graph(args) => graph::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Embed(args) => embed::run(args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(args),
     };

@@ -1,4 +1,4 @@
-//! Where embeddings go: JSON lines on standard output, or a safetensors file.
+//! Where results go: files written beside their place; embeddings as JSON lines on standard output or as a safetensors file.
 
 use std::fs;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
@@ -9,6 +9,20 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Serialize;
 use tempfile::NamedTempFile;
+
+/// A new file beside `path`, to be [persisted](NamedTempFile::persist) there when it is whole.
+pub fn beside(path: &Path) -> io::Result<NamedTempFile> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    // The usual mode of a new file, less the umask, instead of a private one.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let file = builder.prefix(".laneformer-").tempfile_in(dir)?;
+    if fs::metadata(path).is_ok_and(|there| there.is_dir()) {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    Ok(file)
+}
 
 /// A place for embeddings.
 pub enum Sink {
@@ -85,15 +99,7 @@ const HEADER_BYTES: usize = 256;
 
 impl SafetensorsFile {
     fn create(path: &Path, dim: usize) -> io::Result<SafetensorsFile> {
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut builder = tempfile::Builder::new();
-        // The usual mode of a new file, less the umask, instead of a private one.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = BufWriter::new(builder.prefix(".laneformer-").tempfile_in(dir)?);
-        if fs::metadata(path).is_ok_and(|there| there.is_dir()) {
-            return Err(io::ErrorKind::IsADirectory.into());
-        }
+        let mut file = BufWriter::new(beside(path)?);
         file.write_all(&[b' '; HEADER_BYTES])?;
         Ok(SafetensorsFile { path: path.into(), file, dim, rows: 0 })
     }

@@ -44,6 +44,65 @@ fn the_table_has_a_line_per_row() {
     assert_eq!(stdout.matches("layernorm/f32/").count(), 2, "{stdout}");
 }
 
+/// The rows of a run with `--json`, all of which must have succeeded.
+fn rows(args: &[&str]) -> Vec<Value> {
+    let (status, stdout, stderr) = parts(&laneformer(args, b""));
+    assert_eq!(status, 0, "{stdout}{stderr}");
+    stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+fn number(row: &Value, field: &str) -> f64 {
+    row[field].as_f64().unwrap_or_else(|| panic!("{field} in {row}"))
+}
+
+#[test]
+fn a_causal_graph_is_held_against_a_full_one() {
+    let rows = rows(&["bench", "graph", "causal", "--json", "--threads", "1"]);
+    let names: Vec<&str> = rows.iter().filter_map(|row| row["name"].as_str()).collect();
+    assert_eq!(names, ["graph/f32/bert-base/full/b1s2048", "graph/f32/bert-base/causal/b1s2048"]);
+    for (row, edges) in rows.iter().zip([2048 * 2048, 2048 * 2049 / 2]) {
+        assert_eq!((&row["edges"], &row["flops"]), (&edges.into(), &(4_u64 * 768 * edges).into()));
+        assert_eq!(row["bound"], "fma");
+        assert!(number(row, "max_err") > 0.0 && number(row, "of_peak") > 0.0);
+        assert!((number(row, "ns_per_token") * 2048.0 / number(row, "median_ns") - 1.0).abs() < 1e-9);
+        // Keys and values, and no square of the sequence.
+        let stored = 2.0 * 2048.0 * 768.0 * 4.0;
+        assert!((stored..stored + f64::from(1 << 20)).contains(&number(row, "workspace_bytes")));
+    }
+    assert_eq!(number(&rows[0], "edges_computed"), 1.0);
+    assert!((0.8..1.0).contains(&number(&rows[1], "edges_computed")));
+    let ratio = number(&rows[1], "median_ns") / number(&rows[0], "median_ns");
+    assert!((number(&rows[1], "of_full") / ratio - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn windows_cost_their_edges() {
+    let rows = rows(&["bench", "graph", "s4096", "--json", "--threads", "2"]);
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0]["name"], "graph/f32/bert-base/window512+16/b1s4096");
+    assert!(number(&rows[0], "edges") < 530.0 * 4096.0);
+    assert!(rows[0].get("of_full").is_none());
+}
+
+#[test]
+fn decoding_reads_weights_and_cache() {
+    let args = ["bench", "decode", "--json", "--threads", "2", "--layers", "1", "--context", "64"];
+    let rows = rows(&args);
+    let names: Vec<&str> = rows.iter().filter_map(|row| row["name"].as_str()).collect();
+    let shapes = ["gpt2/l1b1c64", "gpt2+head/l1b1c64", "gpt2/l1b8c8-64", "gpt2+head/l1b8c8-64"];
+    assert_eq!(names, shapes.map(|shape| format!("decode/f32/{shape}")));
+    for (row, (tokens, cached)) in rows.iter().zip([(1, 64), (1, 64), (8, 288), (8, 288)]) {
+        assert_eq!((&row["tokens"], &row["cache_bytes"]), (&tokens.into(), &(cached * 2 * 768 * 4).into()));
+        assert_eq!(number(row, "bytes"), number(row, "weight_bytes") + number(row, "cache_bytes"));
+        assert_eq!(number(row, "max_err"), 0.0, "the bits of a pass without a cache");
+        let per_second = f64::from(tokens) * 1e9 / number(row, "median_ns");
+        assert!((number(row, "tokens_per_s") / per_second - 1.0).abs() < 1e-9);
+    }
+    let layer = 4 * (12 * 768 * 768);
+    assert!(number(&rows[0], "weight_bytes") >= f64::from(layer));
+    assert!(number(&rows[1], "weight_bytes") >= f64::from(layer + 4 * 50257 * 768));
+}
+
 #[test]
 fn bad_arguments() {
     for (args, message) in [
@@ -51,6 +110,16 @@ fn bad_arguments() {
         (["bench", "--isa=sse9"], "unknown name"),
         (["bench", "--threads=0"], "--threads"),
         (["info", "--isa=sse9"], "unknown name"),
+    ] {
+        let (status, stdout, stderr) = parts(&laneformer(&args, b""));
+        assert_eq!((status, stdout.as_str()), (2, ""), "{stderr}");
+        assert!(stderr.contains(message), "{stderr}");
+    }
+    for (args, message) in [
+        (["bench", "graph", "no-such-row"], "no row contains"),
+        (["bench", "decode", "no-such-row"], "no row contains"),
+        (["bench", "decode", "--context=0"], "--context"),
+        (["bench", "decode", "--layers=0"], "--layers"),
     ] {
         let (status, stdout, stderr) = parts(&laneformer(&args, b""));
         assert_eq!((status, stdout.as_str()), (2, ""), "{stderr}");

@@ -23,10 +23,13 @@ pub struct Graph {
 }
 
 /// How much of a tile of scores the graph keeps.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Cover {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cover {
+    /// Nothing: the tile is skipped.
     Empty,
+    /// Some: of what is computed, some scores are masked.
     Partial,
+    /// Every query sees every key.
     Full,
 }
 

@@ -71,7 +71,7 @@ pub(crate) struct Queries<'a> {
 impl<'a> Queries<'a> {
     /// Some of the rows.
     #[inline(always)]
-    fn rows(&self, rows: Range<usize>) -> Queries<'a> {
+    pub(super) fn rows(&self, rows: Range<usize>) -> Queries<'a> {
         let (first, position) = self.query(rows.start);
         Queries { q: self.q.block(rows, 0..self.q.cols()), first, position }
     }
@@ -126,13 +126,7 @@ pub(crate) fn attend<S: Simd>(
     }
 
     for chunk in keys.first_block() / CHUNK_BLOCKS..keys.len.div_ceil(CHUNK) {
-        // Where not all see all, a few rows at a time: the fewer, the closer their common keys are to each one's own.
-        let cover = Tiles::cover(call, queries, Tiles::keys(chunk, keys.len), keys.len);
-        let step = match cover {
-            Cover::Empty => continue,
-            Cover::Partial => GROUP,
-            Cover::Full => rows,
-        };
+        let Some(step) = Tiles::step(call, queries, keys.len, chunk) else { continue };
         for first in (0..rows).step_by(step) {
             let group = first..rows.min(first + step);
             let queries = queries.rows(group.clone());
@@ -229,7 +223,13 @@ fn attend_chunk<S: Simd>(
         for row in group {
             let scores = score.row_mut(row);
             chunk_sum[row] = if direct && chunk_max[row] != f32::NEG_INFINITY {
-                exp_sum(s, &mut scores[..tiles.len], scale, chunk_max[row])
+                exp_sum(
+                    s,
+                    &mut scores[..tiles.len],
+                    chunk_max[row],
+                    #[inline(always)]
+                    |x| x * s.splat(scale),
+                )
             } else {
                 exponentials(s, scores, &tiles, chunk_max[row])
             };
@@ -249,8 +249,8 @@ fn attend_chunk<S: Simd>(
         start = Start::Continue;
     }
     if !tiles.full {
-        for row in 0..n {
-            if chunk_max[row] != f32::NEG_INFINITY && !is_finite(s, out.row(row)) {
+        for (row, &max) in chunk_max[..n].iter().enumerate() {
+            if max != f32::NEG_INFINITY && !is_finite(s, out.row(row)) {
                 // A NaN or infinity behind the mask may have come in as 0 * NaN.
                 only_allowed(s, score.row(row), &tiles, row, keys, kv_head, out.row_mut(row));
             }
@@ -265,12 +265,12 @@ fn attend_chunk<S: Simd>(
 }
 
 /// What some rows see of a chunk.
-struct Tiles {
+pub(super) struct Tiles {
     first_block: usize,
     /// Keys of the chunk.
     len: usize,
     /// The keys of each block that some row sees, begun at a whole vector; empty if none.
-    seen: [Range<usize>; CHUNK_BLOCKS],
+    pub(super) seen: [Range<usize>; CHUNK_BLOCKS],
     /// Every row sees all of those keys; of a block without any, none.
     full: bool,
     /// The keys that each row sees, unless `full`.
@@ -304,8 +304,19 @@ impl Tiles {
         chunk * CHUNK..len.min((chunk + 1) * CHUNK)
     }
 
+    /// Rows that are taken together; none if no row sees a key. Where not all see all, a few at a time: the fewer, the closer their
+    /// common keys are to each one's own.
     #[inline(always)]
-    fn new(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Tiles {
+    pub(super) fn step(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Option<usize> {
+        match Self::cover(call, queries, Self::keys(chunk, len), len) {
+            Cover::Empty => None,
+            Cover::Partial => Some(GROUP),
+            Cover::Full => Some(queries.q.rows()),
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn new(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Tiles {
         let first_block = chunk * CHUNK_BLOCKS;
         let valid = |i: usize| len.saturating_sub((first_block + i) * BLOCK).min(BLOCK);
         let mut tiles = Tiles {
@@ -396,7 +407,7 @@ impl Tiles {
 
     /// The keys of block `i` of the chunk that a row sees.
     #[inline(always)]
-    fn word(&self, row: usize, i: usize) -> u64 {
+    pub(super) fn word(&self, row: usize, i: usize) -> u64 {
         if self.full { u64::MAX >> (BLOCK - self.seen[i].end) } else { self.words[row][i] }
     }
 }
@@ -599,14 +610,13 @@ fn fold_chunk<S: Simd>(
     }
 }
 
-/// Whether a row of whole vectors has neither a NaN nor an infinity: `x - x` is 0 then.
+/// Whether a row of whole vectors has neither a NaN nor an infinity: `0 * x` is 0 then.
 #[inline(always)]
 fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
-    let vectors = row.as_chunks::<LANES>().0;
-    let mut sum = s.splat(0.0);
-    for x in vectors {
-        let x = s.load(x);
-        sum = sum + (x - x);
+    let zero = s.splat(0.0);
+    let mut sum = zero;
+    for x in row.as_chunks::<LANES>().0 {
+        sum = s.load(x).mul_add(zero, sum);
     }
     sum.sum() == 0.0
 }

@@ -10,7 +10,7 @@ use crate::attention::Heads;
 use crate::attention::plan::{Plan, Segment, check_offsets, max_blocks};
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::view::MatRef;
-use crate::workspace::Aligned;
+use crate::workspace::AlignedBuffer;
 
 /// Tokens of a block: the columns of a panel.
 pub(crate) const BLOCK: usize = crate::gemm::PANEL;
@@ -58,16 +58,25 @@ impl KeyLayout {
         self,
         blocks: &mut [f32],
         ring: usize,
-        token: usize,
+        mut token: usize,
         k: MatRef<'_>,
         v: MatRef<'_>,
         rows: Range<usize>,
     ) {
-        for (token, row) in (token..).zip(rows) {
+        let mut start = rows.start;
+        while start < rows.end {
             let (block, t) = (token / BLOCK % ring, token % BLOCK);
             let units = &mut blocks[block * self.block_len()..][..self.block_len()];
-            self.store_key(units, t, 0, k.row(row));
-            self.store_value(units, t, 0, v.row(row));
+            let end = rows.end.min(start + BLOCK - t);
+            // Head by head: the unit that a row's keys scatter over stays in L1.
+            for head in 0..self.n_heads {
+                let (k_cols, v_cols) = (head * self.head_dim, head * self.value_dim);
+                for (t, row) in (t..).zip(start..end) {
+                    self.store_key(units, t, k_cols, &k.row(row)[k_cols..][..self.head_dim]);
+                    self.store_value(units, t, v_cols, &v.row(row)[v_cols..][..self.value_dim]);
+                }
+            }
+            (token, start) = (token + end - start, end);
         }
     }
 
@@ -218,7 +227,7 @@ impl<'a> Stores<'a> {
 pub struct KeyStore {
     pub(crate) layout: KeyLayout,
     pub(crate) plan: Plan,
-    data: Aligned,
+    data: AlignedBuffer,
     /// Blocks per sequence, if they are a cache's.
     ring: Option<usize>,
     /// Keys before each sequence's own, if they are another store's: what these leave of a chunk stands here first.
@@ -247,7 +256,7 @@ impl KeyStore {
         Ok(KeyStore {
             layout,
             plan: Plan::with_capacity(blocks, segments),
-            data: Aligned::zeroed(len),
+            data: AlignedBuffer::scratch(len),
             ring: None,
             behind: Vec::with_capacity(segments),
         })

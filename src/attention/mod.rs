@@ -8,13 +8,15 @@ mod plan;
 mod projection;
 mod rotary;
 mod terms;
+mod tiles;
 
 pub use bits::Bits;
-pub use graph::Graph;
+pub use graph::{Cover, Graph};
 pub use keys::{KeyStore, KvCache};
 pub use projection::QkvProjection;
 pub use rotary::{Rotary, RotaryPairs};
 pub use terms::{Bias, Relative, RelativeTable, SegmentTerm, Terms};
+pub use tiles::Tile;
 
 pub(crate) use kernel::{Call, scratch_len};
 pub(crate) use keys::Stores;
@@ -112,6 +114,15 @@ impl Heads {
     /// Columns of a row of the output.
     pub fn output_cols(&self) -> usize {
         self.n_heads * self.value_dim
+    }
+
+    /// Bytes of scratch that each thread of an attention takes, whatever the length of the sequences. Relative positions take more.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDim`], [`Error::NotDivisible`], [`Error::Overflow`].
+    pub fn scratch_bytes(&self) -> Result<usize, Error> {
+        self.check()?;
+        Ok(scratch_len(self, false) * size_of::<f32>())
     }
 
     /// Whether every size is at least 1, the heads divide, and rows of heads have a length.

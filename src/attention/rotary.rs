@@ -9,8 +9,9 @@ use crate::attention::keys::{BLOCK, KeyLayout};
 use crate::attention::plan::{Block, Plan};
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
+use crate::exec::Team;
 use crate::isa::dispatch;
-use crate::rows::for_numbered_rows;
+use crate::rows::{GRAIN, SERIAL};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::MatMut;
 
@@ -175,15 +176,26 @@ impl Rotary {
         }
         check_size("positions.len()", x.rows(), positions.len())?;
         positions.iter().try_for_each(|&position| self.check_position(position))?;
-        dispatch!(ctx.isa(), |s| for_numbered_rows(
-            ctx,
-            s,
-            None,
-            x,
-            #[inline(always)]
-            |i, row| self.turn_row(s, head_dim, positions[i], row)
-        ));
+        dispatch!(ctx.isa(), |s| self.run(ctx, s, head_dim, positions, x));
         Ok(())
+    }
+
+    fn run<S: Simd>(&self, ctx: Context<'_>, s: S, head_dim: usize, positions: &[usize], mut x: MatMut<'_>) {
+        let (rows, cols) = (x.rows(), x.cols());
+        let members = if rows * cols < SERIAL { 1 } else { ctx.members() };
+        Team::new(members, 0).region(ctx.executor(), |crew| {
+            crew.blocks(
+                s,
+                &mut x,
+                (GRAIN / cols.max(1), cols),
+                #[inline(always)]
+                |first, _, mut rows, _| {
+                    for i in 0..rows.rows() {
+                        self.turn_row(s, head_dim, positions[first + i], rows.row_mut(i));
+                    }
+                },
+            );
+        });
     }
 
     pub(crate) fn check_head(&self, head_dim: usize) -> Result<(), Error> {

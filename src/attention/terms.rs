@@ -8,7 +8,7 @@ use crate::attention::bits::{Bits, Query};
 use crate::attention::keys::BLOCK;
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::view::MatRef;
-use crate::workspace::Aligned;
+use crate::workspace::AlignedBuffer;
 
 /// Terms of the scores; all are absent by default.
 #[derive(Clone, Copy, Debug, Default)]
@@ -92,7 +92,7 @@ pub struct Relative<'a> {
 #[derive(Debug)]
 pub struct RelativeTable {
     /// `[head][panel][head_dim][64]`, in descending distance.
-    data: Aligned,
+    data: AlignedBuffer,
     n_heads: usize,
     head_dim: usize,
     rows: usize,
@@ -116,7 +116,7 @@ impl RelativeTable {
         check_positions("first", [first, first.saturating_add_unsigned(rows)])?;
         let panels = rows.div_ceil(BLOCK);
         let len = checked_product("r", &[panels * BLOCK, r.cols()])?;
-        let mut data = Aligned::zeroed(len);
+        let mut data = AlignedBuffer::scratch(len);
         for x in 0..rows {
             for (col, &value) in r.row(rows - 1 - x).iter().enumerate() {
                 let (head, dim) = (col / head_dim, col % head_dim);

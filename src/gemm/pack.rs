@@ -4,13 +4,13 @@
 use crate::error::{Error, check_dim};
 use crate::gemm::PANEL;
 use crate::view::MatRef;
-use crate::workspace::Aligned;
+use crate::workspace::AlignedBuffer;
 
 /// A weight matrix of `k` inputs and `n` outputs in the layout that the kernels read. It is immutable: any number of threads
 /// share it.
 #[derive(Debug)]
 pub struct PackedMatrix {
-    data: Aligned,
+    data: AlignedBuffer,
     k: usize,
     n: usize,
 }
@@ -49,7 +49,7 @@ impl PackedMatrix {
     /// The same shape, with `f(input, output, weight)` in place of each weight.
     pub(crate) fn map(&self, mut f: impl FnMut(usize, usize, f32) -> f32) -> Self {
         let PackedMatrix { k, n, .. } = *self;
-        let mut data = Aligned::zeroed(self.data.len());
+        let mut data = AlignedBuffer::scratch(self.data.len());
         for (step, (new, old)) in data.chunks_exact_mut(PANEL).zip(self.data.chunks_exact(PANEL)).enumerate()
         {
             let (panel, input) = (step / k, step % k);
@@ -66,7 +66,7 @@ impl PackedMatrix {
         let len = n.checked_next_multiple_of(PANEL).and_then(|n| n.checked_mul(k));
         match len {
             Some(len) if len <= isize::MAX as usize / 4 => {
-                Ok(PackedMatrix { data: Aligned::zeroed(len), k, n })
+                Ok(PackedMatrix { data: AlignedBuffer::scratch(len), k, n })
             }
             _ => Err(Error::Overflow { arg: "weight inputs * outputs" }),
         }

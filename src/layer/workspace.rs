@@ -9,7 +9,7 @@ use crate::layer::{CrossAttention, Inputs, Kind, Layer, Remaining, SelfAttention
 use crate::linear::padded_stride;
 use crate::residual::close_phase_scratch;
 use crate::view::MatMut;
-use crate::workspace::Aligned;
+use crate::workspace::AlignedBuffer;
 
 /// The memory of [`Layer::forward`]: made once, used by one call at a time.
 #[derive(Debug)]
@@ -24,10 +24,10 @@ pub struct Workspace {
 /// What the phases hand to one another.
 #[derive(Debug)]
 pub(super) struct Buffers {
-    pub(super) projected: Aligned,
-    pub(super) attended: Aligned,
+    pub(super) projected: AlignedBuffer,
+    pub(super) attended: AlignedBuffer,
     pub(super) keys: Option<KeyStore>,
-    pub(super) hidden: Aligned,
+    pub(super) hidden: AlignedBuffer,
 }
 
 /// Sizes in elements: per token, per block of 64 tokens, per call, and per member.
@@ -101,7 +101,8 @@ impl Workspace {
             .iter()
             .map(|sub_layer| Needs::of(sub_layer, max_tokens, members))
             .fold(Needs::default(), Needs::max);
-        let aligned = |per: usize, n: usize| checked_product("workspace", &[per, n]).map(Aligned::zeroed);
+        let aligned =
+            |per: usize, n: usize| checked_product("workspace", &[per, n]).map(AlignedBuffer::scratch);
         checked_product("workspace", &[needs.scratch, members])?;
         let keys = sub_layers
             .iter()

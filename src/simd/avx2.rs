@@ -240,6 +240,16 @@ impl Vector for F32 {
     }
 
     #[inline(always)]
+    fn not_lt(self, other: F32) -> Mask {
+        let F32(low, high) = self.zip(
+            other,
+            #[inline(always)]
+            |a, b| simd!(_mm256_cmp_ps::<_CMP_NLT_UQ>(a, b)),
+        );
+        Mask(low, high)
+    }
+
+    #[inline(always)]
     fn mask(self, bits: u16) -> Mask {
         Mask(spread(bits), spread(bits >> HALF))
     }

@@ -169,6 +169,11 @@ impl Vector for F32 {
     }
 
     #[inline(always)]
+    fn not_lt(self, other: F32) -> __mmask16 {
+        simd!(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, other.0))
+    }
+
+    #[inline(always)]
     fn mask(self, bits: u16) -> __mmask16 {
         bits
     }

@@ -85,6 +85,8 @@ pub trait Vector:
     fn sqrt(self) -> Self;
     /// `self < other`.
     fn lt(self, other: Self) -> Self::Mask;
+    /// Not `self < other`: set where either is NaN.
+    fn not_lt(self, other: Self) -> Self::Mask;
     /// Lane `i` from bit `i`.
     fn mask(self, bits: u16) -> Self::Mask;
     /// `self` where the mask is set, `other` elsewhere.

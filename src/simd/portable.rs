@@ -131,6 +131,11 @@ impl Vector for F32 {
     }
 
     #[inline(always)]
+    fn not_lt(self, other: F32) -> f32x16 {
+        !self.0.simd_lt(other.0)
+    }
+
+    #[inline(always)]
     fn mask(self, bits: u16) -> f32x16 {
         let lanes = core::array::from_fn(|i| if bits >> i & 1 == 1 { u32::MAX } else { 0 });
         f32x16::from_bits(u32x16::new(lanes))

@@ -133,6 +133,11 @@ impl Vector for F32 {
     }
 
     #[inline(always)]
+    fn not_lt(self, other: F32) -> u16 {
+        !self.lt(other)
+    }
+
+    #[inline(always)]
     fn mask(self, bits: u16) -> u16 {
         bits
     }

@@ -2,21 +2,15 @@
 
 use std::ops::{Deref, DerefMut};
 
-const LINE: usize = 64;
+use laneformer::AlignedBuffer;
 
 /// `f32` from a cache line's first byte on.
-pub struct Buffer {
-    data: Vec<f32>,
-    start: usize,
-    len: usize,
-}
+pub struct Buffer(AlignedBuffer);
 
 impl Buffer {
     /// Every page is written, so that none is the system's shared page of zeros.
     pub fn filled(len: usize, value: f32) -> Buffer {
-        let data = vec![value; len + LINE / size_of::<f32>()];
-        let start = data.as_ptr().align_offset(LINE).min(data.len() - len);
-        let mut buffer = Buffer { data, start, len };
+        let mut buffer = Buffer(AlignedBuffer::zeroed(len).expect("operands that fit into memory"));
         buffer.fill(value);
         buffer
     }
@@ -39,13 +33,13 @@ impl Buffer {
 impl Deref for Buffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &self.data[self.start..self.start + self.len]
+        &self.0
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.data[self.start..self.start + self.len]
+        &mut self.0
     }
 }
 
@@ -57,7 +51,7 @@ mod tests {
     fn buffers_are_aligned_and_in_range() {
         for len in [1, 15, 16, 17, 1000] {
             let x = Buffer::uniform(len, 0.5, 7);
-            assert_eq!((x.len(), x.as_ptr().align_offset(LINE)), (len, 0));
+            assert_eq!((x.len(), x.as_ptr().align_offset(64)), (len, 0));
             assert!(x.iter().all(|x| (-0.5..0.5).contains(x)));
             assert_eq!(*x, *Buffer::uniform(len, 0.5, 7));
         }

@@ -39,6 +39,24 @@ impl Dims {
     }
 }
 
+/// A layer with weights of its own that keep the size of what comes in.
+pub fn random_layer(
+    dims: Dims,
+    activation: Activation,
+    placement: fn(Norm) -> Placement,
+    seed: u64,
+) -> Result<Layer> {
+    let Dims { d_model: d, n_heads, d_ff, .. } = dims;
+    let mut seeds = seed..;
+    let mut linear = |n: usize, k: usize| Map::new(n, k, seeds.next().unwrap_or(0)).packed();
+    let norm = || placement(Norm::LayerNorm { gain: vec![1.0; d], bias: Some(vec![0.0; d]), eps: EPS });
+    let heads = Heads::new(n_heads, d / n_heads)?;
+    let qkv = QkvProjection::new(linear(d, d)?, linear(d, d)?, linear(d, d)?, heads)?;
+    let attention = SelfAttention::new(qkv, linear(d, d)?)?;
+    let ffn = Ffn::new(linear(d_ff, d)?, activation, linear(d, d_ff)?)?;
+    Ok(Layer::new(vec![SubLayer::self_attention(attention, norm())?, SubLayer::ffn(ffn, norm())?])?)
+}
+
 /// A linear map as the reference wants it: `[out, in]`, not packed.
 struct Map {
     weight: Buffer,
@@ -116,7 +134,9 @@ impl EncoderLayer {
         let segment: Vec<usize> = (first..first + self.seq_len).collect();
         let segment = gather(&self.source, d, &segment);
         let (keys, values) = (k.apply(&segment), v.apply(&segment));
-        let attend = |x: &[f64]| out.apply(&reference_attention(&self.heads, &q.apply(x), &keys, &values));
+        let attend = |x: &[f64]| {
+            out.apply(&reference_attention(&self.heads, &q.apply(x), &keys, &values, |_, _| true))
+        };
         let feed = |x: &[f64]| {
             let hidden: Vec<f64> = w1.apply(x).into_iter().map(reference::gelu_erf).collect();
             w2.apply(&hidden)

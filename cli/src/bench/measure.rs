@@ -58,40 +58,65 @@ const ROUNDS: usize = 4;
 /// Timed runs of a round last as long, and are as many.
 const ROUND: Duration = Duration::from_millis(60);
 const ROUND_RUNS: usize = 3;
-/// A row that takes longer, on a slow instruction set, ends with the runs that it has.
+/// Rows that take longer, on a slow instruction set, end with the runs that they have.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Times `workload`. The roof of reading is that of a buffer of `bytes`, read over and over as the operands are.
-pub fn time(workload: &mut dyn Workload, ctx: Context<'_>, bytes: usize) -> Result<Timing> {
+/// A workload and how often it was timed.
+struct Turn<'a> {
+    workload: &'a mut dyn Workload,
+    /// As large as its operands, to be read over and over as they are.
+    buffer: Buffer,
+    runs: Vec<Duration>,
+    peak_gflops: f64,
+    peak_gbps: f64,
+}
+
+/// Times workloads and the bytes of their operands, a round of each in turn: what slows the machine for a while slows all of them.
+pub fn time(workloads: Vec<(&mut dyn Workload, usize)>, ctx: Context<'_>) -> Result<Vec<Timing>> {
     let roof = Roof { isa: ctx.isa(), threads: ctx.members() };
-    let buffer = Buffer::filled(bytes / size_of::<f32>(), 1.0);
-    let begin = Instant::now();
-    let (mut runs, mut timed) = (vec![], Duration::ZERO);
-    let (mut peak_gflops, mut peak_gbps) = (0.0_f64, 0.0_f64);
+    let mut turns: Vec<Turn<'_>> = workloads
+        .into_iter()
+        .map(|(workload, bytes)| {
+            let buffer = Buffer::filled(bytes / size_of::<f32>(), 1.0);
+            Turn { workload, buffer, runs: vec![], peak_gflops: 0.0, peak_gbps: 0.0 }
+        })
+        .collect();
+    let end = Instant::now() + LIMIT * turns.len() as u32;
     let mut rounds = 0;
-    while (rounds < ROUNDS || timed < TIMED) && begin.elapsed() < LIMIT {
-        peak_gflops = peak_gflops.max(roof.fma());
-        peak_gbps = peak_gbps.max(roof.read(&buffer));
-        round(workload, ctx, begin, &mut runs)?;
-        timed = runs.iter().sum();
+    while (rounds < ROUNDS || turns.iter().any(|turn| turn.timed() < TIMED)) && Instant::now() < end {
+        for turn in &mut turns {
+            turn.peak_gflops = turn.peak_gflops.max(roof.fma());
+            turn.peak_gbps = turn.peak_gbps.max(roof.read(&turn.buffer));
+            round(turn.workload, ctx, end, &mut turn.runs)?;
+        }
         rounds += 1;
     }
-    let (median, min) = median_and_min(&mut runs);
-    Ok(Timing { median, min, peak_gflops, peak_gbps })
+    Ok(turns.into_iter().map(Turn::timing).collect())
+}
+
+impl Turn<'_> {
+    fn timed(&self) -> Duration {
+        self.runs.iter().sum()
+    }
+
+    fn timing(mut self) -> Timing {
+        let (median, min) = median_and_min(&mut self.runs);
+        Timing { median, min, peak_gflops: self.peak_gflops, peak_gbps: self.peak_gbps }
+    }
 }
 
 /// One run that warms the caches again, then the timed ones.
 fn round(
     workload: &mut dyn Workload,
     ctx: Context<'_>,
-    begin: Instant,
+    end: Instant,
     runs: &mut Vec<Duration>,
 ) -> Result<()> {
     workload.reset();
     workload.run(ctx)?;
     let (mut timed, mut since_reset) = (Duration::ZERO, 1);
     for n in 0.. {
-        if (n >= ROUND_RUNS && timed >= ROUND) || (n > 0 && begin.elapsed() >= LIMIT) {
+        if (n >= ROUND_RUNS && timed >= ROUND) || (n > 0 && Instant::now() >= end) {
             break;
         }
         if workload.runs_per_reset().is_some_and(|most| since_reset >= most) {

@@ -2,6 +2,8 @@
 
 mod check;
 pub mod data;
+mod decode;
+mod graph;
 pub mod layer;
 mod measure;
 pub mod ops;
@@ -10,17 +12,15 @@ pub mod roof;
 pub mod rows;
 mod scaling;
 
-use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use laneformer::Context;
 
-use crate::bench::measure::{Deviation, time};
-use crate::bench::report::{Record, table};
+use crate::bench::measure::{Deviation, Workload, time};
+use crate::bench::report::{Output, Record, table};
 use crate::bench::roof::Roof;
-use crate::bench::rows::Row;
+use crate::bench::rows::{Cost, Row};
 use crate::runtime::RuntimeArgs;
 
 /// Arguments of `bench`.
@@ -43,68 +43,62 @@ pub struct BenchArgs {
 enum BenchCommand {
     /// Time per token and workspace of a layer over the length of a sequence and over the batch
     Scaling(scaling::ScalingArgs),
+    /// Attention over windows with global columns, over a causal graph and over a full one
+    Graph(graph::GraphArgs),
+    /// One more token of GPT-2 small, with its keys and values in a cache
+    Decode(decode::DecodeArgs),
 }
 
 /// Measures the rows; failure if an answer is wrong.
 pub fn run(args: BenchArgs) -> Result<ExitCode> {
-    if let Some(BenchCommand::Scaling(args)) = &args.command {
-        scaling::run(args)?;
-        return Ok(ExitCode::SUCCESS);
+    match &args.command {
+        Some(BenchCommand::Scaling(args)) => return scaling::run(args).map(|()| ExitCode::SUCCESS),
+        Some(BenchCommand::Graph(args)) => return graph::run(args),
+        Some(BenchCommand::Decode(args)) => return decode::run(args),
+        None => {}
     }
     let rows: Vec<Row> = rows::all().into_iter().filter(|row| row.name.contains(&args.filter)).collect();
     if rows.is_empty() {
-        let names: Vec<String> = rows::all().into_iter().map(|row| row.name).collect();
-        bail!("no row contains {:?}; the rows are {}", args.filter, names.join(", "));
+        return no_row(&args.filter, rows::all().into_iter().map(|row| row.name));
     }
     let runtime = args.runtime.build()?;
     let ctx = runtime.context();
-    let mut out = io::stdout().lock();
-    let progress = progress_bar(rows.len() as u64);
-    let (mut records, mut wrong) = (vec![], 0);
-    for row in &rows {
-        progress.set_message(row.name.clone());
-        match measure(row, ctx).with_context(|| row.name.clone())? {
-            Ok(record) if args.json => {
-                let line = serde_json::to_string(&record)?;
-                progress.suspend(|| writeln!(out, "{line}").and_then(|()| out.flush()))?;
-            }
-            Ok(record) => records.push(record),
-            Err(Deviation { max_err, limit }) => {
-                wrong += 1;
-                let name = &row.name;
-                progress.suspend(|| {
-                    eprintln!("laneformer: {name}: wrong: max error {max_err:.3e}, limit {limit:.3e}");
-                });
-            }
+    let mut output = Output::new(args.json, rows.len());
+    for row in rows {
+        output.begin(&row.name);
+        let workload = row.workload(ctx.members())?;
+        for (name, record) in measure(vec![Item { name: row.name, cost: row.cost, workload }], ctx)? {
+            output.add(&name, record)?;
         }
-        progress.inc(1);
     }
-    progress.finish_and_clear();
-    if !args.json {
-        writeln!(out, "isa {}, threads {}\n{}", ctx.isa(), ctx.members(), table(&records))?;
-    }
-    Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    output.finish(ctx, table)
 }
 
-/// Checks a row, then times it; what is wrong is not timed.
-fn measure(row: &Row, ctx: Context<'_>) -> Result<Result<Record, Deviation>> {
-    let mut workload = row.workload(ctx.members())?;
-    let deviation = workload.check(ctx)?;
-    if !deviation.is_right() {
-        return Ok(Err(deviation));
+fn no_row<T>(filter: &str, names: impl Iterator<Item = String>) -> Result<T> {
+    bail!("no row contains {filter:?}; the rows are {}", names.collect::<Vec<_>>().join(", "))
+}
+
+/// Something to be checked and timed.
+struct Item<'a> {
+    name: String,
+    cost: Cost,
+    workload: Box<dyn Workload + 'a>,
+}
+
+/// Checks all, then times them in turns; what is wrong is not timed.
+fn measure(mut items: Vec<Item<'_>>, ctx: Context<'_>) -> Result<Vec<(String, Result<Record, Deviation>)>> {
+    let mut deviations = vec![];
+    for item in &mut items {
+        deviations.push(item.workload.check(ctx).with_context(|| item.name.clone())?);
     }
-    let timing = time(&mut *workload, ctx, row.cost.bytes)?;
+    let right = items.iter_mut().zip(&deviations).filter(|(_, deviation)| deviation.is_right());
+    let right = right.map(|(item, _)| (&mut *item.workload as &mut dyn Workload, item.cost.bytes));
+    let mut timings = time(right.collect(), ctx)?.into_iter();
     let roof = Roof { isa: ctx.isa(), threads: ctx.members() };
-    Ok(Ok(Record::new(row, roof, &timing, deviation.max_err)))
-}
-
-/// Hidden unless standard error is a terminal.
-fn progress_bar(rows: u64) -> ProgressBar {
-    let target =
-        if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let bar = ProgressBar::with_draw_target(Some(rows), target);
-    match ProgressStyle::with_template("{pos}/{len} {bar:30} {msg}") {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
+    let outcome = |(Item { name, cost, .. }, deviation): (Item<'_>, Deviation)| {
+        let timing = if deviation.is_right() { timings.next() } else { None };
+        let record = timing.map(|timing| Record::new(&name, cost, roof, &timing, deviation.max_err));
+        (name, record.ok_or(deviation))
+    };
+    Ok(items.into_iter().zip(deviations).map(outcome).collect())
 }

@@ -117,6 +117,7 @@ impl Workload for RowOp {
 /// Attention of `batch` segments of `seq_len` tokens over themselves, with its keys and values stored by head.
 pub struct Attention {
     heads: Heads,
+    graph: Graph,
     seq_len: usize,
     offsets: Vec<usize>,
     q: Buffer,
@@ -128,13 +129,27 @@ pub struct Attention {
 }
 
 impl Attention {
-    pub fn new(n_heads: usize, head_dim: usize, batch: usize, seq_len: usize) -> Result<Attention> {
+    /// All segments see what `graph` lets the first see.
+    pub fn new(
+        n_heads: usize,
+        head_dim: usize,
+        batch: usize,
+        seq_len: usize,
+        graph: Graph,
+    ) -> Result<Attention> {
         let heads = Heads::new(n_heads, head_dim)?;
         let len = batch * seq_len * heads.query_cols();
         let offsets = (0..=batch).map(|segment| segment * seq_len).collect();
         let [q, k, v] = [6, 7, 8].map(|seed| Buffer::uniform(len, 1.0, seed));
         let store = KeyStore::new(&heads, batch * seq_len, batch)?;
-        Ok(Attention { heads, seq_len, offsets, q, k, v, store, out: Buffer::filled(len, 0.0) })
+        Ok(Attention { heads, graph, seq_len, offsets, q, k, v, store, out: Buffer::filled(len, 0.0) })
+    }
+}
+
+impl Attention {
+    /// Bytes of the store and of the scratch of `members` threads.
+    pub fn workspace_bytes(&self, members: usize) -> Result<usize> {
+        Ok(self.store.bytes() + members * self.heads.scratch_bytes()?)
     }
 }
 
@@ -148,7 +163,12 @@ impl Workload for Attention {
             let segment: Vec<usize> = (first..first + self.seq_len).collect();
             let [k, v] = [&self.k, &self.v].map(|x| gather(x, cols, &segment));
             let q = gather(&self.q, cols, &rows);
-            want.extend(reference_attention(&self.heads, &q, &k, &v));
+            // Once for all heads.
+            let sees = |row: &usize| -> Vec<bool> {
+                (0..self.seq_len).map(|key| self.graph.allows(row - first, key)).collect()
+            };
+            let sees: Vec<Vec<bool>> = rows.iter().map(sees).collect();
+            want.extend(reference_attention(&self.heads, &q, &k, &v, |row, key| sees[row][key]));
             got.extend(gather(&self.out, cols, &rows));
         }
         Ok(compare(&got, &want, 1e-5))
@@ -161,7 +181,7 @@ impl Workload for Attention {
         let out = MatMut::contiguous(&mut self.out, tokens, cols)?;
         self.store.set(k, v, &self.offsets)?;
         let queries = QueryRows::new(q, &self.offsets);
-        self.store.attend(ctx, &self.heads, &queries, &Graph::full(), &Terms::default(), out)
+        self.store.attend(ctx, &self.heads, &queries, &self.graph, &Terms::default(), out)
     }
 }
 
@@ -179,8 +199,14 @@ pub fn sample_segments(batch: usize, seq_len: usize) -> Vec<(usize, Vec<usize>)>
         .collect()
 }
 
-/// [`reference::attention`] where every query sees every key.
-pub fn reference_attention(heads: &Heads, q: &[f64], k: &[f64], v: &[f64]) -> Vec<f64> {
+/// [`reference::attention`] where query `i` sees key `j` if `sees(i, j)`.
+pub fn reference_attention(
+    heads: &Heads,
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    sees: impl Fn(usize, usize) -> bool,
+) -> Vec<f64> {
     let shape = reference::Attention {
         n_heads: heads.n_heads,
         n_kv_heads: heads.n_kv_heads,
@@ -189,7 +215,7 @@ pub fn reference_attention(heads: &Heads, q: &[f64], k: &[f64], v: &[f64]) -> Ve
         scale: heads.scale.into(),
         softcap: None,
     };
-    reference::attention(q, k, v, &shape, |_, _, _| true, |_, _, _| 0.0)
+    reference::attention(q, k, v, &shape, |_, i, j| sees(i, j), |_, _, _| 0.0)
 }
 
 #[cfg(test)]
@@ -214,7 +240,8 @@ mod tests {
         let mut all: Vec<Box<dyn Workload>> =
             kinds.into_iter().map(|kind| Box::new(RowOp::new(kind, 70, 50)) as Box<dyn Workload>).collect();
         all.push(Box::new(Gemm::new(5, 70, 33)?));
-        all.push(Box::new(Attention::new(2, 8, 3, 30)?));
+        all.push(Box::new(Attention::new(2, 8, 3, 30, Graph::full())?));
+        all.push(Box::new(Attention::new(2, 8, 1, 300, Graph::window(9, 5))?));
         for workload in &mut all {
             let Deviation { max_err, limit } = workload.check(ctx)?;
             assert!(max_err <= limit && limit > 0.0, "{max_err} {limit}");

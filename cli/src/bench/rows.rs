@@ -1,6 +1,7 @@
 //! The rows of the harness: names, shapes, and what a run costs.
 
 use anyhow::Result;
+use laneformer::Graph;
 
 use crate::bench::layer::{BERT_BASE, Dims, EncoderLayer, MINILM};
 use crate::bench::measure::Workload;
@@ -79,7 +80,8 @@ impl Row {
             }
             Kind::Gemm { m, n, k } => Box::new(Gemm::new(m, n, k)?),
             Kind::Attention { dims, batch, seq_len } => {
-                Box::new(Attention::new(dims.n_heads, dims.d_model / dims.n_heads, batch, seq_len)?)
+                let head_dim = dims.d_model / dims.n_heads;
+                Box::new(Attention::new(dims.n_heads, head_dim, batch, seq_len, Graph::full())?)
             }
             Kind::Rows { kind, rows, cols } => Box::new(RowOp::new(kind, rows, cols)),
         })

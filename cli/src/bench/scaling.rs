@@ -7,14 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
-use laneformer::{
-    Activation, Context, Ffn, Graph, Heads, Layer, Linear, MatMut, MatRef, Norm, PackedMatrix, Placement,
-    QkvProjection, SelfAttention, SubLayer,
-};
+use laneformer::{Activation, Context, Graph, Layer, MatMut, Placement};
 use serde::Serialize;
 
 use crate::bench::data::Buffer;
-use crate::bench::layer::{BERT_BASE, Dims};
+use crate::bench::layer::{BERT_BASE, Dims, random_layer};
 use crate::bench::roof::Roof;
 use crate::compare::picture;
 use crate::runtime::RuntimeArgs;
@@ -70,7 +67,7 @@ struct Scale {
 pub fn run(args: &ScalingArgs) -> Result<()> {
     let runtime = args.runtime.build()?;
     let ctx = runtime.context();
-    let layer = layer()?;
+    let layer = random_layer(DIMS, Activation::GeluErf, Placement::post, 1)?;
     let lengths = doubling(SHORTEST, args.longest).into_iter().map(|seq_len| (1, seq_len));
     let batches = doubling(1, args.largest).into_iter().map(|batch| (batch, BATCHED));
     let mut out = io::stdout().lock();
@@ -97,23 +94,6 @@ pub fn run(args: &ScalingArgs) -> Result<()> {
 
 fn doubling(first: usize, last: usize) -> Vec<usize> {
     std::iter::successors(Some(first), |n| n.checked_mul(2)).take_while(|n| *n <= last).collect()
-}
-
-fn layer() -> Result<Layer> {
-    let Dims { d_model: d, n_heads, d_ff, .. } = DIMS;
-    let linear = |n: usize, k: usize| -> Result<Linear> {
-        let weight = Buffer::uniform(n * k, (3.0 / k as f32).sqrt(), (n + k) as u64);
-        Ok(Linear::new(PackedMatrix::from_out_in(MatRef::contiguous(&weight, n, k)?)?, Some(&vec![0.1; n]))?)
-    };
-    let post =
-        || Placement::post(Norm::LayerNorm { gain: vec![1.0; d], bias: Some(vec![0.0; d]), eps: 1e-12 });
-    let heads = Heads::new(n_heads, d / n_heads)?;
-    let attention = SelfAttention::new(
-        QkvProjection::new(linear(d, d)?, linear(d, d)?, linear(d, d)?, heads)?,
-        linear(d, d)?,
-    )?;
-    let ffn = Ffn::new(linear(d_ff, d)?, Activation::GeluErf, linear(d, d_ff)?)?;
-    Ok(Layer::new(vec![SubLayer::self_attention(attention, post())?, SubLayer::ffn(ffn, post())?])?)
 }
 
 fn measure(layer: &Layer, ctx: Context<'_>, batch: usize, seq_len: usize) -> Result<Scale> {
@@ -224,7 +204,7 @@ mod tests {
 
     #[test]
     fn workspaces_grow_with_tokens_only() -> Result<()> {
-        let layer = layer()?;
+        let layer = random_layer(DIMS, Activation::GeluErf, Placement::post, 1)?;
         for (batch, seq_len) in [(1, 64), (1, 16384), (64, 128)] {
             for members in [1, 2] {
                 let bytes = layer.workspace(batch * seq_len, batch, members)?.bytes();

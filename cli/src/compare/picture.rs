@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
+use anyhow::Result;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::compare::report::Roofs;
+use crate::drawing::{self, Area, FONT, failed};
 
 /// A kernel under the roof.
 pub struct Point {
@@ -16,8 +16,6 @@ pub struct Point {
     pub intensity: f64,
     pub gflops: f64,
 }
-
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 const SIZE: (u32, u32) = (960, 540);
 /// Told apart in grey and by eyes that see few colours as well.
@@ -30,18 +28,9 @@ const COLORS: [RGBColor; 7] = [
     RGBColor(170, 130, 200),
     RGBColor(150, 110, 0),
 ];
-const FONT: &str = "sans-serif";
 
 fn draw(path: &Path, picture: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<()> {
-    let area = SVGBackend::new(path, SIZE).into_drawing_area();
-    area.fill(&WHITE).map_err(failed)?;
-    picture(&area)?;
-    area.present().map_err(failed)
-}
-
-/// Errors of plotters borrow from the picture.
-fn failed(error: impl std::fmt::Display) -> anyhow::Error {
-    anyhow!("cannot draw: {error}")
+    drawing::draw(path, SIZE, picture)
 }
 
 /// Groups of bars, one group per label, and the limit as a line.

@@ -1,0 +1,35 @@
+//! SVG pictures: how they are begun and how they come into their place.
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, anyhow};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+use crate::output::beside;
+
+pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+pub const FONT: &str = "sans-serif";
+
+/// Draws to a file of `size` pixels, which is there when it is whole.
+pub fn draw(path: &Path, size: (u32, u32), picture: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<()> {
+    let place = || format!("cannot write {}", path.display());
+    let mut file = beside(path).with_context(place)?;
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+        area.fill(&WHITE).map_err(failed)?;
+        picture(&area)?;
+        area.present().map_err(failed)?;
+    }
+    file.write_all(svg.as_bytes()).with_context(place)?;
+    file.persist(path).with_context(place)?;
+    Ok(())
+}
+
+/// Errors of plotters borrow from the picture.
+pub fn failed(error: impl std::fmt::Display) -> anyhow::Error {
+    anyhow!("cannot draw: {error}")
+}
