@@ -786,7 +786,8 @@ fn caches_and_sources_that_do_not_fit_the_layer() {
     let refused = |inputs, message: &str, run: &mut dyn FnMut(_, &Graph) -> Option<String>| {
         assert_eq!(run(inputs, &Graph::full()).as_deref(), Some(message));
     };
-    let other = |f: &dyn Fn(&mut Vec<KvCache>, &mut Vec<KeyStore>)| {
+    type Change<'a> = &'a dyn Fn(&mut Vec<KvCache>, &mut Vec<KeyStore>);
+    let other = |f: Change<'_>| {
         let (mut caches, mut sources) = fits();
         f(&mut caches, &mut sources);
         (caches, sources)
@@ -794,7 +795,7 @@ fn caches_and_sources_that_do_not_fit_the_layer() {
     let one_head = Heads::new(1, 4).unwrap();
     let wide = Heads::new(2, 5).unwrap();
     let values = heads.with_value_dim(3).unwrap();
-    let cases: [(&dyn Fn(&mut Vec<KvCache>, &mut Vec<KeyStore>), &str); 12] = [
+    let cases: [(Change<'_>, &str); 12] = [
         (&|c, _| c.truncate(1), "caches.len(): expected 2, got 1"),
         (&|c, _| c.push(cache(&heads, 2, 10)), "caches.len(): expected 2, got 3"),
         (&|c, _| c[1] = cache(&one_head, 2, 10), "heads.n_kv_heads: expected 1, got 2"),
