@@ -4,7 +4,7 @@ mod common;
 
 use common::{contexts, criterion, random};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use laneformer::{Context, Function, MatMut, elementwise, layernorm, softmax};
+use laneformer::{Context, Function, MatMut, Rotary, RotaryPairs, elementwise, layernorm, softmax};
 
 const SHAPES: [(usize, usize); 2] = [(128, 128), (128, 768)];
 
@@ -30,6 +30,13 @@ fn all(c: &mut Criterion) {
         let cols = x.cols();
         layernorm(ctx, x, &gain[..cols], Some(&bias[..cols]), 1e-5).unwrap();
     });
+    let positions: Vec<usize> = (0..128).collect();
+    for (name, pairs) in
+        [("rotary halves", RotaryPairs::Halves), ("rotary interleaved", RotaryPairs::Interleaved)]
+    {
+        let rotary = Rotary::new(pairs, 64, 1e4, 128).unwrap();
+        rows(c, name, |ctx, x| rotary.apply(ctx, 64, &positions, x).unwrap());
+    }
     rows(c, "gelu", |ctx, x| elementwise(ctx, Function::GeluErf, x).unwrap());
 }
 

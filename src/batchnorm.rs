@@ -14,8 +14,8 @@ use crate::view::MatMut;
 /// A scale and a shift per channel: `y = x * scale + shift`. What batch normalisation is at inference.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Affine {
-    scale: Vec<f32>,
-    shift: Vec<f32>,
+    pub(crate) scale: Vec<f32>,
+    pub(crate) shift: Vec<f32>,
 }
 
 impl Affine {

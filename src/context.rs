@@ -1,6 +1,6 @@
 //! What a call runs on: an instruction set and an executor.
 
-use crate::exec::{Executor, Serial};
+use crate::exec::{Executor, MAX_MEMBERS, Serial};
 use crate::isa::Isa;
 
 /// The instruction set and the executor of a call. Results do not depend on the executor, nor, on every
@@ -36,7 +36,7 @@ impl<'e> Context<'e> {
 
     /// How many threads may work on one call, the caller included.
     pub fn members(self) -> usize {
-        self.executor.helpers().saturating_add(1)
+        self.executor.helpers().saturating_add(1).min(MAX_MEMBERS)
     }
 
     /// The same instruction set on the calling thread alone.

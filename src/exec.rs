@@ -290,7 +290,7 @@ impl Control {
 }
 
 /// The most threads that work on one call, so that their number fits the gate.
-const MAX_MEMBERS: usize = 1 << 14;
+pub(crate) const MAX_MEMBERS: usize = 1 << 14;
 
 /// The members' common state and their scratch, made once and reused by every region.
 pub(crate) struct Team {

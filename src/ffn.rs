@@ -1,6 +1,7 @@
 //! The position-wise feed-forward network: `activation(x W1^T + b1) W2^T + b2`, with the hidden rows kept in L2.
 
 use crate::activation::Activation;
+use crate::batchnorm::Affine;
 use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::exec::{Crew, Team};
@@ -61,6 +62,13 @@ impl Ffn {
         check_size("up.in_features", gate.in_features(), up.in_features())?;
         check_size("up.out_features", gate.out_features(), up.out_features())?;
         Ok(Ffn { up: Some(up), ..Ffn::new(gate, activation, w2)? })
+    }
+
+    /// The same between batch norms, which go into the weights.
+    pub(crate) fn between(self, before: Option<&Affine>, after: Option<&Affine>) -> Result<Ffn, Error> {
+        let up = self.up.map(|up| up.between(before, None)).transpose()?;
+        let (w1, w2) = (self.w1.between(before, None)?, self.w2.between(None, after)?);
+        Ok(Ffn { w1, up, w2, ..self })
     }
 
     /// Columns of the input and of the output.

@@ -3,6 +3,7 @@
 use core::ops::Range;
 
 use crate::activation::{Activation, WithActivation};
+use crate::batchnorm::Affine;
 use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::exec::Team;
@@ -82,6 +83,58 @@ impl Linear {
             padded[..bias.len()].copy_from_slice(bias);
         }
         Ok(Linear { weight, bias: padded })
+    }
+
+    /// The map behind a batch norm with the norm in its weights: `y = (W scale) x + (b + W shift)`, in f64 and rounded once.
+    ///
+    /// # Errors
+    /// [`Error::Size`] if the channels are not the inputs.
+    ///
+    /// ```
+    /// use laneformer::{Affine, Context, Epilogue, Linear, MatMut, MatRef, PackedMatrix};
+    /// let weight = PackedMatrix::from_out_in(MatRef::contiguous(&[1.0, 2.0], 1, 2)?)?;
+    /// let norm = Affine::new(vec![2.0, 3.0], vec![0.5, 1.0])?;
+    /// let linear = Linear::new(weight, Some(&[10.0]))?.with_affine_before(&norm)?;
+    /// let (x, mut y) = ([1.0, 1.0], [0.0]);
+    /// let x = MatRef::contiguous(&x, 1, 2)?;
+    /// linear.forward(Context::serial(), x, &Epilogue::NONE, MatMut::contiguous(&mut y, 1, 1)?)?;
+    /// assert_eq!(y, [2.5 + 2.0 * 4.0 + 10.0]);
+    /// # Ok::<(), laneformer::Error>(())
+    /// ```
+    pub fn with_affine_before(&self, norm: &Affine) -> Result<Linear, Error> {
+        check_size("norm channels", self.in_features(), norm.channels())?;
+        let mut bias: Vec<f64> = self.bias.iter().map(|&b| f64::from(b)).collect();
+        let weight = self.weight.map(|input, output, w| {
+            let w = f64::from(w);
+            bias[output] += w * f64::from(norm.shift[input]);
+            (w * f64::from(norm.scale[input])) as f32
+        });
+        let bias: Vec<f32> = bias.iter().map(|&b| b as f32).collect();
+        Linear::new(weight, bias.get(..self.out_features()))
+    }
+
+    /// The map before a batch norm with the norm in its weights: `y = (scale W) x + (scale b + shift)`, in f64 and rounded once.
+    ///
+    /// # Errors
+    /// [`Error::Size`] if the channels are not the outputs.
+    pub fn with_affine_after(&self, norm: &Affine) -> Result<Linear, Error> {
+        check_size("norm channels", self.out_features(), norm.channels())?;
+        let weight = self.weight.map(|_, output, w| (f64::from(w) * f64::from(norm.scale[output])) as f32);
+        let bias = self.bias.iter().zip(&norm.scale).zip(&norm.shift);
+        let fold = |((&b, &scale), &shift)| (f64::from(b) * f64::from(scale) + f64::from(shift)) as f32;
+        Linear::new(weight, Some(&bias.map(fold).collect::<Vec<f32>>()))
+    }
+
+    /// The map between two batch norms, where there are any.
+    pub(crate) fn between(self, before: Option<&Affine>, after: Option<&Affine>) -> Result<Linear, Error> {
+        let linear = match before {
+            Some(norm) => self.with_affine_before(norm)?,
+            None => self,
+        };
+        match after {
+            Some(norm) => linear.with_affine_after(norm),
+            None => Ok(linear),
+        }
     }
 
     /// Inputs: columns of `x`.

@@ -104,6 +104,8 @@ pub enum Placement {
         /// Before the residual is added.
         after: Norm,
     },
+    /// `x = x + f(x)`: no norm, or one that is in the weights, see [`Layer::fold_batchnorm`](crate::Layer::fold_batchnorm).
+    Plain,
 }
 
 impl Placement {
@@ -120,8 +122,22 @@ impl Placement {
     /// The norm that the sub-layer's input passes.
     pub(crate) fn before(&self) -> Option<&Norm> {
         match self {
-            Placement::Post { .. } => None,
+            Placement::Post { .. } | Placement::Plain => None,
             Placement::Pre { norm } | Placement::Sandwich { before: norm, .. } => Some(norm),
+        }
+    }
+
+    /// What a sub-layer whose first and last maps take in these norms has instead.
+    pub(crate) fn fold_batchnorm(self) -> (Option<Affine>, Option<Affine>, Placement) {
+        match self {
+            Placement::Pre { norm: Norm::BatchNorm(before) } => (Some(before), None, Placement::Plain),
+            Placement::Sandwich { before: Norm::BatchNorm(before), after: Norm::BatchNorm(after) } => {
+                (Some(before), Some(after), Placement::Plain)
+            }
+            Placement::Sandwich { before: norm, after: Norm::BatchNorm(after) } => {
+                (None, Some(after), Placement::Pre { norm })
+            }
+            other => (None, None, other),
         }
     }
 
@@ -131,6 +147,7 @@ impl Placement {
             Placement::Sandwich { before, after } => {
                 before.check(d_model).and_then(|()| after.check(d_model))
             }
+            Placement::Plain => Ok(()),
         }
     }
 }

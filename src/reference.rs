@@ -224,6 +224,38 @@ pub fn linear(
 
 // ---- Attention --------------------------------------------------------------------------------------------
 
+/// Rotary positions: with angle = positions[row] * frequencies[i], columns a and b of pair i of every head become a cos - b sin
+/// and b cos + a sin. Pair i is columns 2i and 2i + 1 if `interleaved`, else i and i + frequencies.len().
+/// `x` [rows, heads * head_dim].
+pub fn rotary(
+    x: &[f64],
+    head_dim: usize,
+    frequencies: &[f64],
+    interleaved: bool,
+    positions: &[usize],
+) -> Vec<f64> {
+    let (half, mut out) = (frequencies.len(), x.to_vec());
+    if positions.is_empty() {
+        return out;
+    }
+    let cols = x.len() / positions.len();
+    for (row, &position) in out.chunks_exact_mut(cols).zip(positions) {
+        for head in row.chunks_exact_mut(head_dim) {
+            for (i, frequency) in frequencies.iter().enumerate() {
+                let (a, b) = if interleaved { (2 * i, 2 * i + 1) } else { (i, i + half) };
+                let (sin, cos) = (position as f64 * frequency).sin_cos();
+                (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
+            }
+        }
+    }
+    out
+}
+
+/// base^(-2i / rotary_dim), the frequencies of [`rotary`].
+pub fn rotary_frequencies(rotary_dim: usize, base: f64) -> Vec<f64> {
+    (0..rotary_dim / 2).map(|i| base.powf(-2.0 * i as f64 / rotary_dim as f64)).collect()
+}
+
 /// The shape of an attention and how its scores are finished.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention {
@@ -344,6 +376,13 @@ pub struct Ffn<'a> {
 /// w2(activation(w1(x))).
 pub fn ffn(x: &[f64], weights: &Ffn<'_>) -> Vec<f64> {
     linear(&linear(x, &weights.w1, weights.activation, None), &weights.w2, |x| x, None)
+}
+
+/// w2(activation(w1(x)) * up(x)): the gated form.
+pub fn gated_ffn(x: &[f64], weights: &Ffn<'_>, up: &Linear<'_>) -> Vec<f64> {
+    let gate = linear(x, &weights.w1, weights.activation, None);
+    let hidden: Vec<f64> = gate.iter().zip(linear(x, up, |x| x, None)).map(|(g, u)| g * u).collect();
+    linear(&hidden, &weights.w2, |x| x, None)
 }
 
 /// A norm with its weights, one value per channel.
@@ -536,6 +575,32 @@ mod tests {
         assert_close(&matmul(&[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0], 2, 2, 1), &[17.0, 39.0]);
         let weights = Linear { weight: &[1.0, 1.0, -1.0, -1.0], bias: Some(&[1.0, 0.0]), in_features: 2 };
         assert_close(&linear(&[1.0, 2.0], &weights, relu, Some((2.0, &[10.0, 20.0]))), &[24.0, 40.0]);
+    }
+
+    #[test]
+    fn rotary_by_hand() {
+        // Two heads of three columns, a quarter turn per position; the third column stays.
+        let (x, quarter) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], std::f64::consts::FRAC_PI_2);
+        for interleaved in [false, true] {
+            let turned = rotary(&x, 3, &[quarter], interleaved, &[1]);
+            assert_close(&turned, &[-2.0, 1.0, 3.0, -5.0, 4.0, 6.0]);
+        }
+        // Two pairs, of which the second stands still.
+        let x = [1.0, 2.0, 3.0, 4.0];
+        assert_close(&rotary(&x, 4, &[quarter, 0.0], false, &[1]), &[-3.0, 2.0, 1.0, 4.0]);
+        assert_close(&rotary(&x, 4, &[quarter, 0.0], true, &[2]), &[-1.0, -2.0, 3.0, 4.0]);
+        assert_close(&rotary_frequencies(4, 100.0), &[1.0, 0.1]);
+    }
+
+    #[test]
+    fn gated_ffn_by_hand() {
+        let map = |weight| Linear { weight, bias: None, in_features: 1 };
+        let weights = Ffn {
+            w1: map(&[1.0, -1.0]),
+            activation: relu,
+            w2: Linear { in_features: 2, ..map(&[1.0, 1.0]) },
+        };
+        assert_close(&gated_ffn(&[3.0], &weights, &map(&[2.0, 7.0])), &[18.0]);
     }
 
     const SHAPE: Attention =

@@ -32,7 +32,7 @@ pub(crate) fn close_rows<S: Simd>(
             write(Residual::Out(*alpha), x);
             norm.apply(s, x);
         }
-        Placement::Pre { .. } => write(Residual::Out(1.0), x),
+        Placement::Pre { .. } | Placement::Plain => write(Residual::Out(1.0), x),
         Placement::Sandwich { after, .. } => {
             let mut branch = MatMut::scratch(branch, x.rows(), x.cols(), padded_stride(x.cols()));
             write(Residual::None, &mut branch);
@@ -61,8 +61,7 @@ pub(crate) fn close_phase<S: Simd>(
     let rows_of = |row: usize, n: usize| a.block(row..row + n, 0..a.cols());
     let (norm, alpha) = match placement {
         Placement::Post { norm, alpha } => (Some(norm), *alpha),
-        Placement::Pre { .. } => (None, 1.0),
-        Placement::Sandwich { .. } => (None, 1.0),
+        Placement::Pre { .. } | Placement::Sandwich { .. } | Placement::Plain => (None, 1.0),
     };
     if split.is_by_rows(d_model) || matches!(placement, Placement::Sandwich { .. }) {
         crew.blocks(

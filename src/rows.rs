@@ -7,10 +7,10 @@ use crate::simd::Simd;
 use crate::view::{MatMut, MatRef};
 
 /// Elements below which inviting helpers (tens of microseconds) costs more than it brings.
-const SERIAL: usize = 1 << 16;
+pub(crate) const SERIAL: usize = 1 << 16;
 
 /// Elements of a tile: some microseconds of work, 64 KiB of data.
-const GRAIN: usize = 1 << 14;
+pub(crate) const GRAIN: usize = 1 << 14;
 
 /// Rows that are worked on together: what one row's pass must wait for, a sum or a maximum, is ready when its turn comes again.
 pub(crate) const TOGETHER: usize = 4;

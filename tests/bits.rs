@@ -10,7 +10,8 @@ use common::model::{ACTIVATIONS, Map, Model, NormKind, PlacementKind, Shape, off
 use common::{bit_keeping, executors, serial};
 use laneformer::{
     Affine, BatchStats, Context, Epilogue, Executor, Function, Graph, Heads, Isa, KeyStore, MatMut, MatRef,
-    QueryRows, Stack, Terms, attention, batchnorm_train, elementwise, layernorm, rmsnorm, softmax,
+    QueryRows, Rotary, RotaryPairs, Stack, Terms, attention, batchnorm_train, elementwise, layernorm,
+    rmsnorm, softmax,
 };
 
 /// Pools are shared by the tests: starting one for each call would be most of the time.
@@ -62,6 +63,13 @@ fn row_operations() {
         in_place("rmsnorm", &|ctx, x| rmsnorm(ctx, x, &gain, 1e-5).unwrap());
         let affine = Affine::from_running(&gain, &bias, &bias, &var, 1e-5).unwrap();
         in_place("batchnorm", &|ctx, x| affine.apply(ctx, x).unwrap());
+        for pairs in [RotaryPairs::Halves, RotaryPairs::Interleaved] {
+            let rotary = Rotary::new(pairs, cols / 2 * 2, 1e4, 200).ok();
+            let positions: Vec<usize> = (0..rows).map(|i| i * 7 % 200).collect();
+            if let Some(rotary) = rotary {
+                in_place("rotary", &|ctx, x| rotary.apply(ctx, cols, &positions, x).unwrap());
+            }
+        }
         for function in [
             Function::Exp,
             Function::Tanh,
@@ -169,8 +177,16 @@ fn attention_everywhere() {
 #[test]
 fn projection() {
     let mut rng = Rng::new(6);
+    let turned = |shape: Shape, pairs, dim| Shape { rotary: Some((pairs, dim)), ..shape };
     // Heads that are whole panels can be split between helpers, others not.
-    for shape in [Shape::new(2, 8, 1), Shape::new(4, 64, 1), Shape::new(3, 21, 1)] {
+    for shape in [
+        Shape::new(2, 8, 1),
+        Shape::new(4, 64, 1),
+        Shape::new(3, 21, 1),
+        turned(Shape::new(2, 128, 1), RotaryPairs::Halves, 128),
+        turned(Shape::new(4, 64, 1), RotaryPairs::Interleaved, 50),
+        turned(Shape::new(3, 21, 1), RotaryPairs::Halves, 20),
+    ] {
         let projection = Model::new(shape, &mut rng).projection();
         for lens in [&[3][..], &[70, 5], &[200, 0, 90]] {
             let tokens = lens.iter().sum::<usize>();
@@ -209,19 +225,28 @@ fn layer() {
             (NormKind::LayerNorm, Shape::new(3, 16, 100)),
             (NormKind::RmsNorm, Shape::new(2, 64, 300)),
             (NormKind::BatchNorm, Shape::new(1, 41, 65)),
+            (
+                NormKind::RmsNorm,
+                Shape { rotary: Some((RotaryPairs::Halves, 30)), gated: true, ..Shape::new(2, 32, 90) },
+            ),
         ] {
-            let layer = Model::new(Shape { norm, placement, ..shape }, &mut rng).layer();
+            let model = Model::new(Shape { norm, placement, ..shape }, &mut rng);
+            // Batch norms also in the weights.
+            let folded = (norm == NormKind::BatchNorm).then(|| model.layer().fold_batchnorm().unwrap());
+            let layers: Vec<_> = std::iter::once(model.layer()).chain(folded).collect();
             // Few rows, which helpers share by columns, and more, which they share by rows.
             for lens in [&[1][..], &[5, 0, 20], &[70, 130]] {
                 let tokens = lens.iter().sum::<usize>();
                 let x = rng.vec(tokens * shape.d_model, 1.0);
-                everywhere(&format!("{placement:?} {norm:?} {shape:?} {lens:?}"), |ctx| {
-                    let mut y = x.clone();
-                    let mut workspace = layer.workspace(tokens, lens.len(), ctx.members()).unwrap();
-                    let view = mat(&mut y, shape.d_model);
-                    layer.forward(ctx, view, &offsets(lens), &Graph::causal(), &mut workspace).unwrap();
-                    y
-                });
+                for layer in &layers {
+                    everywhere(&format!("{placement:?} {norm:?} {shape:?} {lens:?}"), |ctx| {
+                        let mut y = x.clone();
+                        let mut workspace = layer.workspace(tokens, lens.len(), ctx.members()).unwrap();
+                        let view = mat(&mut y, shape.d_model);
+                        layer.forward(ctx, view, &offsets(lens), &Graph::causal(), &mut workspace).unwrap();
+                        y
+                    });
+                }
             }
         }
     }

@@ -7,10 +7,11 @@ use common::data::Rng;
 use common::model::{Map, Model, PlacementKind, Shape};
 use laneformer::gemm::{Strided, StridedMut, matmul};
 use laneformer::{
-    Activation, Affine, BatchStats, Context, Epilogue, Error, Executor, Ffn, Graph, Heads, Isa, KeyStore,
-    Layer, Linear, MatMut, MatRef, Norm, PackedMatrix, Placement, QkvProjection, QueryRows, SelfAttention,
-    Stack, SubLayer, Terms, Ticket, attention, batchnorm_train, layernorm, layernorm_into, rmsnorm,
-    rmsnorm_into, softmax, softmax_into,
+    Activation, Affine, BatchStats, Bias, Bits, Context, CrossAttention, Epilogue, Error, Executor, Ffn,
+    Graph, Heads, Inputs, Isa, KeyStore, KvCache, Layer, Linear, MatMut, MatRef, Norm, PackedMatrix,
+    Placement, QkvProjection, QueryRows, Relative, RelativeTable, SegmentTerm, SelfAttention, Stack,
+    SubLayer, Terms, Ticket, attention, batchnorm_train, layernorm, layernorm_into, rmsnorm, rmsnorm_into,
+    softmax, softmax_into,
 };
 
 /// The error that `result` must be, and what it says.
@@ -174,6 +175,9 @@ fn products() {
     wrong_size(Linear::new(weight(), Some(&[0.0; 3])), "bias.len()", 2, 3);
 
     let linear = Linear::new(weight(), None).unwrap();
+    let norm = |n| Affine::new(vec![1.0; n], vec![0.0; n]).unwrap();
+    wrong_size(linear.with_affine_before(&norm(2)), "norm channels", 3, 2);
+    wrong_size(linear.with_affine_after(&norm(3)), "norm channels", 2, 3);
     let x = [1.0; 12];
     let (mut y, mut wide) = (Guarded::unset(4, 2), Guarded::unset(4, 3));
     let none = Epilogue::NONE;
@@ -567,4 +571,255 @@ fn every_message_names_its_argument() {
     // It is an error like any other, small enough to be returned by every call.
     let boxed: Box<dyn std::error::Error + Send + Sync> = Box::new(what);
     assert!(boxed.source().is_none() && size_of::<Error>() <= 40);
+}
+
+/// What a graph and terms are refused with by attention over 5, 2 and 1 tokens of two heads of width 8; nothing is written.
+fn attend_error(graph: &Graph, terms: &Terms<'_>, place: impl Fn(QueryRows<'_>) -> QueryRows<'_>) -> String {
+    let heads = Heads::new(2, 8).unwrap();
+    let (x, ends) = ([1.0; 8 * 16], [0, 5, 7, 8]);
+    let rows = view(&x, 8, 16);
+    let mut keys = KeyStore::new(&heads, 8, 3).unwrap();
+    keys.set(rows, rows, &ends).unwrap();
+    let mut out = Guarded::unset(8, 16);
+    let queries = place(QueryRows::new(rows, &ends));
+    let error = keys.attend(ctx(), &heads, &queries, graph, terms, out.view_mut()).unwrap_err();
+    out.assert_unset();
+    error.to_string()
+}
+
+fn same(queries: QueryRows<'_>) -> QueryRows<'_> {
+    queries
+}
+
+#[test]
+fn bits_that_do_not_fit_the_batch() {
+    let ends = [0, 5, 7, 8];
+    let dense = |dims| Bits::dense(dims, |_, _, _, _| true).unwrap();
+    let groups = |queries: usize, key_offsets: &[usize]| {
+        let keys = vec![0; *key_offsets.last().unwrap()];
+        Bits::groups(&vec![0; queries], &keys, key_offsets, 1, &[true]).unwrap()
+    };
+    for (bits, message) in [
+        (dense([2, 1, 5, 5]), "expected at least 3, got 2"),
+        (dense([3, 1, 4, 5]), "expected at least 5, got 4"),
+        (dense([1, 1, 4, 5]), "expected at least 5, got 4"),
+        (dense([3, 2, 5, 4]), "expected at least 5, got 4"),
+        (dense([1, 1, 1, 0]), "expected at least 5, got 0"),
+        (Bits::keys(&[&[true; 5][..]; 2]).unwrap(), "expected at least 3, got 2"),
+        (Bits::keys(&[&[true; 4][..]; 3]).unwrap(), "expected at least 5, got 4"),
+        (Bits::keys(&[]).unwrap(), "expected at least 5, got 0"),
+        (groups(7, &ends), "expected 8, got 7"),
+        (groups(8, &[0, 5]), "expected at least 3, got 1"),
+        (groups(8, &[0, 4, 4, 4]), "expected at least 5, got 4"),
+    ] {
+        let graph = Graph::full().with_bits(bits.clone());
+        assert_eq!(attend_error(&graph, &Terms::default(), same), format!("graph bits: {message}"));
+        let graph = Graph::causal().with_columns(bits.clone());
+        assert_eq!(attend_error(&graph, &Terms::default(), same), format!("graph columns: {message}"));
+        let term = SegmentTerm { s: &[0.0; 16], e: &[0.0; 32], same: &bits };
+        let terms = Terms { segment: Some(term), ..Terms::default() };
+        assert_eq!(attend_error(&Graph::full(), &terms, same), format!("segment bits: {message}"));
+    }
+    let zero = |arg| Error::ZeroDim { arg };
+    let new = |dims| Bits::dense(dims, |_, _, _, _| true).unwrap_err();
+    assert_eq!(new([0, 1, 5, 5]), zero("sequences"));
+    assert_eq!(new([1, 0, 5, 5]), zero("heads"));
+    assert_eq!(new([1, 1, 0, 5]), zero("queries"));
+    assert_eq!(new([MAX, 2, 1, 1]), Error::Overflow { arg: "bits" });
+    assert_eq!(new([1, 1, MAX / 64, 128]), Error::Overflow { arg: "bits" });
+
+    let groups = |queries: &[u32], keys: &[u32], offsets: &[usize], n, table: &[bool]| {
+        Bits::groups(queries, keys, offsets, n, table).unwrap_err()
+    };
+    assert_eq!(
+        groups(&[0], &[2], &[0, 1], 2, &[true; 4]),
+        Error::TooLarge { arg: "group id", max: 1, actual: 2 }
+    );
+    assert_eq!(
+        groups(&[9], &[0], &[0, 1], 2, &[true; 4]),
+        Error::TooLarge { arg: "group id", max: 1, actual: 9 }
+    );
+    assert_eq!(groups(&[0], &[0], &[0, 1], 0, &[]), Error::TooLarge { arg: "group id", max: 0, actual: 0 });
+    assert_eq!(groups(&[0], &[0], &[0, 1], 2, &[true; 3]), size("table.len()", 4, 3));
+    assert_eq!(groups(&[], &[], &[0], MAX, &[]), Error::Overflow { arg: "groups" });
+    assert_eq!(groups(&[0], &[0, 0], &[0, 1], 1, &[true]), size("key_offsets", 2, 1));
+    assert_eq!(groups(&[0], &[0, 0], &[1, 2], 1, &[true]), size("key_offsets", 0, 1));
+    assert_eq!(
+        groups(&[0], &[0, 0], &[], 1, &[true]),
+        Error::TooSmall { arg: "key_offsets", min: 1, actual: 0 }
+    );
+    let falling = Error::NotAscending { arg: "key_offsets", at: 2 };
+    assert_eq!(groups(&[0], &[0, 0], &[0, 2, 1, 2], 1, &[true]), falling);
+}
+
+#[test]
+fn graphs_of_any_reach() {
+    // Every window is a graph, however far it goes and wherever queries stand.
+    let heads = Heads::new(1, 1).unwrap();
+    let x = [1.0; 70];
+    let rows = view(&x, 70, 1);
+    let mut keys = KeyStore::new(&heads, 70, 1).unwrap();
+    keys.set(rows, rows, &[0, 70]).unwrap();
+    let far = isize::MAX / 8;
+    for (left, right) in [(0, 0), (MAX, 0), (0, MAX), (MAX, MAX), (MAX / 2, MAX / 2 + 1), (1 << 62, 1)] {
+        for position in [-far, -1, 0, 69, 70, far] {
+            let mut out = Guarded::unset(70, 1);
+            let positions = [position; 70];
+            let queries = QueryRows::new(rows, &[0, 70]).at(&positions);
+            let graph = Graph::window(left, right);
+            keys.attend(ctx(), &heads, &queries, &graph, &Terms::default(), out.view_mut()).unwrap();
+            let low = position.saturating_sub_unsigned(left.min(MAX / 2)).max(0);
+            let high = position.saturating_add_unsigned(right.min(MAX / 2)).min(69);
+            let expected = if low <= high { 1.0 } else { 0.0 };
+            assert_eq!(out.values(), [expected; 70], "{left} {right} from {position}");
+        }
+    }
+    let full = (Graph::full(), Terms::default());
+    let message = "the size does not fit into the address space";
+    for position in [isize::MAX, isize::MIN, far + 1] {
+        let (first, each) = ([0, position, 0], [position; 8]);
+        let error = attend_error(&full.0, &full.1, |queries| QueryRows::starting_at(queries, leak(&first)));
+        assert_eq!(error, format!("first positions: {message}"));
+        let error = attend_error(&full.0, &full.1, |queries| queries.at(leak(&each)));
+        assert_eq!(error, format!("positions: {message}"));
+    }
+    let error = attend_error(&full.0, &full.1, |queries| queries.starting_at(&[0, 1]));
+    assert_eq!(error, "first positions: expected 3, got 2");
+    let error = attend_error(&full.0, &full.1, |queries| queries.at(&[0; 7]));
+    assert_eq!(error, "positions: expected 8, got 7");
+}
+
+/// For as long as the test runs.
+fn leak(x: &[isize]) -> &'static [isize] {
+    x.to_vec().leak()
+}
+
+#[test]
+fn terms_that_do_not_fit() {
+    let full = Graph::full();
+    let x = vec![0.0; 4000];
+    let bias = |dims: [usize; 4]| {
+        let terms =
+            Terms { bias: Some(Bias::new(&x[..dims.iter().product()], dims).unwrap()), ..Terms::default() };
+        attend_error(&full, &terms, same)
+    };
+    assert_eq!(bias([2, 2, 5, 5]), "bias sequences: expected at least 3, got 2");
+    assert_eq!(bias([3, 2, 4, 5]), "bias queries: expected at least 5, got 4");
+    assert_eq!(bias([1, 1, 1, 4]), "bias keys: expected at least 5, got 4");
+    assert_eq!(bias([3, 2, 5, 0]), "bias keys: expected at least 5, got 0");
+    let new = |dims, len: usize| Bias::new(&x[..len], dims).unwrap_err();
+    assert_eq!(new([0, 1, 1, 1], 0), Error::ZeroDim { arg: "bias sequences" });
+    assert_eq!(new([1, 0, 1, 1], 0), Error::ZeroDim { arg: "bias heads" });
+    assert_eq!(new([1, 1, 0, 1], 0), Error::ZeroDim { arg: "bias queries" });
+    assert_eq!(new([2, 2, 5, 5], 99), size("bias.len()", 100, 99));
+    assert_eq!(new([MAX, MAX, 1, 1], 1), Error::Overflow { arg: "bias" });
+
+    let table = |rows, n_heads, cols| RelativeTable::new(view(&x, rows, cols), -4, n_heads).unwrap();
+    let right = table(10, 2, 16);
+    let relative = |u: usize, w: usize, table: &RelativeTable| {
+        let relative = Relative { u: &x[..u], w: &x[..w], table };
+        attend_error(&full, &Terms { relative: Some(relative), ..Terms::default() }, same)
+    };
+    assert_eq!(relative(15, 16, &right), "relative u.len(): expected 16, got 15");
+    assert_eq!(relative(16, 17, &right), "relative w.len(): expected 16, got 17");
+    assert_eq!(relative(16, 16, &table(10, 4, 16)), "relative table heads: expected 2, got 4");
+    assert_eq!(relative(16, 16, &table(10, 2, 18)), "relative table head_dim: expected 8, got 9");
+    let new =
+        |rows, cols, first, n_heads| RelativeTable::new(view(&x, rows, cols), first, n_heads).unwrap_err();
+    assert_eq!(new(10, 16, 0, 0), Error::ZeroDim { arg: "n_heads" });
+    assert_eq!(new(10, 0, 0, 2), Error::ZeroDim { arg: "r.cols" });
+    assert_eq!(new(0, 16, 0, 2), Error::ZeroDim { arg: "r.rows" });
+    assert_eq!(new(10, 16, 0, 3), Error::NotDivisible { arg: "r.cols", actual: 16, by: 3 });
+    for first in [isize::MIN, isize::MAX, isize::MAX - 5] {
+        assert_eq!(new(10, 16, first, 2), Error::Overflow { arg: "first" });
+    }
+
+    let bits = Bits::keys(&[&[true; 5][..]; 3]).unwrap();
+    let segment = |s: usize, e: usize| {
+        let term = SegmentTerm { s: &x[..s], e: &x[..e], same: &bits };
+        attend_error(&full, &Terms { segment: Some(term), ..Terms::default() }, same)
+    };
+    assert_eq!(segment(15, 32), "segment s.len(): expected 16, got 15");
+    assert_eq!(segment(16, 31), "segment e.len(): expected 32, got 31");
+}
+
+#[test]
+fn caches_and_sources_that_do_not_fit_the_layer() {
+    let mut rng = Rng::new(5);
+    let heads = Heads::new(2, 4).unwrap();
+    let model = Model::new(Shape::new(2, 4, 20), &mut rng);
+    let cross = || {
+        let attention =
+            CrossAttention::new(linear(8, 8), linear(8, 8), linear(8, 8), linear(8, 8), heads).unwrap();
+        let norm = Norm::RmsNorm { gain: vec![1.0; 8], eps: 1e-5 };
+        Layer::new(vec![SubLayer::cross_attention(attention, Placement::post(norm)).unwrap()]).unwrap()
+    };
+    let stack = Stack::new(vec![model.layer(), cross(), model.layer()]).unwrap();
+    let cache = |heads: &Heads, sequences, capacity| KvCache::new(heads, sequences, capacity).unwrap();
+    let x = [0.5; 10 * 8];
+    let source = |heads: &Heads, lens: &[usize]| {
+        let mut keys = KeyStore::new(heads, 10, 3).unwrap();
+        let tokens = lens.iter().sum();
+        let (k, v) = (view(&x, tokens, heads.key_cols()), view(&x, tokens, heads.value_cols()));
+        keys.set(k, v, &common::model::offsets(lens)).unwrap();
+        keys
+    };
+    let graph = Graph::causal();
+    let fits = || (vec![cache(&heads, 2, 10), cache(&heads, 2, 10)], vec![source(&heads, &[3, 1])]);
+    let mut workspace = stack.workspace(10, 2, 1).unwrap();
+    let mut run = |(mut caches, sources): (Vec<KvCache>, Vec<KeyStore>), source_graph: &Graph| {
+        let before: Vec<_> = caches.iter().map(|cache| (cache.len(0), cache.len(1))).collect();
+        let ends = [0, 4, 10];
+        let mut inputs =
+            Inputs { caches: &mut caches, sources: &sources, source_graph, ..Inputs::new(&ends, &graph) };
+        let mut y = Guarded::new(10, 8, &x);
+        let result = stack.forward_with(ctx(), y.view_mut(), &mut inputs, &mut workspace);
+        if result.is_err() {
+            assert_eq!(y.values(), x);
+            let after: Vec<_> = caches.iter().map(|cache| (cache.len(0), cache.len(1))).collect();
+            assert_eq!(after, before);
+        }
+        result.map_err(|error| error.to_string()).err()
+    };
+    let full = Graph::full();
+    assert_eq!(run(fits(), &full), None);
+    let refused = |inputs, message: &str, run: &mut dyn FnMut(_, &Graph) -> Option<String>| {
+        assert_eq!(run(inputs, &Graph::full()).as_deref(), Some(message));
+    };
+    type Change<'a> = &'a dyn Fn(&mut Vec<KvCache>, &mut Vec<KeyStore>);
+    let other = |f: Change<'_>| {
+        let (mut caches, mut sources) = fits();
+        f(&mut caches, &mut sources);
+        (caches, sources)
+    };
+    let one_head = Heads::new(1, 4).unwrap();
+    let wide = Heads::new(2, 5).unwrap();
+    let values = heads.with_value_dim(3).unwrap();
+    let cases: [(Change<'_>, &str); 12] = [
+        (&|c, _| c.truncate(1), "caches.len(): expected 2, got 1"),
+        (&|c, _| c.push(cache(&heads, 2, 10)), "caches.len(): expected 2, got 3"),
+        (&|c, _| c[1] = cache(&one_head, 2, 10), "heads.n_kv_heads: expected 1, got 2"),
+        (&|c, _| c[0] = cache(&wide, 2, 10), "heads.head_dim: expected 5, got 4"),
+        (&|c, _| c[1] = cache(&values, 2, 10), "heads.value_dim: expected 3, got 4"),
+        (&|c, _| c[1] = cache(&heads, 3, 10), "cache sequences: expected 2, got 3"),
+        (&|c, _| c[1] = cache(&heads, 2, 5), "tokens appended to the cache: expected at most 5, got 6"),
+        (&|_, s| s.clear(), "sources.len(): expected 1, got 0"),
+        (&|_, s| s.push(source(&heads, &[1, 1])), "sources.len(): expected 1, got 2"),
+        (&|_, s| s[0] = source(&one_head, &[1, 1]), "heads.n_kv_heads: expected 1, got 2"),
+        (&|_, s| s[0] = source(&heads, &[1]), "source sequences: expected 2, got 1"),
+        (
+            &|_, s| {
+                let (past, rows) = (source(&heads, &[1, 1]), view(&x, 2, 8));
+                s[0].set_after(&past, rows, rows, &[0, 1, 2]).unwrap();
+            },
+            "source: expected a store that does not stand behind another",
+        ),
+    ];
+    for (f, message) in cases {
+        refused(other(f), message, &mut run);
+    }
+    // The source's graph is checked too.
+    let short = Graph::full().with_bits(Bits::keys(&[&[true; 2][..]; 2]).unwrap());
+    assert_eq!(run(fits(), &short).as_deref(), Some("graph bits: expected at least 3, got 2"));
+    assert_eq!(run(fits(), &full), None);
 }

@@ -5,10 +5,13 @@ mod common;
 use common::buffer::Guarded;
 use common::compare::{assert_bits, assert_close, slack};
 use common::data::Rng;
-use common::model::{Model, NormKind, PlacementKind, Shape, offsets};
+use common::model::{Map, Model, NormKind, PlacementKind, Shape, offsets};
 use common::{executors, on_every_isa, serial};
 use laneformer::reference as r;
-use laneformer::{Activation, Context, Graph, Heads, Isa, Layer, MatMut, MatRef, Stack};
+use laneformer::{
+    Activation, Affine, Context, CrossAttention, Graph, Heads, Inputs, Isa, KvCache, Layer, MatMut, MatRef,
+    Norm, Placement, Stack, SubLayer,
+};
 
 /// Absolute error of a layer's outputs, which are of size 1 and pass some ten sums of up to a thousand products.
 const LIMIT: f64 = 2e-5;
@@ -55,6 +58,110 @@ on_every_isa! {
                     let shape = Shape { norm, placement, ..Shape::new(2, 20, 131) };
                     check(Context::new(isa, &*executor), shape, &[3, 0, 17], &Graph::full());
                 }
+            }
+        }
+    }
+
+    fn batch_norms_folded_into_weights(isa) {
+        let mut rng = Rng::new(9);
+        for placement in PLACEMENTS {
+            for (norm, gated) in [(NormKind::BatchNorm, false), (NormKind::BatchNorm, true), (NormKind::RmsNorm, true)] {
+                let heads = Heads::new(4, 20).unwrap().with_kv_heads(2).unwrap().with_value_dim(7).unwrap();
+                let shape = Shape { norm, placement, heads, gated, ..Shape::new(2, 17, 131) };
+                let model = Model::new(shape, &mut rng);
+                let folded = model.layer().fold_batchnorm().unwrap();
+                for lens in [&[3, 0, 17][..], &[130]] {
+                    let x = rng.vec(lens.iter().sum::<usize>() * shape.d_model, 1.5);
+                    let expected = model.reference(&r::to_f64(&x), &offsets(lens), &Graph::causal());
+                    let what = format!("{placement:?} {norm:?} {gated} {lens:?}");
+                    let alone = run(serial(isa), &folded, &x, lens, &Graph::causal());
+                    assert_close(&alone, &expected, LIMIT * slack(isa), &what);
+                    let executor = executors::Threads(2);
+                    let together = run(Context::new(isa, &executor), &folded, &x, lens, &Graph::causal());
+                    if isa.keeps_bits() {
+                        assert_bits(&together, &alone, &what);
+                    }
+                    // Behind the residual, or of another kind, it stays.
+                    let stays = matches!(placement, PlacementKind::Post | PlacementKind::DeepNorm);
+                    let plain = run(serial(isa), &model.layer(), &x, lens, &Graph::causal());
+                    assert_eq!(plain == alone, stays || norm != NormKind::BatchNorm, "{what}");
+                }
+            }
+        }
+    }
+
+    fn batch_norms_around_cross_attention_folded_into_weights(isa) {
+        let mut rng = Rng::new(10);
+        let heads = Heads::new(2, 9).unwrap().with_value_dim(5).unwrap();
+        let [q, k, v, out] = [(18, 20), (18, 11), (10, 11), (20, 10)].map(|(n, k)| Map::new(n, k, &mut rng));
+        let (mut affine, (source, x)) = (
+            || Affine::new(rng.vec(20, 1.0), rng.vec(20, 0.5)).unwrap(),
+            (Rng::new(11).vec(7 * 11, 1.0), Rng::new(12).vec(30 * 20, 1.0)),
+        );
+        let (before, after) = (affine(), affine());
+        let layer = || {
+            let attention =
+                CrossAttention::new(q.packed(), k.packed(), v.packed(), out.packed(), heads).unwrap();
+            let (before, after) = (Norm::BatchNorm(before.clone()), Norm::BatchNorm(after.clone()));
+            let placement = Placement::Sandwich { before, after };
+            Layer::new(vec![SubLayer::cross_attention(attention, placement).unwrap()]).unwrap()
+        };
+        let forward = |layer: &Layer| {
+            let cross = layer.sub_layers()[0].as_cross_attention().unwrap();
+            let source = MatRef::contiguous(&source, 7, 11).unwrap();
+            let keys = [cross.keys(serial(isa), source, &[0, 3, 7]).unwrap()];
+            let (offsets, graph) = ([0, 10, 30], Graph::full());
+            let mut inputs = Inputs { sources: &keys, ..Inputs::new(&offsets, &graph) };
+            let mut y = Guarded::new(30, 20, &x);
+            let mut workspace = layer.workspace(30, 2, 1).unwrap();
+            layer.forward_with(serial(isa), y.view_mut(), &mut inputs, &mut workspace).unwrap();
+            y.values()
+        };
+        let (plain, folded) = (forward(&layer()), forward(&layer().fold_batchnorm().unwrap()));
+        assert_close(&folded, &r::to_f64(&plain), LIMIT * slack(isa), "cross-attention");
+        assert!(plain != folded);
+    }
+
+    fn position_embeddings(isa) {
+        // Added in front of queries and keys, not of values, and behind the norm.
+        let mut rng = Rng::new(13);
+        let heads = Heads::new(4, 20).unwrap().with_kv_heads(2).unwrap().with_value_dim(9).unwrap();
+        for placement in PLACEMENTS {
+            let shape = Shape { placement, heads, ..Shape::new(3, 17, 70) };
+            let model = Model::new(shape, &mut rng);
+            let (layer, d) = (model.layer(), shape.d_model);
+            for lens in [&[3, 0, 17][..], &[130, 70]] {
+                let (tokens, offsets) = (lens.iter().sum::<usize>(), offsets(lens));
+                let (x, added) = (rng.vec(tokens * d, 1.5), rng.vec(tokens * d, 1.5));
+                let graph = Graph::causal();
+                let expected = model.reference_with(&r::to_f64(&x), &offsets, &graph, &r::to_f64(&added));
+                let added = Guarded::new(tokens, d, &added);
+                let forward = |ctx: Context<'_>, caches: &mut [KvCache]| {
+                    let mut inputs = Inputs {
+                        caches,
+                        position_embedding: Some(added.view()),
+                        ..Inputs::new(&offsets, &graph)
+                    };
+                    let mut workspace = layer.workspace(tokens, lens.len(), ctx.members()).unwrap();
+                    let mut y = Guarded::new(tokens, d, &x);
+                    layer.forward_with(ctx, y.view_mut(), &mut inputs, &mut workspace).unwrap();
+                    y.values()
+                };
+                let what = format!("{placement:?} {lens:?}");
+                let alone = forward(serial(isa), &mut []);
+                assert_close(&alone, &expected, LIMIT * slack(isa), &what);
+                let threads = executors::Threads(2);
+                for (ctx, cached) in
+                    [(Context::new(isa, &threads), false), (serial(isa), true), (Context::new(isa, &threads), true)]
+                {
+                    let mut caches: Vec<_> = cached
+                        .then(|| KvCache::new(&heads, lens.len(), 130).unwrap())
+                        .into_iter()
+                        .collect();
+                    assert_bits(&forward(ctx, &mut caches), &alone, &what);
+                }
+                // Without it the result is another.
+                assert!(run(serial(isa), &layer, &x, lens, &graph) != alone);
             }
         }
     }
@@ -193,6 +300,30 @@ on_every_isa! {
         let y = run(serial(isa), &layer, &x, &[20], &Graph::causal());
         assert!(y[..7 * 16].iter().all(|x| x.is_finite()) && y[7 * 16..].iter().all(|x| x.is_nan()));
     }
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_refused() {
+    let shape = Shape { norm: NormKind::BatchNorm, placement: PlacementKind::Pre, ..Shape::new(2, 8, 40) };
+    let layer = Model::new(shape, &mut Rng::new(14)).layer();
+    let (x, graph) = (vec![0.0; 200], Graph::full());
+    let forward = |layer: &Layer, rows, cols| {
+        let mut workspace = layer.workspace(5, 1, 1).unwrap();
+        let position_embedding = Some(MatRef::contiguous(&x, rows, cols).unwrap());
+        let mut inputs = Inputs { position_embedding, ..Inputs::new(&[0, 5], &graph) };
+        let mut y = Guarded::unset(5, 16);
+        let result = layer.forward_with(Context::serial(), y.view_mut(), &mut inputs, &mut workspace);
+        if result.is_err() {
+            y.assert_unset();
+        }
+        result.map_err(|error| error.to_string())
+    };
+    assert_eq!(forward(&layer, 4, 16), Err("position_embedding.rows: expected 5, got 4".into()));
+    assert_eq!(forward(&layer, 5, 17), Err("position_embedding.cols: expected 16, got 17".into()));
+    let folded = layer.fold_batchnorm().unwrap();
+    let message =
+        "position_embedding: expected none, as the batch norm in the weights would normalise it too";
+    assert_eq!(forward(&folded, 5, 16), Err(message.into()));
 }
 
 #[test]

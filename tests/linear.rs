@@ -10,7 +10,7 @@ use common::sizes::{GEMM_K, GEMM_M, GEMM_N};
 use common::{on_every_isa, serial};
 use laneformer::gemm::{Strided, StridedMut, matmul};
 use laneformer::reference as r;
-use laneformer::{Activation, Epilogue, Isa, Linear, MatRef, PackedMatrix};
+use laneformer::{Activation, Affine, Epilogue, Isa, Linear, MatRef, PackedMatrix};
 
 fn run(isa: Isa, linear: &Linear, x: &[f32], rows: usize, epilogue: &Epilogue<'_>) -> Vec<f32> {
     let x = Guarded::new(rows, linear.in_features(), x);
@@ -46,6 +46,31 @@ on_every_isa! {
                     assert_close(&actual, &expected, limit(k, slack(isa)), &format!("m{m} n{n} k{k}"));
                 }
             }
+        }
+    }
+
+    fn batch_norms_in_the_weights(isa) {
+        let mut rng = Rng::new(3);
+        for (n, k) in [(1, 1), (17, 9), (64, 33), (65, 600), (130, 3)] {
+            let map = Map::new(n, k, &mut rng);
+            let (before, after) = (rng.vec(2 * k, 1.0), rng.vec(2 * n, 1.0));
+            let affine = |x: &[f32]| {
+                let (scale, shift) = x.split_at(x.len() / 2);
+                Affine::new(scale.to_vec(), shift.to_vec()).unwrap()
+            };
+            let norm = |x: &[f64], norm: &[f32]| -> Vec<f64> {
+                let (scale, shift) = norm.split_at(norm.len() / 2);
+                let channel = |i: usize| (f64::from(scale[i % scale.len()]), f64::from(shift[i % shift.len()]));
+                x.iter().enumerate().map(|(i, x)| x * channel(i).0 + channel(i).1).collect()
+            };
+            let x = rng.vec(5 * k, 1.0);
+            let wide = r::to_f64(&x);
+            let linear = map.packed().with_affine_before(&affine(&before)).unwrap();
+            let expected = r::linear(&norm(&wide, &before), &map.reference(), |x| x, None);
+            let limit = limit(k, 2.0 * slack(isa));
+            assert_close(&run(isa, &linear, &x, 5, &Epilogue::NONE), &expected, limit, "before");
+            let linear = linear.with_affine_after(&affine(&after)).unwrap();
+            assert_close(&run(isa, &linear, &x, 5, &Epilogue::NONE), &norm(&expected, &after), limit, "both");
         }
     }
 

@@ -4,17 +4,17 @@
 use std::f64::consts::TAU;
 use std::path::Path;
 
-use laneformer::{Context, Epilogue, Graph, Heads, Linear};
+use laneformer::{Context, Epilogue, Graph, Inputs, Layer, Linear, Stack, SubLayer};
 use serde::Deserialize;
 
-use crate::attend::{Block, Projections, Seen, project};
+use crate::attend::{project, rows};
 use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check_heads};
 use crate::conv::Images;
 use crate::encoder::{LayerSpec, NormKind, NormPlacement, Part};
 use crate::ragged::{Ragged, Scratch};
 use crate::resnet::{self, ResNet};
-use crate::weights::{Weights, linear};
+use crate::weights::{Weights, linear, self_attention};
 use crate::{Error, Result};
 
 /// `config.json` of a DETR directory.
@@ -36,7 +36,7 @@ pub struct Detr {
     config: Config,
     backbone: ResNet,
     projection: Linear,
-    layers: Vec<Block>,
+    layers: Stack,
 }
 
 impl Detr {
@@ -76,7 +76,7 @@ impl Detr {
         Ok(Detr {
             backbone: ResNet::load(path, &w.at("backbone.model"), &config.backbone_config)?,
             projection: linear(&weight, channels, d, Some(&bias))?,
-            layers,
+            layers: Stack::new(layers)?,
             config,
         })
     }
@@ -108,18 +108,12 @@ impl Detr {
     ) -> Result<Vec<f32>> {
         let pixels = tokens.gather(&features.pixels, features.channels)?;
         let mut x = project(ctx, &self.projection, &pixels, &Epilogue::NONE)?;
-        if positions.len() != x.len() {
-            let (expected, actual) = (x.len(), positions.len());
-            return Err(laneformer::Error::Size { arg: "positions", expected, actual }.into());
-        }
-        let (mut scratch, graph) = (Scratch::default(), Graph::full());
-        for layer in &self.layers {
-            let placed: Vec<_> = x.iter().zip(positions).map(|(x, position)| x + position).collect();
-            let keys = layer.projections.keys(ctx, &placed, &x, tokens.offsets())?;
-            let seen = Seen::new(&keys, tokens.offsets(), &graph);
-            let attended = layer.projections.attend(ctx, &placed, &seen)?;
-            layer.close(ctx, &mut x, &attended, &mut scratch)?;
-        }
+        let graph = Graph::full();
+        let mut inputs = Inputs {
+            position_embedding: Some(rows(positions, self.config.d_model)?),
+            ..Inputs::new(tokens.offsets(), &graph)
+        };
+        Scratch::default().run_with(ctx, &self.layers, &mut x, &mut inputs)?;
         Ok(x)
     }
 }
@@ -164,16 +158,12 @@ pub fn sine_positions(mask: &[bool], [rows, columns]: [usize; 2], d: usize) -> V
     positions
 }
 
-fn layer(w: &Weights<'_>, spec: &LayerSpec) -> Result<Block> {
-    let d = spec.d_model;
+fn layer(w: &Weights<'_>, spec: &LayerSpec) -> Result<Layer> {
     let attention = w.at("self_attn");
-    let projection = |name| attention.at(name).linear(d, d);
-    let projections = Projections {
-        q: projection("q_proj")?,
-        k: projection("k_proj")?,
-        v: projection("v_proj")?,
-        heads: Heads::new(spec.n_heads, d / spec.n_heads)?,
-    };
+    let projection = |name| attention.at(name).linear(spec.d_model, spec.d_model);
+    let qkv = [projection("q_proj")?, projection("k_proj")?, projection("v_proj")?];
+    let attention = self_attention(qkv, projection("o_proj")?, spec.n_heads)?;
+    let placement = spec.placement(w, "self_attn_layer_norm")?;
     let ffn = spec.part(w, Part::Ffn(["mlp.fc1", "mlp.fc2"], "final_layer_norm"))?;
-    Block::new(projections, projection("o_proj")?, spec.placement(w, "self_attn_layer_norm")?, ffn)
+    Ok(Layer::new(vec![SubLayer::self_attention(attention, placement)?, ffn])?)
 }

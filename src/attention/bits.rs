@@ -13,8 +13,8 @@ pub struct Bits {
 /// Which row of bits belongs to a query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Select {
-    /// `sequence * strides[0] + head * strides[1] + place in the sequence * strides[2]`.
-    Strided([usize; 3]),
+    /// `sequence * strides[0] + head * strides[1] + place in the sequence * strides[2]`, each below its size where the stride is not 0.
+    Strided { strides: [usize; 3], sizes: [usize; 3] },
     /// `sequence * groups + the query's group`, groups by packed query row.
     Group { ids: Vec<u32>, groups: usize },
 }
@@ -32,7 +32,7 @@ impl Bits {
     /// `f(sequence, head, query, key)` for a batch of `[sequences, heads, queries, keys]`; a dimension of 1 serves all.
     ///
     /// # Errors
-    /// [`Error::ZeroDim`] if sequences, heads or queries are 0.
+    /// [`Error::ZeroDim`] if sequences, heads or queries are 0, [`Error::Overflow`].
     pub fn dense(
         [sequences, heads, queries, keys]: [usize; 4],
         f: impl Fn(usize, usize, usize, usize) -> bool,
@@ -41,11 +41,12 @@ impl Bits {
             crate::error::check_dim(arg, n)?;
         }
         let rows = crate::error::checked_product("bits", &[sequences, heads, queries])?;
+        crate::error::checked_product("bits", &[rows, keys])?;
         let words =
             pack(rows, keys, |row, key| f(row / queries / heads, row / queries % heads, row % queries, key));
         let stride = |n: usize, step: usize| if n == 1 { 0 } else { step };
         let strides = [stride(sequences, heads * queries), stride(heads, queries), stride(queries, 1)];
-        Ok(Bits { words, keys, select: Select::Strided(strides) })
+        Ok(Bits { words, keys, select: Select::Strided { strides, sizes: [sequences, heads, queries] } })
     }
 
     /// One set of keys per sequence, `[sequences, keys]`: padding, or columns that all queries see.
@@ -55,7 +56,8 @@ impl Bits {
     pub fn keys(sequences: &[&[bool]]) -> Result<Bits, Error> {
         let keys = sequences.iter().map(|row| row.len()).max().unwrap_or(0);
         let words = pack(sequences.len(), keys, |row, key| sequences[row].get(key) == Some(&true));
-        Ok(Bits { words, keys, select: Select::Strided([1, 0, 0]) })
+        let select = Select::Strided { strides: [1, 0, 0], sizes: [sequences.len(), 1, 1] };
+        Ok(Bits { words, keys, select })
     }
 
     /// Which group of queries sees which group of keys: `table[query group * groups + key group]`. `queries` and
@@ -101,21 +103,35 @@ impl Bits {
         if self.keys < longest_key {
             return Err(Error::TooSmall { arg, min: longest_key, actual: self.keys });
         }
-        let available = self.words.len() / self.row_words().max(1);
-        let needed = match &self.select {
+        match &self.select {
+            Select::Strided { strides, sizes } => {
+                let needed = [segments, heads, longest_query];
+                for ((&stride, &size), needed) in strides.iter().zip(sizes).zip(needed) {
+                    if stride != 0 && size < needed {
+                        return Err(Error::TooSmall { arg, min: needed, actual: size });
+                    }
+                }
+            }
             Select::Group { ids, groups } => {
                 check_size(arg, rows, ids.len())?;
-                segments * groups
+                let available = self.words.len() / self.row_words().max(1);
+                if self.row_words() > 0 && available < segments * groups {
+                    return Err(Error::TooSmall { arg, min: segments, actual: available / groups });
+                }
             }
-            Select::Strided([s, h, q]) => {
-                let last = |n: usize, stride: usize| n.saturating_sub(1) * stride;
-                last(segments, *s) + last(heads, *h) + last(longest_query, *q) + 1
-            }
-        };
-        if self.row_words() > 0 && available < needed {
-            return Err(Error::TooSmall { arg, min: needed, actual: available });
         }
         Ok(())
+    }
+
+    /// Whether the query has a row.
+    pub(crate) fn has(&self, query: Query) -> bool {
+        match &self.select {
+            Select::Strided { strides, sizes } => {
+                let at = [query.segment, query.head, query.place];
+                at.iter().zip(strides).zip(sizes).all(|((&i, &stride), &size)| stride == 0 || i < size)
+            }
+            Select::Group { ids, .. } => query.row < ids.len(),
+        }
     }
 
     fn row_words(&self) -> usize {
@@ -126,7 +142,9 @@ impl Bits {
     #[inline(always)]
     pub(crate) fn word(&self, query: Query, block: usize) -> u64 {
         let row = match &self.select {
-            Select::Strided([s, h, q]) => query.segment * s + query.head * h + query.place * q,
+            Select::Strided { strides: [s, h, q], .. } => {
+                query.segment * s + query.head * h + query.place * q
+            }
             Select::Group { ids, groups } => query.segment * groups + ids[query.row] as usize,
         };
         let row_words = self.row_words();

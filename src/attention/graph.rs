@@ -61,10 +61,13 @@ impl Graph {
         self
     }
 
-    /// Whether the first query row of the first sequence, standing at position `p`, sees key `j`.
+    /// Whether query `p` of the first sequence, standing at position `p`, sees key `j`; false if the bits have no such query or key.
     pub fn allows(&self, p: usize, j: usize) -> bool {
         let query = Query { segment: 0, head: 0, place: p, row: p };
-        self.word(query, p as isize, j / 64, usize::MAX) >> (j % 64) & 1 == 1
+        let has_row = self.bits.iter().chain(&self.columns).all(|bits| bits.has(query));
+        has_row
+            && p <= isize::MAX as usize
+            && self.word(query, p as isize, j / 64, usize::MAX) >> (j % 64) & 1 == 1
     }
 
     pub(crate) fn check(

@@ -15,8 +15,11 @@ use crate::workspace::AlignedBuffer;
 /// Tokens of a block: the columns of a panel.
 pub(crate) const BLOCK: usize = crate::gemm::PANEL;
 
-/// Blocks of a chunk of 256 keys, the unit in which softmax is folded.
+/// Blocks of a chunk of 256 keys, the unit in which softmax is folded. They follow one another in memory.
 pub(crate) const CHUNK_BLOCKS: usize = 4;
+
+/// Keys of a chunk.
+const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
 
 /// The shape of every unit of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +44,40 @@ impl KeyLayout {
     #[inline(always)]
     pub(crate) fn block_len(self) -> usize {
         self.unit_len() * self.n_heads
+    }
+
+    /// Whether rows of keys and of values belong together and to these heads.
+    fn check_rows(self, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
+        check_size("k.cols", self.n_heads * self.head_dim, k.cols())?;
+        check_size("v.rows", k.rows(), v.rows())?;
+        check_size("v.cols", self.n_heads * self.value_dim, v.cols())
+    }
+
+    /// Writes some rows as the tokens from `token` on of a sequence whose blocks are a ring.
+    fn store_rows(
+        self,
+        blocks: &mut [f32],
+        ring: usize,
+        mut token: usize,
+        k: MatRef<'_>,
+        v: MatRef<'_>,
+        rows: Range<usize>,
+    ) {
+        let mut start = rows.start;
+        while start < rows.end {
+            let (block, t) = (token / BLOCK % ring, token % BLOCK);
+            let units = &mut blocks[block * self.block_len()..][..self.block_len()];
+            let end = rows.end.min(start + BLOCK - t);
+            // Head by head: the unit that a row's keys scatter over stays in L1.
+            for head in 0..self.n_heads {
+                let (k_cols, v_cols) = (head * self.head_dim, head * self.value_dim);
+                for (t, row) in (t..).zip(start..end) {
+                    self.store_key(units, t, k_cols, &k.row(row)[k_cols..][..self.head_dim]);
+                    self.store_value(units, t, v_cols, &v.row(row)[v_cols..][..self.value_dim]);
+                }
+            }
+            (token, start) = (token + end - start, end);
+        }
     }
 
     /// Writes columns `first..first + x.len()` of a projected key row as token `t` of the block whose units are `units`; column 0
@@ -86,18 +123,26 @@ impl KeyLayout {
 #[derive(Clone, Copy)]
 pub(crate) struct Keys<'a> {
     pub(crate) layout: KeyLayout,
-    /// The sequence's blocks; block `i` is in place `i % ring`.
-    blocks: &'a [f32],
-    ring: usize,
-    /// Its tokens, those that the ring has dropped included.
+    blocks: Blocks<'a>,
+    /// The blocks before them, of another store, and how many of these: whole chunks.
+    past: (Blocks<'a>, usize),
+    first_block: usize,
+    /// Its tokens, those that a ring has dropped included.
     pub(crate) len: usize,
+}
+
+/// Blocks of a sequence; block `i` is in place `i % ring`.
+#[derive(Clone, Copy)]
+struct Blocks<'a> {
+    data: &'a [f32],
+    ring: usize,
 }
 
 impl<'a> Keys<'a> {
     /// The first block that is still there; the first of a chunk.
     #[inline(always)]
     pub(crate) fn first_block(&self) -> usize {
-        self.len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS).saturating_sub(self.ring)
+        self.first_block
     }
 
     /// The keys `[head_dim][64]` of a block.
@@ -115,31 +160,65 @@ impl<'a> Keys<'a> {
     /// The same and what follows it in memory: the values of the next block of the chunk are [`KeyLayout::block_len`] further.
     #[inline(always)]
     pub(crate) fn values_from(&self, block: usize, head: usize) -> &'a [f32] {
-        &self.blocks[self.start(block, head) + self.layout.head_dim * BLOCK..]
+        let (data, start) = self.place(block, head);
+        &data[start + self.layout.head_dim * BLOCK..]
     }
 
     /// What is mostly read after a chunk: the unit of the next chunk's first block, or after the last chunk the next head's.
     #[inline(always)]
     pub(crate) fn after(&self, chunk: usize, head: usize) -> &'a [f32] {
         let block = (chunk + 1) * CHUNK_BLOCKS;
-        let start = if block * BLOCK < self.len {
-            self.start(block, head)
-        } else {
-            self.start(self.first_block(), head + 1)
-        };
-        let end = self.blocks.len().min(start + self.layout.unit_len());
-        &self.blocks[start.min(end)..end]
+        let next = if block * BLOCK < self.len { (block, head) } else { (self.first_block(), head + 1) };
+        let (data, start) = self.place(next.0, next.1);
+        let end = data.len().min(start + self.layout.unit_len());
+        &data[start.min(end)..end]
     }
 
     /// Keys and values of a block.
     #[inline(always)]
     pub(crate) fn unit(&self, block: usize, head: usize) -> &'a [f32] {
-        &self.blocks[self.start(block, head)..][..self.layout.unit_len()]
+        let (data, start) = self.place(block, head);
+        &data[start..][..self.layout.unit_len()]
     }
 
+    /// Whose blocks a block is among, and where its unit begins there.
     #[inline(always)]
-    fn start(&self, block: usize, head: usize) -> usize {
-        (block % self.ring * self.layout.n_heads + head) * self.layout.unit_len()
+    fn place(&self, block: usize, head: usize) -> (&'a [f32], usize) {
+        let (Blocks { data, ring }, block) = match self.past {
+            (past, blocks) if block < blocks => (past, block),
+            (_, blocks) => (self.blocks, block - blocks),
+        };
+        (data, (block % ring * self.layout.n_heads + head) * self.layout.unit_len())
+    }
+}
+
+/// The keys that queries see: those of a store, behind those of another if there is one.
+#[derive(Clone, Copy)]
+pub(crate) struct Stores<'a> {
+    pub(crate) keys: &'a KeyStore,
+    pub(crate) past: Option<&'a KeyStore>,
+}
+
+impl<'a> Stores<'a> {
+    pub(crate) fn alone(keys: &'a KeyStore) -> Stores<'a> {
+        Stores { keys, past: None }
+    }
+
+    /// The keys of a sequence.
+    #[inline(always)]
+    pub(crate) fn segment(&self, segment: usize) -> Keys<'a> {
+        let keys = self.keys.segment(segment);
+        let Some(past) = self.past else { return keys };
+        let past = past.segment(past.past_of(segment));
+        let whole = past.len / CHUNK * CHUNK_BLOCKS;
+        // What it has dropped is before the first of these, if there is one.
+        let first_block = past.first_block.min(whole);
+        Keys { past: (past.blocks, whole), first_block, len: whole * BLOCK + keys.len, ..keys }
+    }
+
+    /// Keys of the longest sequence.
+    pub(crate) fn longest(&self) -> usize {
+        (0..self.keys.plan.segments.len()).map(|segment| self.segment(segment).len).max().unwrap_or(0)
     }
 }
 
@@ -151,6 +230,8 @@ pub struct KeyStore {
     data: AlignedBuffer,
     /// Blocks per sequence, if they are a cache's.
     ring: Option<usize>,
+    /// Keys before each sequence's own, if they are another store's: what these leave of a chunk stands here first.
+    behind: Vec<usize>,
 }
 
 impl KeyStore {
@@ -177,6 +258,7 @@ impl KeyStore {
             plan: Plan::with_capacity(blocks, segments),
             data: AlignedBuffer::scratch(len),
             ring: None,
+            behind: Vec::with_capacity(segments),
         })
     }
 
@@ -188,31 +270,119 @@ impl KeyStore {
     /// # Errors
     /// [`Error::Size`], [`Error::NotAscending`], [`Error::TooLarge`] if the batch is larger than the store. The store is unchanged then.
     pub fn set(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) -> Result<(), Error> {
-        let layout = self.layout;
-        check_size("k.cols", layout.n_heads * layout.head_dim, k.cols())?;
-        check_size("v.rows", k.rows(), v.rows())?;
-        check_size("v.cols", layout.n_heads * layout.value_dim, v.cols())?;
+        self.layout.check_rows(k, v)?;
         check_offsets("offsets", offsets, k.rows())?;
         self.check_batch(offsets)?;
-        self.plan.build(offsets, 1);
-        let Self { plan, data, .. } = self;
-        let blocks = data.chunks_exact_mut(layout.block_len());
-        for ((units, rows), _) in blocks.zip(plan.rows.windows(2)).zip(&plan.blocks) {
-            // Head by head: the unit that a row's keys scatter over stays in L1.
-            for head in 0..layout.n_heads {
-                let (k_cols, v_cols) = (head * layout.head_dim, head * layout.value_dim);
-                for (t, row) in (rows[0]..rows[1]).enumerate() {
-                    layout.store_key(units, t, k_cols, &k.row(row)[k_cols..][..layout.head_dim]);
-                    layout.store_value(units, t, v_cols, &v.row(row)[v_cols..][..layout.value_dim]);
-                }
-            }
+        self.build_plan(offsets, 1);
+        let Self { layout, plan, data, .. } = self;
+        for (Segment { first_block, .. }, rows) in plan.segments.iter().zip(offsets.windows(2)) {
+            let blocks = &mut data[first_block * layout.block_len()..];
+            layout.store_rows(blocks, usize::MAX, 0, k, v, rows[0]..rows[1]);
         }
         Ok(())
     }
 
+    /// Stores the keys and values of tokens that stand behind those of `past`, for [`attend_after`](Self::attend_after). The keys of
+    /// `past` stay where they are; only what they leave of a chunk of 256 is copied before the new ones, and needs room here.
+    ///
+    /// # Shapes
+    /// As [`set`](Self::set). `past` has as many sequences, or one that stands before all: a common prefix.
+    ///
+    /// # Errors
+    /// As [`set`](Self::set), [`Error::Size`] also if `past` is of other heads or sequences, [`Error::Mismatch`] if it stands behind another
+    /// store itself.
+    pub fn set_after(
+        &mut self,
+        past: &KeyStore,
+        k: MatRef<'_>,
+        v: MatRef<'_>,
+        offsets: &[usize],
+    ) -> Result<(), Error> {
+        self.layout.check_rows(k, v)?;
+        check_offsets("offsets", offsets, k.rows())?;
+        let segments = offsets.len() - 1;
+        self.check_past(past, segments)?;
+        let lens = offsets.windows(2).enumerate().map(|(i, w)| (past.len_of(i), w[1] - w[0]));
+        self.check_blocks(
+            segments,
+            lens.clone().map(|(past, len)| (past % CHUNK + len).div_ceil(BLOCK)).sum(),
+        )?;
+
+        self.plan.clear();
+        self.behind.clear();
+        let Self { layout, plan, data, behind, .. } = self;
+        let mut first_block = 0;
+        for (segment, ((before, len), rows)) in lens.zip(offsets.windows(2)).enumerate() {
+            let (whole, lead) = (before / CHUNK * CHUNK_BLOCKS, before % CHUNK);
+            let blocks = &mut data[first_block * layout.block_len()..];
+            for (i, block) in
+                blocks.chunks_exact_mut(layout.block_len()).take(lead.div_ceil(BLOCK)).enumerate()
+            {
+                let (data, start) = past.segment(past.past_of(segment)).place(whole + i, 0);
+                block.copy_from_slice(&data[start..][..layout.block_len()]);
+            }
+            layout.store_rows(blocks, usize::MAX, lead, k, v, rows[0]..rows[1]);
+            plan.segments.push(Segment { first_block, len: lead + len });
+            behind.push(before);
+            first_block += (lead + len).div_ceil(BLOCK);
+        }
+        Ok(())
+    }
+
+    /// Cuts the batch that is to be stored.
+    pub(crate) fn build_plan(&mut self, offsets: &[usize], members: usize) {
+        self.behind.clear();
+        self.plan.build(offsets, members);
+    }
+
+    /// Which sequence stands before sequence `segment` of a store behind this one.
+    fn past_of(&self, segment: usize) -> usize {
+        if self.plan.segments.len() == 1 { 0 } else { segment }
+    }
+
+    /// Its tokens.
+    fn len_of(&self, segment: usize) -> usize {
+        self.plan.segments[self.past_of(segment)].len
+    }
+
+    /// Whether `past` can stand before this store of so many sequences.
+    fn check_past(&self, past: &KeyStore, segments: usize) -> Result<(), Error> {
+        check_size("past n_kv_heads", self.layout.n_heads, past.layout.n_heads)?;
+        check_size("past head_dim", self.layout.head_dim, past.layout.head_dim)?;
+        check_size("past value_dim", self.layout.value_dim, past.layout.value_dim)?;
+        past.check_alone("past")?;
+        if past.plan.segments.len() == 1 {
+            Ok(())
+        } else {
+            check_size("past sequences", segments, past.plan.segments.len())
+        }
+    }
+
+    /// Whether all keys before a sequence's own are here.
+    pub(crate) fn check_alone(&self, arg: &'static str) -> Result<(), Error> {
+        if self.behind.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Mismatch { arg, expected: "a store that does not stand behind another" })
+    }
+
+    /// Whether this store was filled to stand behind `past` as it is.
+    pub(crate) fn check_behind(&self, past: &KeyStore) -> Result<(), Error> {
+        self.check_past(past, self.plan.segments.len())?;
+        if self.behind.len() != self.plan.segments.len() {
+            return Err(Error::Mismatch { arg: "keys", expected: "a store that set_after has filled" });
+        }
+        let mut behind = self.behind.iter().enumerate();
+        behind.try_for_each(|(segment, &len)| check_size("past tokens", len, past.len_of(segment)))
+    }
+
     pub(crate) fn check_batch(&self, offsets: &[usize]) -> Result<(), Error> {
+        let blocks = offsets.windows(2).map(|w| (w[1] - w[0]).div_ceil(BLOCK)).sum();
+        self.check_blocks(offsets.len().saturating_sub(1), blocks)
+    }
+
+    fn check_blocks(&self, segments: usize, blocks: usize) -> Result<(), Error> {
         let (max_blocks, max_segments) = self.plan.capacity();
-        let segments = offsets.len().saturating_sub(1);
         if segments > max_segments {
             return Err(Error::TooLarge {
                 arg: "sequences in the batch",
@@ -220,7 +390,6 @@ impl KeyStore {
                 actual: segments,
             });
         }
-        let blocks = offsets.windows(2).map(|w| (w[1] - w[0]).div_ceil(BLOCK)).sum();
         let max = max_blocks.min(self.data.len() / self.layout.block_len());
         if blocks > max {
             return Err(Error::TooLarge { arg: "blocks of 64 tokens in the batch", max, actual: blocks });
@@ -243,9 +412,12 @@ impl KeyStore {
     #[inline(always)]
     pub(crate) fn segment(&self, segment: usize) -> Keys<'_> {
         let Segment { first_block, len } = self.plan.segments[segment];
-        let blocks = &self.data[first_block * self.layout.block_len()..];
-        let ring = self.ring.unwrap_or(len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS));
-        Keys { layout: self.layout, blocks, ring: ring.max(1), len }
+        let data = &self.data[first_block * self.layout.block_len()..];
+        let chunks = len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS);
+        let ring = self.ring.unwrap_or(chunks).max(1);
+        let blocks = Blocks { data, ring };
+        let first_block = chunks.saturating_sub(ring);
+        Keys { layout: self.layout, blocks, past: (blocks, 0), first_block, len }
     }
 
     pub(crate) fn parts(&mut self) -> (&Plan, &mut [f32]) {
@@ -285,10 +457,8 @@ impl KvCache {
     pub fn new(heads: &Heads, sequences: usize, capacity: usize) -> Result<KvCache, Error> {
         check_dim("sequences", sequences)?;
         check_dim("capacity", capacity)?;
-        let blocks = capacity
-            .checked_next_multiple_of(CHUNK_BLOCKS * BLOCK)
-            .ok_or(Error::Overflow { arg: "capacity" })?
-            / BLOCK;
+        let blocks =
+            capacity.checked_next_multiple_of(CHUNK).ok_or(Error::Overflow { arg: "capacity" })? / BLOCK;
         let total = checked_product("capacity", &[blocks, sequences])?;
         let mut store = KeyStore::with_blocks(heads, total, sequences)?;
         store.ring = Some(blocks);
@@ -301,8 +471,8 @@ impl KvCache {
     /// # Errors
     /// [`Error::ZeroDim`], [`Error::Overflow`].
     pub fn ring(heads: &Heads, sequences: usize, window: usize) -> Result<KvCache, Error> {
-        // The chunk that is being filled takes the place of the oldest.
-        let capacity = window.checked_add(CHUNK_BLOCKS * BLOCK).ok_or(Error::Overflow { arg: "window" })?;
+        // A call may append a chunk, whose first token sees `window` tokens; the oldest chunk goes as a whole when a new one begins.
+        let capacity = window.checked_add(2 * (CHUNK - 1)).ok_or(Error::Overflow { arg: "window" })?;
         Ok(KvCache { window: true, ..KvCache::new(heads, sequences, capacity)? })
     }
 
@@ -339,28 +509,43 @@ impl KvCache {
     /// # Errors
     /// [`Error::TooLarge`] if there is no such sequence or no room, [`Error::Size`]. The cache is unchanged then.
     pub fn append(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
-        let layout = self.store.layout;
-        check_size("k.cols", layout.n_heads * layout.head_dim, k.cols())?;
-        check_size("v.cols", layout.n_heads * layout.value_dim, v.cols())?;
-        check_size("v.rows", k.rows(), v.rows())?;
+        self.store.layout.check_rows(k, v)?;
         self.check_room(sequence, k.rows())?;
-        self.push(sequence, k, v);
+        self.push(sequence, k, v, 0..k.rows());
         Ok(())
     }
 
-    /// [`append`](Self::append) after its checks.
-    pub(crate) fn push(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>) {
-        let layout = self.store.layout;
-        let Segment { first_block, len } = self.store.plan.segments[sequence];
-        let ring = self.store.ring.unwrap_or(1);
-        for row in 0..k.rows() {
-            let (block, t) = ((len + row) / BLOCK % ring, (len + row) % BLOCK);
-            let units =
-                &mut self.store.data[(first_block + block) * layout.block_len()..][..layout.block_len()];
-            layout.store_key(units, t, 0, k.row(row));
-            layout.store_value(units, t, 0, v.row(row));
+    /// Appends rows to every sequence, any number to each.
+    ///
+    /// # Shapes
+    /// As [`append`](Self::append); `offsets`: `[0, end of sequence 0, ..., tokens]`, of all sequences.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if there is no room in one, [`Error::Size`], [`Error::NotAscending`]. The cache is unchanged then.
+    pub fn append_batch(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) -> Result<(), Error> {
+        self.store.layout.check_rows(k, v)?;
+        check_offsets("offsets", offsets, k.rows())?;
+        check_size("offsets.len() - 1", self.sequences(), offsets.len() - 1)?;
+        let mut lens = offsets.windows(2).map(|w| w[1] - w[0]).enumerate();
+        lens.try_for_each(|(sequence, len)| self.check_room(sequence, len))?;
+        self.push_batch(k, v, offsets);
+        Ok(())
+    }
+
+    /// [`append_batch`](Self::append_batch) after its checks.
+    pub(crate) fn push_batch(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) {
+        for (sequence, rows) in offsets.windows(2).enumerate() {
+            self.push(sequence, k, v, rows[0]..rows[1]);
         }
-        self.store.plan.segments[sequence].len += k.rows();
+    }
+
+    fn push(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>, rows: Range<usize>) {
+        let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
+        let Segment { first_block, len } = &mut plan.segments[sequence];
+        let blocks = &mut data[*first_block * layout.block_len()..];
+        let added = rows.len();
+        layout.store_rows(blocks, ring.unwrap_or(usize::MAX), *len, k, v, rows);
+        *len += added;
     }
 
     pub(crate) fn check_room(&self, sequence: usize, rows: usize) -> Result<(), Error> {
@@ -369,7 +554,7 @@ impl KvCache {
             return Err(Error::TooLarge { arg: "sequence", max, actual: sequence });
         }
         // A ring takes at most what it keeps at once; more would drop what the same call's first queries see.
-        let max = if self.window { CHUNK_BLOCKS * BLOCK } else { self.capacity - self.len(sequence) };
+        let max = if self.window { CHUNK } else { self.capacity - self.len(sequence) };
         if rows > max {
             return Err(Error::TooLarge { arg: "tokens appended to the cache", max, actual: rows });
         }

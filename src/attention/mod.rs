@@ -6,6 +6,7 @@ mod kernel;
 mod keys;
 mod plan;
 mod projection;
+mod rotary;
 mod terms;
 mod tiles;
 
@@ -13,15 +14,20 @@ pub use bits::Bits;
 pub use graph::{Cover, Graph};
 pub use keys::{KeyStore, KvCache};
 pub use projection::QkvProjection;
+pub use rotary::{Rotary, RotaryPairs};
 pub use terms::{Bias, Relative, RelativeTable, SegmentTerm, Terms};
 pub use tiles::Tile;
 
 pub(crate) use kernel::{Call, scratch_len};
+pub(crate) use keys::Stores;
 pub(crate) use plan::{Plan, check_offsets, max_blocks};
+pub(crate) use projection::Rows;
+pub(crate) use rotary::Places;
 
 use crate::attention::bits::Query;
 use crate::attention::kernel::{Queries, attend};
 use crate::attention::keys::KeyLayout;
+use crate::attention::terms::check_positions;
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::{Crew, Team};
@@ -233,9 +239,59 @@ impl KeyStore {
     /// As [`attention`]; the queries have as many sequences as the store, of any lengths.
     ///
     /// # Errors
-    /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if shapes disagree. Nothing is written then.
+    /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if shapes disagree, [`Error::Overflow`] if a position is far beyond the
+    /// length of any sequence, [`Error::Mismatch`] if the store stands behind another. Nothing is written then.
     pub fn attend(
         &self,
+        ctx: Context<'_>,
+        heads: &Heads,
+        queries: &QueryRows<'_>,
+        graph: &Graph,
+        terms: &Terms<'_>,
+        out: MatMut<'_>,
+    ) -> Result<(), Error> {
+        self.check_alone("keys")?;
+        Stores::alone(self).attend(ctx, heads, queries, graph, terms, out)
+    }
+
+    /// [`attend`](KeyStore::attend) over the keys of `past` and behind them those of this store, which [`set_after`](KeyStore::set_after) has
+    /// filled: a memory, or a prefix that many sequences share, that is not copied. Keys count from the first of `past`. The same bits as over
+    /// one store with all of them.
+    ///
+    /// # Errors
+    /// As [`attend`](KeyStore::attend), and [`Error::Size`] if `past` is not what it was when this store was filled.
+    ///
+    /// ```
+    /// use laneformer::{Context, Graph, Heads, KeyStore, MatMut, MatRef, QueryRows, Terms};
+    /// let heads = Heads::new(1, 1)?;
+    /// let col = |x| MatRef::contiguous(x, 2, 1);
+    /// let (mut past, mut new) = (KeyStore::new(&heads, 2, 1)?, KeyStore::new(&heads, 3, 1)?);
+    /// past.set(col(&[0.0, 0.0])?, col(&[1.0, 2.0])?, &[0, 2])?;
+    /// new.set_after(&past, col(&[0.0, 0.0])?, col(&[3.0, 6.0])?, &[0, 2])?;
+    /// let mut out = [0.0; 2];
+    /// let (queries, out_mat) = (QueryRows::new(col(&[1.0, 1.0])?, &[0, 2]), MatMut::contiguous(&mut out, 2, 1)?);
+    /// new.attend_after(&past, Context::serial(), &heads, &queries, &Graph::causal(), &Terms::default(), out_mat)?;
+    /// assert_eq!(out, [2.0, 3.0]);
+    /// # Ok::<(), laneformer::Error>(())
+    /// ```
+    pub fn attend_after(
+        &self,
+        past: &KeyStore,
+        ctx: Context<'_>,
+        heads: &Heads,
+        queries: &QueryRows<'_>,
+        graph: &Graph,
+        terms: &Terms<'_>,
+        out: MatMut<'_>,
+    ) -> Result<(), Error> {
+        self.check_behind(past)?;
+        Stores { keys: self, past: Some(past) }.attend(ctx, heads, queries, graph, terms, out)
+    }
+}
+
+impl Stores<'_> {
+    fn attend(
+        self,
         ctx: Context<'_>,
         heads: &Heads,
         queries: &QueryRows<'_>,
@@ -245,21 +301,27 @@ impl KeyStore {
     ) -> Result<(), Error> {
         let (q, rows) = (queries.q, queries.q.rows());
         heads.check()?;
-        self.check_heads(heads)?;
+        self.keys.check_heads(heads)?;
         check_offsets("offsets", queries.offsets, rows)?;
         let segments = queries.offsets.len() - 1;
-        check_size("offsets.len() - 1", self.plan.segments.len(), segments)?;
+        check_size("offsets.len() - 1", self.keys.plan.segments.len(), segments)?;
         check_size("q.cols", heads.query_cols(), q.cols())?;
         check_size("out.rows", rows, out.rows())?;
         check_size("out.cols", heads.output_cols(), out.cols())?;
         match queries.positions {
             Positions::Last => {}
-            Positions::First(first) => check_size("first positions", segments, first.len())?,
-            Positions::Each(each) => check_size("positions", rows, each.len())?,
+            Positions::First(first) => {
+                check_size("first positions", segments, first.len())?;
+                check_positions("first positions", first.iter().copied())?;
+            }
+            Positions::Each(each) => {
+                check_size("positions", rows, each.len())?;
+                check_positions("positions", each.iter().copied())?;
+            }
         }
         let mut plan = Plan::with_capacity(max_blocks(rows, segments), segments);
         plan.build(queries.offsets, ctx.members());
-        check_terms(heads, graph, terms, &plan, self.plan.longest())?;
+        check_terms(heads, graph, terms, &plan, self.longest())?;
         let call = Call { heads, graph, terms };
         let mut team = Team::new(ctx.members(), scratch_len(heads, terms.relative.is_some()));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
@@ -306,13 +368,13 @@ pub(crate) fn attend_phase<S: Simd>(
     call: &Call<'_>,
     queries: &QueryRows<'_>,
     plan: &Plan,
-    keys: &KeyStore,
+    keys: Stores<'_>,
     out: &mut MatMut<'_>,
 ) {
     let heads = call.heads;
     let (dim, value_dim) = (heads.head_dim, heads.value_dim);
     let rows = plan.tokens.div_ceil(plan.blocks.len().max(1));
-    let scores = rows * keys.plan.longest().min(TILE_SCORES);
+    let scores = rows * keys.longest().min(TILE_SCORES);
     let heads_per_tile = (TILE_SCORES / scores.max(1)).clamp(1, heads.n_heads.div_ceil(crew.members()));
     crew.ragged_blocks(
         s,

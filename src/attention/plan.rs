@@ -85,11 +85,15 @@ impl Plan {
         self.segments.iter().map(|segment| segment.len).max().unwrap_or(0)
     }
 
-    /// Cuts the batch of valid `offsets` for `members` threads.
-    pub(crate) fn build(&mut self, offsets: &[usize], members: usize) {
+    pub(crate) fn clear(&mut self) {
         self.blocks.clear();
         self.segments.clear();
         self.rows.clear();
+    }
+
+    /// Cuts the batch of valid `offsets` for `members` threads.
+    pub(crate) fn build(&mut self, offsets: &[usize], members: usize) {
+        self.clear();
         self.tokens = offsets.last().copied().unwrap_or(0);
         self.by_block = members > 1 && self.tokens < 2 * TILE_ROWS * members;
         for (segment, bounds) in offsets.windows(2).enumerate() {

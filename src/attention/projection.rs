@@ -1,9 +1,13 @@
 //! The QKV projection: three packed products in one phase, stored by head.
 
+use core::ops::Range;
+
 use crate::activation::Activation;
 use crate::attention::keys::KeyLayout;
-use crate::attention::plan::{MAX_TILE_ROWS, TILE_ROWS};
+use crate::attention::plan::{MAX_TILE_ROWS, Plan, TILE_ROWS};
+use crate::attention::rotary::{Places, Rotary};
 use crate::attention::{Heads, KeyStore, check_offsets};
+use crate::batchnorm::Affine;
 use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::exec::{Crew, Team};
@@ -21,6 +25,52 @@ pub struct QkvProjection {
     k: Linear,
     v: Linear,
     heads: Heads,
+    rotary: Option<Rotary>,
+    /// A batch norm is in the weights.
+    is_behind: bool,
+}
+
+/// The rows that are projected, and what happens to them before and after.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) x: MatRef<'a>,
+    /// Normalises the rows first.
+    pub(crate) norm: Option<&'a Norm>,
+    /// Added to what queries and keys, but not values, are projected from: rows of the same shape.
+    pub(crate) added: Option<MatRef<'a>>,
+    /// Where they stand, for the rotary.
+    pub(crate) places: Places<'a>,
+}
+
+impl<'a> Rows<'a> {
+    /// The rows as they are, at their places.
+    fn plain(x: MatRef<'a>) -> Rows<'a> {
+        Rows { x, norm: None, added: None, places: Places::default() }
+    }
+
+    /// What queries, keys and values of at most [`MAX_TILE_ROWS`] of the rows are projected from.
+    fn sources<'b, S: Simd>(&'b self, s: S, rows: Range<usize>, scratch: &'b mut [f32]) -> [MatRef<'b>; 3] {
+        let (cols, stride) = (self.x.cols(), padded_stride(self.x.cols()));
+        let normed = if self.norm.is_some() { MAX_TILE_ROWS * stride } else { 0 };
+        let (scratch, rest) = scratch.split_at_mut(normed);
+        let x = normalised(s, self.x.block(rows.clone(), 0..cols), self.norm, scratch);
+        let Some(added) = self.added else { return [x; 3] };
+        let mut sum = MatMut::scratch(rest, x.rows(), cols, stride);
+        s.vectorize(
+            #[inline(always)]
+            || {
+                let zero = s.splat(0.0);
+                for (i, row) in rows.enumerate() {
+                    let terms = x.row(i).chunks(LANES).zip(added.row(row).chunks(LANES));
+                    for (sum, (x, y)) in sum.row_mut(i).chunks_mut(LANES).zip(terms) {
+                        (s.load_partial(x, zero) + s.load_partial(y, zero)).store_partial(sum);
+                    }
+                }
+            },
+        );
+        let sum = sum.into_ref();
+        [sum, sum, x]
+    }
 }
 
 impl QkvProjection {
@@ -35,7 +85,27 @@ impl QkvProjection {
         check_size("v.out_features", heads.value_cols(), v.out_features())?;
         check_size("k.in_features", q.in_features(), k.in_features())?;
         check_size("v.in_features", q.in_features(), v.in_features())?;
-        Ok(QkvProjection { q, k, v, heads })
+        Ok(QkvProjection { q, k, v, heads, rotary: None, is_behind: false })
+    }
+
+    /// The same, with queries and keys turned by their positions. A row stands at its place in its sequence, behind what a cache holds of it.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if more columns turn than a head has.
+    ///
+    /// ```
+    /// use laneformer::{Heads, Linear, MatRef, PackedMatrix, QkvProjection, Rotary, RotaryPairs};
+    /// let linear = || {
+    ///     let weight = [0.5; 64];
+    ///     Linear::new(PackedMatrix::from_out_in(MatRef::contiguous(&weight, 8, 8)?)?, None)
+    /// };
+    /// let rotary = Rotary::new(RotaryPairs::Halves, 4, 10_000.0, 2048)?;
+    /// let qkv = QkvProjection::new(linear()?, linear()?, linear()?, Heads::new(2, 4)?)?.with_rotary(rotary)?;
+    /// # Ok::<(), laneformer::Error>(())
+    /// ```
+    pub fn with_rotary(self, rotary: Rotary) -> Result<QkvProjection, Error> {
+        rotary.check_head(self.heads.head_dim)?;
+        Ok(QkvProjection { rotary: Some(rotary), ..self })
     }
 
     /// The same for cross-attention: keys and values are of another source, whose width may differ.
@@ -45,7 +115,15 @@ impl QkvProjection {
         check_size("k.out_features", heads.key_cols(), k.out_features())?;
         check_size("v.out_features", heads.value_cols(), v.out_features())?;
         check_size("v.in_features", k.in_features(), v.in_features())?;
-        Ok(QkvProjection { q, k, v, heads })
+        Ok(QkvProjection { q, k, v, heads, rotary: None, is_behind: false })
+    }
+
+    /// The same behind a batch norm of the rows, which goes into the weights. In cross-attention keys and values are of other rows.
+    pub(crate) fn behind(self, norm: Option<&Affine>, is_cross: bool) -> Result<QkvProjection, Error> {
+        let q = self.q.between(norm, None)?;
+        let norm = norm.filter(|_| !is_cross);
+        let (k, v) = (self.k.between(norm, None)?, self.v.between(norm, None)?);
+        Ok(QkvProjection { q, k, v, is_behind: norm.is_some(), ..self })
     }
 
     /// Columns of the rows that it projects.
@@ -69,7 +147,8 @@ impl QkvProjection {
     /// `x`: `[tokens, d_model]`; `q`: `[tokens, n_heads * head_dim]`; `offsets`: `[0, end of segment 0, ..., tokens]`.
     ///
     /// # Errors
-    /// [`Error::Size`], [`Error::NotAscending`], [`Error::TooLarge`] if the batch is larger than the store. Nothing is written then.
+    /// [`Error::Size`], [`Error::NotAscending`], [`Error::TooLarge`] if the batch is larger than the store or a sequence longer than the
+    /// rotary's table. Nothing is written then.
     pub fn forward(
         &self,
         ctx: Context<'_>,
@@ -84,11 +163,29 @@ impl QkvProjection {
         keys.check_heads(&self.heads)?;
         check_offsets("offsets", offsets, x.rows())?;
         keys.check_batch(offsets)?;
-        keys.plan.build(offsets, ctx.members());
-        let mut team = Team::new(ctx.members(), self.scratch_len(false));
+        let longest = offsets.windows(2).map(|w| w[1] - w[0]).max();
+        self.check_position(longest.and_then(|len| len.checked_sub(1)))?;
+        keys.build_plan(offsets, ctx.members());
+        let mut team = Team::new(ctx.members(), self.scratch_len(0));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
-            self.phase(s, crew, x, None, &mut q, keys);
+            self.phase(s, crew, &Rows::plain(x), &mut q, keys);
         }));
+        Ok(())
+    }
+
+    /// Whether the rotary, if there is one, has the largest position of a batch.
+    pub(crate) fn check_position(&self, last: Option<usize>) -> Result<(), Error> {
+        self.rotary.as_ref().zip(last).map_or(Ok(()), |(rotary, last)| rotary.check_position(last))
+    }
+
+    /// Whether rows of this shape can be added to what queries and keys are projected from.
+    pub(crate) fn check_added(&self, added: MatRef<'_>, rows: usize) -> Result<(), Error> {
+        check_size("position_embedding.rows", rows, added.rows())?;
+        check_size("position_embedding.cols", self.d_model(), added.cols())?;
+        if self.is_behind {
+            let expected = "none, as the batch norm in the weights would normalise it too";
+            return Err(Error::Mismatch { arg: "position_embedding", expected });
+        }
         Ok(())
     }
 
@@ -123,16 +220,18 @@ impl QkvProjection {
         padded_stride(self.starts()[3])
     }
 
-    /// One phase: the first `n` of queries, keys and values as rows, where they do not go to a store at once.
+    /// One phase: the first `n` of queries, keys and values as rows, where they do not go to a store at once. With a rotary another
+    /// turns them.
     pub(crate) fn project_rows<'a, S: Simd>(
         &self,
         s: S,
         crew: &mut Crew<'_>,
-        x: MatRef<'_>,
-        norm: Option<&Norm>,
+        rows: &Rows<'_>,
+        plan: &Plan,
         out: &'a mut [f32],
         n: usize,
     ) -> MatRef<'a> {
+        let Rows { x, ref places, .. } = *rows;
         let (starts, cols) = (self.starts(), if n == 1 { self.heads.query_cols() } else { self.starts()[n] });
         let mut out = MatMut::scratch(out, x.rows(), cols, self.projected_stride());
         let split = Split::new(x.rows(), cols, MAX_TILE_ROWS, crew.members());
@@ -142,11 +241,11 @@ impl QkvProjection {
             (split.rows, split.cols),
             #[inline(always)]
             |row, col, mut out, scratch| {
-                let (scratch, normed) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
-                let x = x.block(row..row + out.rows(), 0..x.cols());
-                let x = normalised(s, x, norm, normed);
+                let (scratch, rest) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
+                let sources = rows.sources(s, row..row + out.rows(), rest);
                 let end = col + out.cols();
-                for (linear, &start) in [&self.q, &self.k, &self.v].into_iter().zip(&starts).take(n) {
+                let maps = [&self.q, &self.k, &self.v].into_iter().zip(sources);
+                for ((linear, x), &start) in maps.zip(&starts).take(n) {
                     let (from, to) = (col.max(start), end.min(start + linear.out_features()));
                     if from < to {
                         let mut out = out.block(0..x.rows(), from - col..to - col);
@@ -155,6 +254,23 @@ impl QkvProjection {
                 }
             },
         );
+        if let Some(rotary) = &self.rotary {
+            // A head's columns may be several tiles', so they turn when all are there.
+            let (dim, k) = (self.heads.head_dim, starts[1]);
+            crew.ragged_blocks(
+                s,
+                &mut out,
+                &plan.rows,
+                cols,
+                #[inline(always)]
+                |block, _, mut rows, _| {
+                    for cols in [0..self.heads.query_cols(), k..k + self.heads.key_cols()] {
+                        let mut rows = rows.block(0..rows.rows(), cols);
+                        rotary.turn_rows(s, dim, &mut rows, (plan, block, places));
+                    }
+                },
+            );
+        }
         out.into_ref()
     }
 
@@ -165,20 +281,21 @@ impl QkvProjection {
         [part(q, self.heads.query_cols()), part(k, self.heads.key_cols()), part(v, self.heads.value_cols())]
     }
 
-    pub(crate) fn scratch_len(&self, norm: bool) -> usize {
-        MAX_TILE_ROWS * (PANEL + if norm { padded_stride(self.d_model()) } else { 0 })
+    /// Scratch of a tile, with room for so many copies of its rows.
+    pub(crate) fn scratch_len(&self, copies: usize) -> usize {
+        MAX_TILE_ROWS * (PANEL + copies * padded_stride(self.d_model()))
     }
 
-    /// One phase: every tile of rows, or of few rows some heads. With `norm` the rows are normalised first.
+    /// One phase: every tile of rows, or of few rows some heads.
     pub(crate) fn phase<S: Simd>(
         &self,
         s: S,
         crew: &mut Crew<'_>,
-        x: MatRef<'_>,
-        norm: Option<&Norm>,
+        rows: &Rows<'_>,
         q: &mut MatMut<'_>,
         keys: &mut KeyStore,
     ) {
+        let Rows { x, ref places, .. } = *rows;
         let layout = keys.layout;
         let parts = if keys.plan.by_block { parts(&self.heads, x.rows(), crew.members()) } else { 1 };
         let kv_heads = self.heads.n_kv_heads.div_ceil(parts).next_multiple_of(head_step(&self.heads));
@@ -191,13 +308,12 @@ impl QkvProjection {
             (data, &plan.tile_blocks, layout.block_len(), kv_heads * layout.unit_len()),
             #[inline(always)]
             |tile, part, mut q, units, scratch| {
-                let rows = plan.tile_rows[tile]..plan.tile_rows[tile + 1];
-                let (scratch, normed) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
-                let x = x.block(rows.clone(), 0..x.cols());
-                let x = normalised(s, x, norm, normed);
+                let (scratch, rest) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
+                let [of_q, of_k, of_v] =
+                    rows.sources(s, plan.tile_rows[tile]..plan.tile_rows[tile + 1], rest);
                 self.q.tile(
                     s,
-                    x,
+                    of_q,
                     part * q_heads * layout.head_dim,
                     Activation::None,
                     Residual::None,
@@ -210,9 +326,9 @@ impl QkvProjection {
                     let (block, t) = plan.block_of(first, row);
                     ((block - first) * layout.block_len(), t)
                 };
-                for (linear, dim, store) in [
-                    (&self.k, layout.head_dim, KeyLayout::store_key as fn(_, &mut [f32], _, _, &[f32])),
-                    (&self.v, layout.value_dim, KeyLayout::store_value),
+                for (linear, x, dim, store) in [
+                    (&self.k, of_k, layout.head_dim, KeyLayout::store_key as fn(_, &mut [f32], _, _, &[f32])),
+                    (&self.v, of_v, layout.value_dim, KeyLayout::store_value),
                 ] {
                     let cols = heads.start * dim..heads.end * dim;
                     linear.panels(
@@ -231,6 +347,13 @@ impl QkvProjection {
                             store(layout, &mut units[base..], t, first - cols.start, &line[..width]);
                         },
                     );
+                }
+                if let Some(rotary) = &self.rotary {
+                    rotary.turn_rows(s, layout.head_dim, &mut q, (plan, first, places));
+                    let blocks = units.chunks_mut(layout.block_len());
+                    for (block, units) in (first..plan.tile_blocks[tile + 1]).zip(blocks) {
+                        rotary.turn_keys(s, layout, units, (plan, block, places));
+                    }
                 }
             },
         );

@@ -68,6 +68,15 @@ impl<'a> Bias<'a> {
     }
 }
 
+/// Positions and distances that are sums and differences of a few of them without overflow.
+pub(crate) fn check_positions(
+    arg: &'static str,
+    positions: impl IntoIterator<Item = isize>,
+) -> Result<(), Error> {
+    let fits = |p: isize| p.unsigned_abs() <= isize::MAX as usize / 8;
+    if positions.into_iter().all(fits) { Ok(()) } else { Err(Error::Overflow { arg }) }
+}
+
 /// Relative positions: `(q + w) . R[p - j]` is added to `(q + u) . k_j`.
 #[derive(Clone, Copy, Debug)]
 pub struct Relative<'a> {
@@ -94,7 +103,8 @@ impl RelativeTable {
     /// Packs `r`, `[distances, n_heads * head_dim]`, whose row `i` is distance `first + i` of a query after a key.
     ///
     /// # Errors
-    /// [`Error::ZeroDim`], [`Error::NotDivisible`] if the columns are not those of `n_heads` heads, [`Error::Overflow`].
+    /// [`Error::ZeroDim`], [`Error::NotDivisible`] if the columns are not those of `n_heads` heads, [`Error::Overflow`] also if a distance
+    /// is far beyond the length of any sequence.
     pub fn new(r: MatRef<'_>, first: isize, n_heads: usize) -> Result<RelativeTable, Error> {
         check_dim("n_heads", n_heads)?;
         check_dim("r.cols", r.cols())?;
@@ -103,6 +113,7 @@ impl RelativeTable {
             return Err(Error::NotDivisible { arg: "r.cols", actual: r.cols(), by: n_heads });
         }
         let (rows, head_dim) = (r.rows(), r.cols() / n_heads);
+        check_positions("first", [first, first.saturating_add_unsigned(rows)])?;
         let panels = rows.div_ceil(BLOCK);
         let len = checked_product("r", &[panels * BLOCK, r.cols()])?;
         let mut data = AlignedBuffer::scratch(len);

@@ -46,6 +46,20 @@ impl PackedMatrix {
         Ok(packed)
     }
 
+    /// The same shape, with `f(input, output, weight)` in place of each weight.
+    pub(crate) fn map(&self, mut f: impl FnMut(usize, usize, f32) -> f32) -> Self {
+        let PackedMatrix { k, n, .. } = *self;
+        let mut data = AlignedBuffer::scratch(self.data.len());
+        for (step, (new, old)) in data.chunks_exact_mut(PANEL).zip(self.data.chunks_exact(PANEL)).enumerate()
+        {
+            let (panel, input) = (step / k, step % k);
+            for (col, (new, old)) in new.iter_mut().zip(old).enumerate().take(n - panel * PANEL) {
+                *new = f(input, panel * PANEL + col, *old);
+            }
+        }
+        PackedMatrix { data, k, n }
+    }
+
     fn zeroed(k: usize, n: usize) -> Result<Self, Error> {
         check_dim("weight inputs", k)?;
         check_dim("weight outputs", n)?;

@@ -7,7 +7,8 @@ pub use workspace::Workspace;
 use workspace::Buffers;
 
 use crate::attention::{
-    Call, Graph, Heads, KeyStore, KvCache, QkvProjection, QueryRows, Terms, attend_phase,
+    Call, Graph, Heads, KeyStore, KvCache, Places, QkvProjection, QueryRows, Rows, Stores, Terms,
+    attend_phase,
 };
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size};
@@ -93,6 +94,12 @@ pub struct Inputs<'a> {
     pub sources: &'a [KeyStore],
     /// Who sees whom in cross-attention.
     pub source_graph: &'a Graph,
+    /// Where each row stands for a [`Rotary`](crate::Rotary), `[tokens]`; by default at its place in its sequence, behind what a cache holds
+    /// of it. The graph goes by places.
+    pub positions: Option<&'a [usize]>,
+    /// Added in self-attention to the rows, behind their norm, that queries and keys are projected from, `[tokens, d_model]`; values are
+    /// projected from the rows without. So DETR tells pixels where they are, in every layer anew.
+    pub position_embedding: Option<MatRef<'a>>,
 }
 
 /// What cross-attention sees unless told otherwise.
@@ -101,7 +108,16 @@ static FULL: Graph = Graph::full();
 impl<'a> Inputs<'a> {
     /// A batch with self-attention only.
     pub fn new(offsets: &'a [usize], graph: &'a Graph) -> Inputs<'a> {
-        Inputs { offsets, graph, terms: Terms::default(), caches: &mut [], sources: &[], source_graph: &FULL }
+        Inputs {
+            offsets,
+            graph,
+            terms: Terms::default(),
+            caches: &mut [],
+            sources: &[],
+            source_graph: &FULL,
+            positions: None,
+            position_embedding: None,
+        }
     }
 }
 
@@ -148,6 +164,23 @@ impl SubLayer {
         Ok(SubLayer { kind: Kind::Ffn(ffn), placement })
     }
 
+    fn fold_batchnorm(self) -> Result<SubLayer, Error> {
+        let (before, after, placement) = self.placement.fold_batchnorm();
+        let (before, after) = (before.as_ref(), after.as_ref());
+        let kind = match self.kind {
+            Kind::SelfAttention(SelfAttention { qkv, out }) => Kind::SelfAttention(SelfAttention {
+                qkv: qkv.behind(before, false)?,
+                out: out.between(None, after)?,
+            }),
+            Kind::CrossAttention(CrossAttention { qkv, out }) => Kind::CrossAttention(CrossAttention {
+                qkv: qkv.behind(before, true)?,
+                out: out.between(None, after)?,
+            }),
+            Kind::Ffn(ffn) => Kind::Ffn(ffn.between(before, after)?),
+        };
+        Ok(SubLayer { kind, placement })
+    }
+
     fn d_model(&self) -> usize {
         match &self.kind {
             Kind::SelfAttention(SelfAttention { qkv, .. })
@@ -191,26 +224,28 @@ impl SubLayer {
         let attended_stride = padded_stride(heads.output_cols());
         let mut attended = MatMut::scratch(attended, x.rows(), heads.output_cols(), attended_stride);
         let norm = self.placement.before();
+        let (each, added) = (inputs.positions, inputs.position_embedding);
         let none = Terms::default();
         let call = Call { heads, graph: inputs.graph, terms: &inputs.terms };
         match (&self.kind, inputs.caches.first_mut()) {
             (Kind::CrossAttention(_), _) => {
-                let q = qkv.project_rows(s, crew, x.as_ref(), norm, projected, 1);
+                let rows = Rows { x: x.as_ref(), norm, added: None, places: Places::default() };
+                let q = qkv.project_rows(s, crew, &rows, &keys.plan, projected, 1);
                 let (source, rest) = inputs.sources.split_at(1);
                 inputs.sources = rest;
                 let call = Call { graph: inputs.source_graph, terms: &none, ..call };
                 let queries = QueryRows::new(q, inputs.offsets).starting_at(inputs.zeros);
-                attend_phase(s, crew, &call, &queries, &keys.plan, &source[0], &mut attended);
+                let source = Stores::alone(&source[0]);
+                attend_phase(s, crew, &call, &queries, &keys.plan, source, &mut attended);
             }
             (_, Some(cache)) => {
-                let rows = qkv.project_rows(s, crew, x.as_ref(), norm, projected, 3);
-                let [q, k, v] = qkv.split(rows);
-                for (sequence, bounds) in inputs.offsets.windows(2).enumerate() {
-                    let rows = bounds[0]..bounds[1];
-                    cache.push(sequence, k.block(rows.clone(), 0..k.cols()), v.block(rows, 0..v.cols()));
-                }
+                let places = Places { each, cache: Some(&*cache) };
+                let rows = Rows { x: x.as_ref(), norm, added, places };
+                let [q, k, v] = qkv.split(qkv.project_rows(s, crew, &rows, &keys.plan, projected, 3));
+                cache.push_batch(k, v, inputs.offsets);
                 let queries = QueryRows::new(q, inputs.offsets);
-                attend_phase(s, crew, &call, &queries, &keys.plan, cache.keys(), &mut attended);
+                let cached = Stores::alone(cache.keys());
+                attend_phase(s, crew, &call, &queries, &keys.plan, cached, &mut attended);
                 let caches = core::mem::take(&mut inputs.caches);
                 inputs.caches = &mut caches[1..];
             }
@@ -218,9 +253,11 @@ impl SubLayer {
                 keys.layout = heads.layout();
                 let q_cols = heads.query_cols();
                 let mut q = MatMut::scratch(projected, x.rows(), q_cols, padded_stride(q_cols));
-                qkv.phase(s, crew, x.as_ref(), norm, &mut q, keys);
+                let rows = Rows { x: x.as_ref(), norm, added, places: Places { each, cache: None } };
+                qkv.phase(s, crew, &rows, &mut q, keys);
                 let queries = QueryRows::new(q.as_ref(), inputs.offsets);
-                attend_phase(s, crew, &call, &queries, &keys.plan, keys, &mut attended);
+                let own = Stores::alone(keys);
+                attend_phase(s, crew, &call, &queries, &keys.plan, own, &mut attended);
             }
         }
         close_phase(s, crew, attended.as_ref(), out, &self.placement, x);
@@ -235,6 +272,8 @@ struct Remaining<'a, 'i> {
     caches: &'i mut [KvCache],
     sources: &'a [KeyStore],
     source_graph: &'a Graph,
+    positions: Option<&'a [usize]>,
+    position_embedding: Option<MatRef<'a>>,
     zeros: &'i [isize],
 }
 
@@ -274,6 +313,22 @@ impl Layer {
             check_size("sub_layer.d_model", sub_layers[0].d_model(), sub_layer.d_model())?;
         }
         Ok(Layer { sub_layers })
+    }
+
+    /// The same layer with its batch norms in the weights of the maps beside them: that of [`Placement::Pre`], both of
+    /// [`Placement::Sandwich`] or its second alone. One pass over the rows less for each; weights are folded in f64 and rounded once, so
+    /// results differ by roundings. Others stay, and so does that of [`Placement::Post`], which stands behind the residual.
+    ///
+    /// # Errors
+    /// None of a layer that was made by [`Layer::new`].
+    pub fn fold_batchnorm(self) -> Result<Layer, Error> {
+        Ok(Layer {
+            sub_layers: self
+                .sub_layers
+                .into_iter()
+                .map(SubLayer::fold_batchnorm)
+                .collect::<Result<_, _>>()?,
+        })
     }
 
     /// Columns of the rows.

@@ -1,6 +1,6 @@
 //! The memory of a layer's call, and the checks before it.
 
-use crate::attention::{KeyStore, Plan, Terms, check_offsets, check_terms, scratch_len};
+use crate::attention::{KeyStore, Places, Plan, Terms, check_offsets, check_terms, scratch_len};
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::Team;
@@ -49,6 +49,9 @@ impl Needs {
             Kind::SelfAttention(SelfAttention { qkv, .. })
             | Kind::CrossAttention(CrossAttention { qkv, .. }) => {
                 let heads = qkv.heads();
+                // Rows with a norm, and with what is added to them.
+                let copies = usize::from(placement.before().is_some())
+                    + usize::from(matches!(kind, Kind::SelfAttention(_)));
                 Needs {
                     max_tokens,
                     members,
@@ -57,7 +60,7 @@ impl Needs {
                     block: heads.layout().block_len(),
                     hidden: 0,
                     scratch: scratch_len(heads, true)
-                        .max(qkv.scratch_len(placement.before().is_some()))
+                        .max(qkv.scratch_len(copies))
                         .max(close_phase_scratch(placement, sub_layer.d_model())),
                 }
             }
@@ -142,14 +145,23 @@ impl Workspace {
         let members = ctx.members().min(self.team.members());
         if let Some(keys) = &mut self.buffers.keys {
             keys.check_batch(inputs.offsets)?;
-            keys.plan.build(inputs.offsets, members);
+            keys.build_plan(inputs.offsets, members);
             check_inputs(layers, inputs, &keys.plan)?;
         }
         if x.rows() == 0 {
             return Ok(());
         }
         let Workspace { team, buffers, zeros, .. } = self;
-        let Inputs { offsets, graph, terms, ref mut caches, sources, source_graph } = *inputs;
+        let Inputs {
+            offsets,
+            graph,
+            terms,
+            ref mut caches,
+            sources,
+            source_graph,
+            positions,
+            position_embedding,
+        } = *inputs;
         let mut remaining = Remaining {
             offsets,
             graph,
@@ -157,6 +169,8 @@ impl Workspace {
             caches,
             sources,
             source_graph,
+            positions,
+            position_embedding,
             zeros: &zeros[..zeros.len().min(offsets.len() - 1)],
         };
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
@@ -203,6 +217,9 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
     if !inputs.caches.is_empty() {
         check_size("caches.len()", own, inputs.caches.len())?;
     }
+    if let Some(positions) = inputs.positions {
+        check_size("positions.len()", plan.tokens, positions.len())?;
+    }
     let (mut caches, mut sources) = (inputs.caches.iter(), inputs.sources.iter());
     for sub_layer in sub_layers() {
         match &sub_layer.kind {
@@ -210,7 +227,9 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
             Kind::SelfAttention(attention) => {
                 let heads = attention.heads();
                 let mut longest = plan.longest();
-                if let Some(cache) = caches.next() {
+                let cache = caches.next();
+                let places = Places { each: inputs.positions, cache };
+                if let Some(cache) = cache {
                     cache.keys().check_heads(heads)?;
                     check_size("cache sequences", plan.segments.len(), cache.sequences())?;
                     for (sequence, segment) in plan.segments.iter().enumerate() {
@@ -218,11 +237,16 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
                         longest = longest.max(cache.len(sequence) + segment.len);
                     }
                 }
+                attention.qkv.check_position(places.last(plan))?;
+                if let Some(added) = inputs.position_embedding {
+                    attention.qkv.check_added(added, plan.tokens)?;
+                }
                 check_terms(heads, inputs.graph, &inputs.terms, plan, longest)?;
             }
             Kind::CrossAttention(CrossAttention { qkv, .. }) => {
                 if let Some(source) = sources.next() {
                     source.check_heads(qkv.heads())?;
+                    source.check_alone("source")?;
                     check_size("source sequences", plan.segments.len(), source.plan.segments.len())?;
                     check_terms(
                         qkv.heads(),

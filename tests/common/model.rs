@@ -2,10 +2,11 @@
 
 use laneformer::reference as r;
 use laneformer::{
-    Activation, Affine, Ffn, Graph, Heads, Layer, Linear, MatRef, Norm, PackedMatrix, Placement,
-    QkvProjection, SelfAttention, SubLayer,
+    Activation, Affine, Context, Epilogue, Ffn, Graph, Heads, Layer, Linear, MatRef, Norm, PackedMatrix,
+    Placement, QkvProjection, Rotary, RotaryPairs, SelfAttention, SubLayer,
 };
 
+use super::buffer::Guarded;
 use super::data::Rng;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,7 +35,14 @@ pub struct Shape {
     pub activation: Activation,
     pub norm: NormKind,
     pub placement: PlacementKind,
+    /// Pairs, and how many columns of a head turn.
+    pub rotary: Option<(RotaryPairs, usize)>,
+    pub gated: bool,
 }
+
+/// The base of the tests' rotaries, and their positions.
+pub const ROTARY_BASE: f64 = 1000.0;
+pub const ROTARY_POSITIONS: usize = 1000;
 
 impl Shape {
     /// A BERT-like layer.
@@ -46,6 +54,8 @@ impl Shape {
             activation: Activation::GeluErf,
             norm: NormKind::LayerNorm,
             placement: PlacementKind::Post,
+            rotary: None,
+            gated: false,
         }
     }
 }
@@ -131,6 +141,7 @@ pub struct Model {
     v: Map,
     out: Map,
     w1: Map,
+    up: Map,
     w2: Map,
     norms: [NormValues; 4],
 }
@@ -146,6 +157,7 @@ impl Model {
             out: Map::new(d, heads.output_cols(), rng),
             w1: Map::new(d_ff, d, rng),
             w2: Map::new(d, d_ff, rng),
+            up: Map::new(if shape.gated { d_ff } else { 0 }, d, rng),
             norms: std::array::from_fn(|_| NormValues::new(d, rng)),
         }
     }
@@ -153,9 +165,9 @@ impl Model {
     /// Only what an FFN needs: the attention's maps would be wide and unused.
     pub fn without_attention(shape: Shape, rng: &mut Rng) -> Model {
         let Shape { d_model: d, d_ff, .. } = shape;
-        let [q, k, v, out] = std::array::from_fn(|_| Map::new(0, 1, rng));
+        let [q, k, v, out, up] = std::array::from_fn(|_| Map::new(0, 1, rng));
         let (w1, w2) = (Map::new(d_ff, d, rng), Map::new(d, d_ff, rng));
-        Model { shape, q, k, v, out, w1, w2, norms: std::array::from_fn(|_| NormValues::new(d, rng)) }
+        Model { shape, q, k, v, out, w1, up, w2, norms: std::array::from_fn(|_| NormValues::new(d, rng)) }
     }
 
     /// A layer `[ffn]`.
@@ -164,11 +176,32 @@ impl Model {
     }
 
     pub fn projection(&self) -> QkvProjection {
-        QkvProjection::new(self.q.packed(), self.k.packed(), self.v.packed(), self.shape.heads).unwrap()
+        let (q, k, v) = (self.q.packed(), self.k.packed(), self.v.packed());
+        let projection = QkvProjection::new(q, k, v, self.shape.heads).unwrap();
+        match self.shape.rotary {
+            Some((pairs, dim)) => projection
+                .with_rotary(Rotary::new(pairs, dim, ROTARY_BASE, ROTARY_POSITIONS).unwrap())
+                .unwrap(),
+            None => projection,
+        }
+    }
+
+    /// Queries, keys and values as rows, without a rotary.
+    pub fn project(&self, ctx: Context<'_>, x: MatRef<'_>) -> [Guarded; 3] {
+        [&self.q, &self.k, &self.v].map(|map| {
+            let mut y = Guarded::unset(x.rows(), map.n());
+            map.packed().forward(ctx, x, &Epilogue::NONE, y.view_mut()).unwrap();
+            y
+        })
     }
 
     pub fn ffn(&self) -> Ffn {
-        Ffn::new(self.w1.packed(), self.shape.activation, self.w2.packed()).unwrap()
+        let (w1, activation, w2) = (self.w1.packed(), self.shape.activation, self.w2.packed());
+        if self.shape.gated {
+            Ffn::gated(w1, activation, self.up.packed(), w2).unwrap()
+        } else {
+            Ffn::new(w1, activation, w2).unwrap()
+        }
     }
 
     pub fn reference_ffn(&self) -> r::Ffn<'_> {
@@ -207,28 +240,49 @@ impl Model {
 
     /// The projected queries, and the attention's output before its own projection.
     pub fn reference_attention(&self, x: &[f64], offsets: &[usize], graph: &Graph) -> (Vec<f64>, Vec<f64>) {
-        let [q, k, v] = [&self.q, &self.k, &self.v].map(|map| r::linear(x, &map.reference(), |x| x, None));
+        self.reference_attention_of(x, x, offsets, graph)
+    }
+
+    /// The same of queries and keys from `x`, and values from `of_values`.
+    fn reference_attention_of(
+        &self,
+        x: &[f64],
+        of_values: &[f64],
+        offsets: &[usize],
+        graph: &Graph,
+    ) -> (Vec<f64>, Vec<f64>) {
+        let project = |map: &Map, x: &[f64]| r::linear(x, &map.reference(), |x| x, None);
+        let (mut q, mut k, v) = (project(&self.q, x), project(&self.k, x), project(&self.v, of_values));
         let shape = reference_heads(&self.shape.heads);
+        if let Some((pairs, dim)) = self.shape.rotary {
+            let places: Vec<usize> = offsets.windows(2).flat_map(|ends| 0..ends[1] - ends[0]).collect();
+            let frequencies = r::rotary_frequencies(dim, ROTARY_BASE);
+            let interleaved = pairs == RotaryPairs::Interleaved;
+            for x in [&mut q, &mut k] {
+                *x = r::rotary(x, shape.head_dim, &frequencies, interleaved, &places);
+            }
+        }
         let allowed = |_, _, i, j| graph.allows(i, j);
         let out = r::attention_packed(&q, &k, &v, &shape, offsets, offsets, allowed, |_, _, _, _| 0.0);
         (q, out)
     }
 
     pub fn reference(&self, x: &[f64], offsets: &[usize], graph: &Graph) -> Vec<f64> {
-        let attention = r::SelfAttention {
-            q: self.q.reference(),
-            k: self.k.reference(),
-            v: self.v.reference(),
-            out: self.out.reference(),
-            shape: reference_heads(&self.shape.heads),
+        self.reference_with(x, offsets, graph, &vec![0.0; x.len()])
+    }
+
+    /// The same, with `added` to the rows that queries and keys are projected from.
+    pub fn reference_with(&self, x: &[f64], offsets: &[usize], graph: &Graph, added: &[f64]) -> Vec<f64> {
+        let attend = |x: &[f64]| {
+            let sum: Vec<f64> = x.iter().zip(added).map(|(x, y)| x + y).collect();
+            let (_, attended) = self.reference_attention_of(&sum, x, offsets, graph);
+            r::linear(&attended, &self.out.reference(), |x| x, None)
         };
-        let weights = r::LayerWeights {
-            attention,
-            attention_placement: self.reference_placement(0),
-            ffn: self.reference_ffn(),
-            ffn_placement: self.reference_placement(2),
-        };
-        r::encoder_layer(x, &weights, offsets, |_, _, i, j| graph.allows(i, j), |_, _, _, _| 0.0)
+        let x = r::sub_layer(x, &self.reference_placement(0), attend);
+        r::sub_layer(&x, &self.reference_placement(2), |x| match self.shape.gated {
+            true => r::gated_ffn(x, &self.reference_ffn(), &self.up.reference()),
+            false => r::ffn(x, &self.reference_ffn()),
+        })
     }
 }
 

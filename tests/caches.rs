@@ -1,0 +1,427 @@
+//! Keys that come in parts: caches that grow, rings that drop, and stores behind a past that is not copied. Whatever the parts, the
+//! bits are those of all keys at once.
+
+mod common;
+
+use common::buffer::Guarded;
+use common::compare::assert_bits;
+use common::data::Rng;
+use common::model::offsets;
+use common::{executors, on_every_isa, serial};
+use laneformer::{
+    Bias, Bits, Context, Error, Graph, Heads, Isa, KeyStore, KvCache, MatRef, QueryRows, Relative,
+    RelativeTable, Terms,
+};
+
+/// Grouped heads whose values are of another width than their keys.
+fn heads() -> Heads {
+    Heads::new(4, 9).unwrap().with_kv_heads(2).unwrap().with_value_dim(17).unwrap()
+}
+
+/// Queries, keys and values of sequences.
+struct Batch {
+    lens: Vec<usize>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+/// Rows of some tokens, guarded.
+struct Rows {
+    q: Guarded,
+    k: Guarded,
+    v: Guarded,
+}
+
+impl Batch {
+    fn new(lens: &[usize], seed: u64) -> Batch {
+        let (mut rng, tokens, heads) = (Rng::new(seed), lens.iter().sum::<usize>(), heads());
+        Batch {
+            lens: lens.to_vec(),
+            q: rng.vec(tokens * heads.query_cols(), 2.0),
+            k: rng.vec(tokens * heads.key_cols(), 2.0),
+            v: rng.vec(tokens * heads.value_cols(), 1.0),
+        }
+    }
+
+    /// Tokens `from[b]..to[b]` of each sequence, packed.
+    fn rows(&self, from: &[usize], to: &[usize]) -> Rows {
+        let starts = offsets(&self.lens);
+        let some = |x: &[f32], cols: usize| {
+            let part = |b: usize| &x[(starts[b] + from[b]) * cols..(starts[b] + to[b]) * cols];
+            let values: Vec<f32> = (0..self.lens.len()).flat_map(|b| part(b).to_vec()).collect();
+            Guarded::new(values.len() / cols, cols, &values)
+        };
+        let heads = heads();
+        Rows {
+            q: some(&self.q, heads.query_cols()),
+            k: some(&self.k, heads.key_cols()),
+            v: some(&self.v, heads.value_cols()),
+        }
+    }
+
+    fn all(&self) -> Rows {
+        self.rows(&vec![0; self.lens.len()], &self.lens)
+    }
+
+    /// A store of all keys.
+    fn store(&self) -> KeyStore {
+        let (rows, tokens) = (self.all(), self.lens.iter().sum());
+        let mut keys = KeyStore::new(&heads(), tokens, self.lens.len()).unwrap();
+        keys.set(rows.k.view(), rows.v.view(), &offsets(&self.lens)).unwrap();
+        keys
+    }
+
+    /// What queries `from[b]..to[b]` gather of all keys, at their own places.
+    fn expected(&self, isa: Isa, from: &[usize], to: &[usize], graph: &Graph) -> Vec<f32> {
+        let (rows, ends) = (self.rows(from, to), ends(from, to));
+        let first: Vec<isize> = from.iter().map(|&i| i as isize).collect();
+        let queries = QueryRows::new(rows.q.view(), &ends).starting_at(&first);
+        attend(&self.store(), None, serial(isa), &queries, graph, ends.last().copied().unwrap_or(0))
+    }
+}
+
+fn ends(from: &[usize], to: &[usize]) -> Vec<usize> {
+    offsets(&from.iter().zip(to).map(|(from, to)| to - from).collect::<Vec<_>>())
+}
+
+fn attend(
+    keys: &KeyStore,
+    past: Option<&KeyStore>,
+    ctx: Context<'_>,
+    queries: &QueryRows<'_>,
+    graph: &Graph,
+    rows: usize,
+) -> Vec<f32> {
+    let (heads, terms) = (heads(), Terms::default());
+    let mut out = Guarded::unset(rows, heads.output_cols());
+    match past {
+        Some(past) => keys.attend_after(past, ctx, &heads, queries, graph, &terms, out.view_mut()),
+        None => keys.attend(ctx, &heads, queries, graph, &terms, out.view_mut()),
+    }
+    .unwrap();
+    out.values()
+}
+
+/// Long sequences take seconds there, and show nothing that the others do not.
+fn is_slow(isa: Isa) -> bool {
+    matches!(isa.name(), "scalar" | "portable")
+}
+
+/// How a sequence's tokens come: in each call so many to each of three sequences.
+const SPLITS: [&[[usize; 3]]; 4] = [
+    // One at a time, to all.
+    &[[1, 1, 1]],
+    // A prompt of each length, then steps.
+    &[[256, 3, 64], [1, 1, 1], [1, 0, 1]],
+    // Over the edges of blocks and chunks.
+    &[[63, 0, 1], [1, 256, 63], [193, 64, 191], [255, 1, 2]],
+    // As much as a ring takes at once.
+    &[[256, 256, 256]],
+];
+
+on_every_isa! {
+    fn any_split_gives_the_bits_of_one_pass(isa) {
+        let lens = [1100, 700, 530];
+        let batch = Batch::new(&lens, 1);
+        for (graph, window) in [
+            (Graph::causal(), None),
+            (Graph::window(99, 0), Some(100)),
+            (Graph::window(0, 0), Some(1)),
+            (Graph::window(255, 0), Some(256)),
+            (Graph::window(256, 0), Some(257)),
+        ] {
+            let expected = batch.expected(isa, &[0; 3], &lens, &graph);
+            let starts = offsets(&lens);
+            if is_slow(isa) && window != Some(100) {
+                continue;
+            }
+            for split in SPLITS {
+                if is_slow(isa) && split == SPLITS[0] {
+                    continue;
+                }
+                let cache = || KvCache::new(&heads(), 3, 1100).unwrap();
+                let mut caches = vec![("cache", cache())];
+                caches.extend(window.map(|window| ("ring", KvCache::ring(&heads(), 3, window).unwrap())));
+                for (name, mut cache) in caches {
+                    let (mut done, mut steps) = ([0; 3], split.iter().cycle());
+                    let threads = executors::Threads(2);
+                    while done != lens {
+                        let step = steps.next().unwrap();
+                        let to: [usize; 3] = std::array::from_fn(|b| lens[b].min(done[b] + step[b]));
+                        let (rows, ends) = (batch.rows(&done, &to), ends(&done, &to));
+                        cache.append_batch(rows.k.view(), rows.v.view(), &ends).unwrap();
+                        let queries = QueryRows::new(rows.q.view(), &ends);
+                        // Now and then with a helper.
+                        let ctx = if done[0] % 2 == 0 { serial(isa) } else { Context::new(isa, &threads) };
+                        let y = attend(cache.keys(), None, ctx, &queries, &graph, ends[3]);
+                        let cols = heads().output_cols();
+                        for b in 0..3 {
+                            let rows = (starts[b] + done[b]) * cols..(starts[b] + to[b]) * cols;
+                            let what = format!("{name}, {graph:?}, sequence {b}, {:?} to {to:?}", done);
+                            assert_bits(&y[ends[b] * cols..ends[b + 1] * cols], &expected[rows], &what);
+                        }
+                        done = to;
+                    }
+                    assert_eq!(std::array::from_fn(|b| cache.len(b)), lens);
+                }
+            }
+        }
+    }
+
+    fn a_store_behind_a_past_gives_the_bits_of_both_in_one(isa) {
+        // Whole blocks, less, and more; whole chunks; nothing before, nothing new.
+        for past in [[0, 1, 63], [64, 65, 128], [255, 256, 257], [300, 0, 512]] {
+            for new in [[1, 1, 1], [0, 64, 2], [63, 129, 300]] {
+                let lens: [usize; 3] = std::array::from_fn(|b| past[b] + new[b]);
+                let batch = Batch::new(&lens, 2);
+                let dense = Bits::dense([3, 1, 300, 812], |s, _, i, j| (s + 3 * i + j) % 5 != 1).unwrap();
+                for graph in [
+                    Graph::full(),
+                    Graph::causal(),
+                    Graph::window(70, 0),
+                    Graph::full().with_bits(dense),
+                ] {
+                    if is_slow(isa) && graph != Graph::window(70, 0) {
+                        continue;
+                    }
+                    let before = batch.rows(&[0; 3], &past);
+                    let mut store = KeyStore::new(&heads(), 1100, 3).unwrap();
+                    store.set(before.k.view(), before.v.view(), &offsets(&past)).unwrap();
+                    let mut cache = KvCache::new(&heads(), 3, 600).unwrap();
+                    cache.append_batch(before.k.view(), before.v.view(), &offsets(&past)).unwrap();
+
+                    let (rows, ends) = (batch.rows(&past, &lens), offsets(&new));
+                    let expected = batch.expected(isa, &past, &lens, &graph);
+                    for past_keys in [&store, cache.keys()] {
+                        // A used store, whose old keys must not show.
+                        let mut keys = KeyStore::new(&heads(), 492 + 3 * 256, 3).unwrap();
+                        keys.set(rows.k.view(), rows.v.view(), &ends).unwrap();
+                        keys.set_after(past_keys, rows.k.view(), rows.v.view(), &ends).unwrap();
+                        let queries = QueryRows::new(rows.q.view(), &ends);
+                        let y = attend(&keys, Some(past_keys), serial(isa), &queries, &graph, ends[3]);
+                        assert_bits(&y, &expected, &format!("{new:?} behind {past:?}, {graph:?}"));
+                    }
+                }
+            }
+        }
+    }
+
+    fn one_prefix_before_many_sequences(isa) {
+        let (prefix, new) = (130, [3, 0, 70, 1]);
+        let lens = new.map(|n| prefix + n);
+        let mut batch = Batch::new(&lens, 3);
+        // All begin with the tokens of the first.
+        let (starts, heads) = (offsets(&lens), heads());
+        for (x, cols) in [(&mut batch.k, heads.key_cols()), (&mut batch.v, heads.value_cols())] {
+            for start in &starts[1..4] {
+                x.copy_within(0..prefix * cols, start * cols);
+            }
+        }
+        let shared = batch.rows(&[0; 4], &[prefix, 0, 0, 0]);
+        let mut past = KeyStore::new(&heads, prefix, 1).unwrap();
+        past.set(shared.k.view(), shared.v.view(), &[0, prefix]).unwrap();
+        let (rows, ends) = (batch.rows(&[prefix; 4], &lens), offsets(&new));
+        let mut keys = KeyStore::new(&heads, 74 + 4 * 256, 4).unwrap();
+        keys.set_after(&past, rows.k.view(), rows.v.view(), &ends).unwrap();
+        let queries = QueryRows::new(rows.q.view(), &ends);
+        for graph in [Graph::causal(), Graph::window(20, 0)] {
+            let y = attend(&keys, Some(&past), serial(isa), &queries, &graph, 74);
+            assert_bits(&y, &batch.expected(isa, &[prefix; 4], &lens, &graph), "behind a prefix");
+        }
+    }
+
+    fn a_store_behind_a_ring(isa) {
+        // The ring has dropped what no query of the window sees.
+        let (past, new) = ([900, 37, 256], [40, 5, 200]);
+        let lens: [usize; 3] = std::array::from_fn(|b| past[b] + new[b]);
+        let (batch, graph) = (Batch::new(&lens, 4), Graph::window(150, 0));
+        let mut ring = KvCache::ring(&heads(), 3, 151).unwrap();
+        let mut done = [0; 3];
+        while done != past {
+            let to: [usize; 3] = std::array::from_fn(|b| past[b].min(done[b] + 100));
+            let rows = batch.rows(&done, &to);
+            ring.append_batch(rows.k.view(), rows.v.view(), &ends(&done, &to)).unwrap();
+            done = to;
+        }
+        let (rows, ends) = (batch.rows(&past, &lens), offsets(&new));
+        let mut keys = KeyStore::new(&heads(), 245 + 3 * 256, 3).unwrap();
+        keys.set_after(ring.keys(), rows.k.view(), rows.v.view(), &ends).unwrap();
+        let queries = QueryRows::new(rows.q.view(), &ends);
+        let y = attend(&keys, Some(ring.keys()), serial(isa), &queries, &graph, 245);
+        assert_bits(&y, &batch.expected(isa, &past, &lens, &graph), "behind a ring");
+    }
+
+    fn terms_behind_a_past(isa) {
+        let (past, new, heads) = ([100, 3, 64], [70, 66, 1], heads());
+        let lens: [usize; 3] = std::array::from_fn(|b| past[b] + new[b]);
+        let (batch, mut rng) = (Batch::new(&lens, 5), Rng::new(6));
+        let bias = rng.vec(3 * 4 * 70 * 170, 1.0);
+        let r = rng.vec(200 * heads.query_cols(), 1.0);
+        let table =
+            RelativeTable::new(MatRef::contiguous(&r, 200, heads.query_cols()).unwrap(), -20, 4).unwrap();
+        let (u, w) = (rng.vec(heads.query_cols(), 0.5), rng.vec(heads.query_cols(), 0.5));
+        let terms = Terms {
+            bias: Some(Bias::new(&bias, [3, 4, 70, 170]).unwrap()),
+            relative: Some(Relative { u: &u, w: &w, table: &table }),
+            ..Terms::default()
+        };
+        let before = batch.rows(&[0; 3], &past);
+        let mut store = KeyStore::new(&heads, 167, 3).unwrap();
+        store.set(before.k.view(), before.v.view(), &offsets(&past)).unwrap();
+        let (rows, ends) = (batch.rows(&past, &lens), offsets(&new));
+        let mut keys = KeyStore::new(&heads, 137 + 3 * 256, 3).unwrap();
+        keys.set_after(&store, rows.k.view(), rows.v.view(), &ends).unwrap();
+        let (graph, queries) = (Graph::causal(), QueryRows::new(rows.q.view(), &ends));
+        let mut out = [(); 2].map(|()| Guarded::unset(137, heads.output_cols()));
+        let [whole, parts] = &mut out;
+        let all = batch.store();
+        all.attend(serial(isa), &heads, &queries, &graph, &terms, whole.view_mut()).unwrap();
+        keys.attend_after(&store, serial(isa), &heads, &queries, &graph, &terms, parts.view_mut()).unwrap();
+        assert_bits(&parts.values(), &whole.values(), "bias and relative positions");
+    }
+}
+
+#[test]
+fn batches_are_appended_as_sequences_are() {
+    let (batch, lens) = (Batch::new(&[5, 0, 130], 7), [5, 0, 130]);
+    let (rows, ends) = (batch.all(), offsets(&lens));
+    let (mut at_once, mut one_by_one) =
+        (KvCache::new(&heads(), 3, 200).unwrap(), KvCache::new(&heads(), 3, 200).unwrap());
+    at_once.append_batch(rows.k.view(), rows.v.view(), &ends).unwrap();
+    for b in 0..3 {
+        let mut from = [0; 3];
+        let mut to = [0; 3];
+        (from[b], to[b]) = (0, lens[b]);
+        let rows = batch.rows(&from, &to);
+        one_by_one.append(b, rows.k.view(), rows.v.view()).unwrap();
+    }
+    let queries = QueryRows::new(rows.q.view(), &ends);
+    let [a, b] = [&at_once, &one_by_one]
+        .map(|cache| attend(cache.keys(), None, Context::serial(), &queries, &Graph::full(), 135));
+    assert_bits(&a, &b, "at once and one by one");
+    // A sequence that is emptied begins anew.
+    at_once.truncate(2, 0).unwrap();
+    at_once.truncate(0, 3).unwrap();
+    assert_eq!([0, 1, 2].map(|b| at_once.len(b)), [3, 0, 0]);
+}
+
+/// What a cache gives to queries, to see whether it is still what it was.
+fn shows(cache: &KvCache) -> Vec<f32> {
+    let q = Rng::new(8).vec(2 * heads().query_cols(), 1.0);
+    let q = MatRef::contiguous(&q, 2, heads().query_cols()).unwrap();
+    let lens: Vec<usize> = (0..2).map(|b| cache.len(b)).collect();
+    let mut shows =
+        attend(cache.keys(), None, Context::serial(), &QueryRows::new(q, &[0, 1, 2]), &Graph::full(), 2);
+    shows.extend(lens.iter().map(|&len| len as f32));
+    shows
+}
+
+#[test]
+fn a_refused_append_leaves_the_cache_as_it_was() {
+    let (k_cols, v_cols) = (heads().key_cols(), heads().value_cols());
+    let x = vec![9.0; 400 * v_cols];
+    let k = |rows, cols| MatRef::contiguous(&x, rows, cols).unwrap();
+    let batch = Batch::new(&[20, 60], 9);
+    let rows = batch.all();
+    let caches = [KvCache::new(&heads(), 2, 70).unwrap(), KvCache::ring(&heads(), 2, 5).unwrap()];
+    for (mut cache, full) in caches.into_iter().zip([11, 257]) {
+        cache.append_batch(rows.k.view(), rows.v.view(), &[0, 20, 80]).unwrap();
+        let before = shows(&cache);
+        let max = full - 1;
+        let refused = |result: Result<(), Error>, expected: Error| assert_eq!(result, Err(expected));
+        let room = Error::TooLarge { arg: "tokens appended to the cache", max, actual: full };
+        refused(cache.append(1, k(full, k_cols), k(full, v_cols)), room);
+        // The first sequence has room, the second has not.
+        let ends = [0, 1, 1 + full];
+        refused(cache.append_batch(k(1 + full, k_cols), k(1 + full, v_cols), &ends), room);
+        let size = |arg, expected, actual| Error::Size { arg, expected, actual };
+        refused(cache.append(0, k(1, k_cols + 1), k(1, v_cols)), size("k.cols", k_cols, k_cols + 1));
+        refused(cache.append(0, k(2, k_cols), k(1, v_cols)), size("v.rows", 2, 1));
+        refused(cache.append(0, k(1, k_cols), k(1, k_cols)), size("v.cols", v_cols, k_cols));
+        refused(
+            cache.append(2, k(1, k_cols), k(1, v_cols)),
+            Error::TooLarge { arg: "sequence", max: 1, actual: 2 },
+        );
+        let mut append = |ends: &[usize]| cache.append_batch(k(3, k_cols), k(3, v_cols), ends);
+        refused(append(&[]), Error::TooSmall { arg: "offsets", min: 1, actual: 0 });
+        refused(append(&[0, 3]), size("offsets.len() - 1", 2, 1));
+        refused(append(&[0, 1, 2]), size("offsets", 3, 2));
+        refused(append(&[1, 2, 3]), size("offsets", 0, 1));
+        refused(append(&[0, 4, 3]), Error::NotAscending { arg: "offsets", at: 2 });
+        assert_bits(&shows(&cache), &before, "after refusals");
+    }
+    // A ring forgets all or nothing.
+    let mut ring = KvCache::ring(&heads(), 2, 5).unwrap();
+    ring.append_batch(rows.k.view(), rows.v.view(), &[0, 20, 80]).unwrap();
+    assert_eq!(ring.truncate(0, 1), Err(Error::TooLarge { arg: "len", max: 0, actual: 1 }));
+    ring.truncate(0, 0).unwrap();
+    assert_eq!([ring.len(0), ring.len(1)], [0, 60]);
+}
+
+#[test]
+fn stores_that_do_not_stand_behind_one_another_are_refused() {
+    let (heads, ctx, graph) = (heads(), Context::serial(), Graph::full());
+    let size = |arg, expected, actual| Error::Size { arg, expected, actual };
+    let batch = Batch::new(&[70, 3], 10);
+    let (rows, ends) = (batch.all(), [0, 70, 73]);
+    let (k, v) = (rows.k.view(), rows.v.view());
+    let store = |heads: &Heads| KeyStore::new(heads, 200, 3).unwrap();
+    let mut past = store(&heads);
+    past.set(k, v, &ends).unwrap();
+    let mut keys = store(&heads);
+    keys.set(k, v, &ends).unwrap();
+
+    let mut out = Guarded::unset(73, heads.output_cols());
+    let mut after = |keys: &KeyStore, past: &KeyStore| {
+        let queries = QueryRows::new(rows.q.view(), &ends);
+        keys.attend_after(past, ctx, &heads, &queries, &graph, &Terms::default(), out.view_mut())
+    };
+    let alone = after(&keys, &past).unwrap_err();
+    assert_eq!(alone.to_string(), "keys: expected a store that set_after has filled");
+
+    let one_head = Heads::new(2, 9).unwrap().with_kv_heads(1).unwrap().with_value_dim(17).unwrap();
+    let narrow = Heads::new(2, 8).unwrap().with_value_dim(17).unwrap();
+    let short = Heads::new(2, 9).unwrap().with_value_dim(16).unwrap();
+    for (other, arg, expected, actual) in [
+        (one_head, "past n_kv_heads", 2, 1),
+        (narrow, "past head_dim", 9, 8),
+        (short, "past value_dim", 17, 16),
+    ] {
+        assert_eq!(keys.set_after(&store(&other), k, v, &ends), Err(size(arg, expected, actual)));
+    }
+    assert_eq!(keys.set_after(&past, k, v, &[0, 1, 2, 73]), Err(size("past sequences", 3, 2)));
+    assert_eq!(keys.set_after(&past, k, v, &[0, 72, 1]), Err(Error::NotAscending { arg: "offsets", at: 2 }));
+    assert_eq!(keys.set_after(&past, k, rows.q.view(), &ends), Err(size("v.cols", 34, 36)));
+    let mut small = KeyStore::new(&heads, 73, 2).unwrap();
+    let large = Error::TooLarge { arg: "blocks of 64 tokens in the batch", max: 3, actual: 4 };
+    // Without what the past leaves of its chunks the new keys would have room.
+    assert_eq!(small.set_after(&past, k, v, &ends), Err(large));
+    small.set(k, v, &ends).unwrap();
+    // All those have left the store as it was.
+    let queries = QueryRows::new(rows.q.view(), &ends);
+    let y = attend(&keys, None, ctx, &queries, &graph, 73);
+    assert_bits(&y, &attend(&past, None, ctx, &queries, &graph, 73), "after refusals");
+
+    keys.set_after(&past, k, v, &ends).unwrap();
+    after(&keys, &past).unwrap();
+    // Alone it is not whole, nor can it be the past of another or a source.
+    let mut out = Guarded::unset(73, heads.output_cols());
+    let result = keys.attend(ctx, &heads, &queries, &graph, &Terms::default(), out.view_mut());
+    assert_eq!(result.unwrap_err().to_string(), "keys: expected a store that does not stand behind another");
+    let chain = small.set_after(&keys, k, v, &ends).unwrap_err();
+    assert_eq!(chain.to_string(), "past: expected a store that does not stand behind another");
+    out.assert_unset();
+    // A past that has changed since.
+    let mut after = |keys: &KeyStore, past: &KeyStore| {
+        keys.attend_after(past, ctx, &heads, &queries, &graph, &Terms::default(), out.view_mut())
+    };
+    past.set(k, v, &[0, 69, 73]).unwrap();
+    assert_eq!(after(&keys, &past), Err(size("past tokens", 70, 69)));
+    past.set(k, v, &[0, 1, 2, 73]).unwrap();
+    assert_eq!(after(&keys, &past), Err(size("past sequences", 2, 3)));
+    out.assert_unset();
+    // Filled anew it stands alone.
+    keys.set(k, v, &ends).unwrap();
+    assert_bits(&attend(&keys, None, ctx, &queries, &graph, 73), &y, "alone again");
+}
