@@ -15,10 +15,8 @@ NAMES = ("relu", "gelu", "gelu_new", "quick_gelu", "silu")
 def vanilla(case):
     draw = case.draw
     batch, source, target = draw.batch(), draw.length(), draw.length()
-    n, width = draw.heads()
     sinusoid = draw.pick(None, "interleaved", "halves")
-    if sinusoid and n * width % 2:
-        return False
+    n, width = draw.heads(multiple=2 if sinusoid else 1)
     d, vocab = n * width, draw.between(12, 50)
     case.config = {
         "layer_norm_eps": draw.pick(1e-5, 1e-12, 1e-3), "d_model": d, "nhead": n, "dim_feedforward": draw.ff(),
