@@ -25,9 +25,19 @@ pub struct Config {
     pub encoder_layers: usize,
     pub encoder_attention_heads: usize,
     pub encoder_ffn_dim: usize,
+    #[serde(default = "relu")]
     pub activation_function: String,
+    #[serde(default = "sine")]
     pub position_embedding_type: String,
     pub backbone_config: resnet::Config,
+}
+
+fn relu() -> String {
+    "relu".into()
+}
+
+fn sine() -> String {
+    "sine".into()
 }
 
 /// Backbone, projection and encoder.

@@ -59,8 +59,8 @@ impl<'a> Batch<'a> {
 pub struct Lavit {
     config: Config,
     language: Bert,
-    audio: (Features, Stack),
-    video: (Features, Stack),
+    audio: (Features, Option<Stack>),
+    video: (Features, Option<Stack>),
     cross: Vec<[Stack; 3]>,
     poolers: [Linear; 3],
     head: (Linear, Norm, Linear),
@@ -78,7 +78,8 @@ impl Lavit {
         let w = Weights::new(checkpoint, "bert");
         let encoder = w.at("encoder");
         let features = |name, parts: &[_]| Features::load(&encoder.at(name), parts, d, eps);
-        let stack = |name, n| bert::stack(&encoder.at(name), n, &config.bert, act);
+        let stack =
+            |name, n| (n > 0).then(|| bert::stack(&encoder.at(name), n, &config.bert, act)).transpose();
         let cross = |_, w: Weights<'_>| {
             let stream = |reads: &str, name: &str| {
                 let at = |part| w.at(format_args!("{name}_{part}"));
@@ -123,10 +124,13 @@ impl Lavit {
     pub fn forward(&self, ctx: Context<'_>, batch: &Batch<'_>) -> Result<[Vec<f32>; 3]> {
         let (mut scratch, full) = (Scratch::default(), Graph::full());
         let l = self.language.forward(ctx, batch.language, &mut scratch)?;
-        let mut a = self.audio.0.forward(ctx, batch.audio)?;
-        scratch.run(ctx, &self.audio.1, &mut a, batch.audio_offsets, &full)?;
-        let mut v = self.video.0.forward(ctx, &batch.video)?;
-        scratch.run(ctx, &self.video.1, &mut v, batch.video_offsets, &full)?;
+        let mut stream = |(features, layers): &(Features, Option<Stack>), inputs: &[&[f32]], offsets| {
+            let mut x = features.forward(ctx, inputs)?;
+            layers.as_ref().map_or(Ok(()), |layers| scratch.run(ctx, layers, &mut x, offsets, &full))?;
+            Ok::<_, Error>(x)
+        };
+        let a = stream(&self.audio, batch.audio, batch.audio_offsets)?;
+        let v = stream(&self.video, &batch.video, batch.video_offsets)?;
 
         let (mut states, offsets, mut scratch) = ([l, a, v], batch.offsets(), Scratch::default());
         for layers in &self.cross {

@@ -21,10 +21,12 @@ const POOL: Window = Window { kernel: 3, stride: 2, padding: 1 };
 #[derive(Clone, Debug, Deserialize)]
 #[allow(missing_docs, reason = "the fields are those of Hugging Face")]
 pub struct Config {
+    #[serde(default = "rgb")]
     pub num_channels: usize,
     pub embedding_size: usize,
     pub hidden_sizes: Vec<usize>,
     pub depths: Vec<usize>,
+    #[serde(default)]
     pub layer_type: LayerType,
     #[serde(default = "relu")]
     pub hidden_act: String,
@@ -34,17 +36,22 @@ pub struct Config {
     pub downsample_in_bottleneck: bool,
 }
 
+fn rgb() -> usize {
+    3
+}
+
 fn relu() -> String {
     "relu".into()
 }
 
 /// The convolutions of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LayerType {
     /// Two of 3x3.
     Basic,
     /// 1x1 to a quarter of the channels, 3x3, and 1x1 back.
+    #[default]
     Bottleneck,
 }
 

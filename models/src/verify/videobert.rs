@@ -14,9 +14,10 @@ pub(super) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let (text, masked) = (case.indices("input_ids")?, case.mask("video_masked")?);
     let ([_, text_len], [_, clips]) = (case.shape("input_ids")?, case.shape("video_masked")?);
     let (mut ids, mut type_ids) = (vec![], vec![]);
-    let videos = video_ids.chunks(clips.max(1)).zip(masked.chunks(clips.max(1)));
-    for (text, (video_ids, masked)) in text.chunks(text_len.max(1)).zip(videos) {
-        let (sequence, types) = model.joint_sequence(text, video_ids, masked)?;
+    for (i, text) in text.chunks(text_len.max(1)).enumerate() {
+        let clips = i * clips..(i + 1) * clips;
+        let video_ids = video_ids.get(clips.clone()).unwrap_or(&[]);
+        let (sequence, types) = model.joint_sequence(text, video_ids, masked.get(clips).unwrap_or(&[]))?;
         ids.extend(sequence);
         type_ids.extend(types);
     }

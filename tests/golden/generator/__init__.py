@@ -1,0 +1,1 @@
+"""Golden cases from reference implementations, see ../generate.py."""
