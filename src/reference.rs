@@ -224,8 +224,8 @@ pub fn linear(
 
 // ---- Attention --------------------------------------------------------------------------------------------
 
-/// Rotary positions: with angle = positions[row] * frequencies[i], columns a and b of pair i of every head become a cos - b sin
-/// and b cos + a sin. Pair i is columns 2i and 2i + 1 if `interleaved`, else i and i + frequencies.len().
+/// Rotary positions: with the angle of a row's position times the frequency of pair i, its columns a and b become a cos - b sin and
+/// b cos + a sin in every head. Pair i is columns 2i and 2i + 1 if `interleaved`, else i and i + frequencies.len().
 /// `x` [rows, heads * head_dim].
 pub fn rotary(
     x: &[f64],
