@@ -44,6 +44,9 @@ enum Windows {
     Each(Vec<usize>),
 }
 
+/// One window for all layers is written out for each: more than so many are a mistake, not a model.
+const MOST_LAYERS: usize = 1 << 16;
+
 impl Config {
     /// Reads `path`, which must describe a Longformer.
     ///
@@ -65,6 +68,9 @@ impl Config {
         let Fields { attention_window, pad_token_id } = from_value(path, json.clone())?;
         let bert = bert::Config::from_json(path, json)?;
         let n = bert.num_hidden_layers;
+        if n > MOST_LAYERS {
+            return Err(Error::config(path, "num_hidden_layers", format!("at most {MOST_LAYERS}"), n));
+        }
         let windows = match attention_window {
             Windows::Same(window) => vec![window; n],
             Windows::Each(windows) => windows,
