@@ -38,18 +38,18 @@ fn layer(file: &Checkpoint, heads: Heads, factor: f64) -> Result<Layer> {
     let norm = |name| Ok::<_, laneformer_models::Error>(Placement::pre(w.at(name).rms_norm(D, EPS)?));
     let frequencies = Rotary::frequencies(HEAD_DIM, BASE)?.iter().map(|f| f / factor).collect::<Vec<_>>();
     let qkv = QkvProjection::new(
-        attention.at("q_proj").linear(D, heads.query_cols())?,
-        attention.at("k_proj").linear(D, heads.key_cols())?,
-        attention.at("v_proj").linear(D, heads.value_cols())?,
+        attention.at("q_proj").linear_without_bias(D, heads.query_cols())?,
+        attention.at("k_proj").linear_without_bias(D, heads.key_cols())?,
+        attention.at("v_proj").linear_without_bias(D, heads.value_cols())?,
         heads,
     )?
     .with_rotary(Rotary::with_frequencies(RotaryPairs::Halves, &frequencies, 128)?)?;
-    let out = attention.at("o_proj").linear(heads.output_cols(), D)?;
+    let out = attention.at("o_proj").linear_without_bias(heads.output_cols(), D)?;
     let ffn = Ffn::gated(
-        mlp.at("gate_proj").linear(D, D_FF)?,
+        mlp.at("gate_proj").linear_without_bias(D, D_FF)?,
         Activation::Silu,
-        mlp.at("up_proj").linear(D, D_FF)?,
-        mlp.at("down_proj").linear(D_FF, D)?,
+        mlp.at("up_proj").linear_without_bias(D, D_FF)?,
+        mlp.at("down_proj").linear_without_bias(D_FF, D)?,
     )?;
     Ok(Layer::new(vec![
         SubLayer::self_attention(SelfAttention::new(qkv, out)?, norm("input_layernorm")?)?,
