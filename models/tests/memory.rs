@@ -22,8 +22,9 @@ fn model(pre_lnorm: bool) -> TransformerXl {
 /// The inputs of the layers are all of a memory: who has them goes on with the same bits.
 #[test]
 fn a_memory_of_inputs_is_the_one_that_grew() {
-    let (ctx, mut scratch) = (Context::serial(), Scratch::default());
+    let ctx = Context::serial();
     for model in [model(false), model(true)] {
+        let mut scratch = Scratch::default();
         let mut grown = model.memory(SEQUENCES);
         // Fewer rows than the memory holds, then more.
         for len in [4, 8] {
