@@ -104,8 +104,8 @@ impl Report {
         let ms = self.rounds.length.as_millis();
         let _ = writeln!(
             text,
-            "\n```sh\ncargo build --release -p laneformer-cli --features peers\ntarget/release/laneformer compare    # makes \
-             target/peers-venv from benches/peers/requirements.txt\n```\n\n\
+            "\n```sh\ncargo build --release -p laneformer-cli --features peers\nscripts/fetch-minilm.sh target/minilm\n\
+             target/release/laneformer compare --model target/minilm    # makes target/peers-venv from benches/peers/requirements.txt\n```\n\n\
              Everybody gets the same random operands, weights prepared beforehand as the library offers it, and the same number of threads. The rounds \
              take turns: ours, a peer, ours, the next peer, {} rounds of each peer, {ms} ms each or one run, every round after a run that warms the caches. \
              A time is the median over the rounds of the median run. A peer's result is compared with ours before it is timed.\n\n\
@@ -117,7 +117,8 @@ impl Report {
              where it has one) with the same random weights; what PyTorch has no model for any more, Transformer-XL, is its authors' formula, which \
              projects the memory and the positions anew for every segment. Sentences are 1024 lines made of those in `tests/golden/minilm`, 22 tokens in the mean, \
              from text to embeddings: laneformer in batches of about 1024 tokens as they come, the others in batches of 32 that are sorted by length and padded. Of \
-             both there are at most {ROUNDS_OF_LONG} rounds. Decoding reads all weights for one token: its bound is memory, and its part of the peak is small.\n",
+             both there are at most {ROUNDS_OF_LONG} rounds. Decoding reads all weights for one token: its bound is memory, and its part of the peak is \
+             small. PyTorch decodes with the default cache of transformers, which copies keys and values to append to them.\n",
             self.rounds.count,
         );
         for image in images {
