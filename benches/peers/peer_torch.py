@@ -69,7 +69,34 @@ def prepare(spec, tensors, threads):
     else:
         approximate = {"gelu_erf": "none", "gelu_tanh": "tanh"}[op]
         body = lambda: F.gelu(x, approximate=approximate)
+    return inference(body)
 
+
+def prepare_system(spec, tensors, threads):
+    import torch_systems
+
+    return inference(torch_systems.prepare(spec, tensors))
+
+
+def prepare_sentences(spec, tensors, threads):
+    from transformers import BertModel
+
+    from sentences import Sentences
+
+    model = BertModel.from_pretrained(spec["model"], attn_implementation="sdpa", add_pooling_layer=False).eval()
+
+    def embed(ids, lengths):
+        ids, lengths = torch.from_numpy(ids), torch.from_numpy(lengths)
+        is_real = torch.arange(ids.shape[1]) < lengths[:, None]
+        hidden = model(ids, attention_mask=is_real.long()).last_hidden_state
+        mean = (hidden * is_real[..., None]).sum(dim=1) / lengths[:, None]
+        return F.normalize(mean, dim=-1).numpy()
+
+    sentences = Sentences(spec)
+    return inference(lambda: torch.from_numpy(sentences.embed(embed)))
+
+
+def inference(body):
     def run():
         with torch.inference_mode():
             return body()

@@ -6,7 +6,7 @@ Reads one JSON object per line from standard input and answers each with one lin
     {"cmd": "round", "runs": 10, "warm": true} -> {"ns": [...]}
     {"cmd": "result", "path": "/tmp/y"}        -> {"len": 768}
 
-Tensors are files of little-endian f32 in `dir`, named as in `tensors`.
+Tensors are files of little-endian f32 in `dir`, named as in `tensors`. A system or a text of sentences is an `op` that not every peer has.
 """
 
 import importlib
@@ -15,6 +15,9 @@ import os
 import sys
 import time
 from pathlib import Path
+
+# What a peer's module calls the function that prepares an `op`, if it is another one.
+PREPARE = {"system": "prepare_system", "sentences": "prepare_sentences"}
 
 PEERS = {"torch": "peer_torch", "onnxruntime": "peer_onnxruntime", "openvino": "peer_openvino"}
 
@@ -39,11 +42,14 @@ class Worker:
         self.module = importlib.import_module(PEERS[peer])
         self.module.configure(threads)
         self.threads = threads
-        self.run = None
+        self.run = self.out = None
 
     def setup(self, request):
-        self.run = None  # Frees the last workload before the next is made.
-        self.run = self.module.prepare(request, Operands(request), self.threads)
+        self.run = self.out = None  # Frees the last workload before the next is made.
+        prepare = getattr(self.module, PREPARE.get(request["op"], "prepare"), None)
+        if prepare is None:
+            return {"error": "-"}
+        self.run = prepare(request, Operands(request), self.threads)
         return {"ok": True}
 
     def round(self, request):
@@ -51,15 +57,18 @@ class Worker:
         if request["warm"]:  # After somebody else's turn the caches hold what is theirs.
             run()
         for _ in range(request["runs"]):
+            self.out = None  # A run finds the memory of the one before it free.
             start = clock()
-            run()
+            out = run()
             times.append(clock() - start)
+            self.out, out = out, None
         return {"ns": times}
 
     def result(self, request):
         import numpy as np
 
-        out = np.ascontiguousarray(self.module.array(self.run()), dtype="<f4")
+        out = np.ascontiguousarray(self.module.array(self.out), dtype="<f4")
+        self.out = None
         out.tofile(request["path"])
         return {"len": out.size}
 

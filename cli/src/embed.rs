@@ -61,7 +61,7 @@ pub fn run(args: EmbedArgs) -> anyhow::Result<()> {
 
 /// The next sentences, and how the input ended if it did. A batch is filled from what has been read already: a slow
 /// source gets its answers without waiting for more lines.
-fn next_batch(model: &SentenceEncoder, lines: &mut Lines) -> (Vec<Tokens>, Option<anyhow::Result<()>>) {
+pub fn next_batch(model: &SentenceEncoder, lines: &mut Lines) -> (Vec<Tokens>, Option<anyhow::Result<()>>) {
     let (mut batch, mut tokens) = (vec![], 0);
     while tokens < BATCH_TOKENS && (batch.is_empty() || lines.is_ready()) {
         match next_sentence(model, lines) {

@@ -33,8 +33,13 @@ impl Lines {
                 (name, metadata.is_file().then_some(metadata.len()), Box::new(file))
             }
         };
+        Ok(Lines { total_bytes, ..Lines::of(&name, source) })
+    }
+
+    /// Those of anything that can be read; `name` is for messages.
+    pub fn of(name: &str, source: Box<dyn Read>) -> Lines {
         let reader = BufReader::with_capacity(BUFFER_BYTES, source);
-        Ok(Lines { name, total_bytes, reader, bytes: 0, count: 0 })
+        Lines { name: name.into(), total_bytes: None, reader, bytes: 0, count: 0 }
     }
 
     /// The next line without its end; `None` behind the last.

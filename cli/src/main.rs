@@ -12,6 +12,7 @@ mod input;
 mod output;
 mod pixels;
 mod runtime;
+mod systems;
 mod verify;
 
 use std::io;

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{laneformer, parts};
+use common::{Model, laneformer, parts};
 use serde_json::Value;
 
 #[test]
@@ -104,6 +104,83 @@ fn decoding_reads_weights_and_cache() {
 }
 
 #[test]
+fn every_system_runs() {
+    let rows = rows(&["bench", "systems", "--small", "--json", "--threads", "2"]);
+    let names: Vec<&str> = rows.iter().filter_map(|row| row["name"].as_str()).collect();
+    assert_eq!(names.len(), 10, "{names:?}");
+    for system in
+        ["bert", "prefill", "decode", "longformer", "xl", "xlnet", "clip", "encoder", "resnet", "bart"]
+    {
+        assert!(names.iter().any(|name| name.contains(system)), "{system} in {names:?}");
+    }
+    for row in &rows {
+        assert_eq!(number(row, "max_err"), 0.0, "the bits of another instruction set on one thread: {row}");
+        let per_second = number(row, "items") * 1e9 / number(row, "median_ns");
+        assert!((number(row, "items_per_s") / per_second - 1.0).abs() < 1e-9);
+        assert!(["tokens", "images"].iter().any(|unit| row["unit"] == *unit), "{row}");
+    }
+}
+
+/// Where no Python peers can be installed, their columns say so, and ours are measured.
+fn compare(args: &[&str]) -> (i32, String, String) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let args = [&["compare"], args].concat();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_laneformer"))
+        .args(args)
+        .current_dir(dir.path())
+        .output()
+        .expect("the program runs");
+    assert!(std::fs::read_dir(dir.path()).expect("a directory").next().is_none(), "a part is no report");
+    parts(&output)
+}
+
+#[test]
+fn systems_are_compared() {
+    let args = ["systems/", "--small", "--rounds", "1", "--round-ms", "1", "--threads", "2", "--json"];
+    let (status, stdout, stderr) = compare(&args);
+    assert_eq!(status, 0, "{stderr}");
+    assert!(stderr.contains("no Python peers"), "{stderr}");
+    let rows: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(rows.len(), 10, "{stdout}");
+    for row in &rows {
+        assert!(number(row, "ns") > 0.0 && number(row, "flops") > 0.0 && number(row, "items") > 0.0, "{row}");
+        assert_eq!(
+            (&row["peers"][0][0], &row["peers"][0][1]["absent"]),
+            (&"PyTorch".into(), &"not installed".into())
+        );
+    }
+}
+
+#[test]
+fn attention_is_compared() {
+    let (status, stdout, stderr) =
+        compare(&["attention/f32/bert-base/b8s128", "--rounds", "1", "--round-ms", "1", "--threads", "1"]);
+    assert_eq!(status, 0, "{stderr}");
+    assert!(stdout.contains("| attention/f32/bert-base/b8s128 | 1 |"), "{stdout}");
+}
+
+#[test]
+fn sentences_need_a_model() {
+    let (status, stdout, stderr) = compare(&["sentences"]);
+    assert_eq!(status, 0, "{stderr}");
+    assert!(stdout.contains("`sentences/f32`: not measured: --model"), "{stdout}");
+    let (status, stdout, stderr) = compare(&["sentences", "--model", "nowhere"]);
+    assert_eq!((status, stdout.as_str()), (2, ""), "{stderr}");
+    assert!(stderr.contains("nowhere"), "{stderr}");
+}
+
+#[test]
+fn sentences_are_compared() {
+    let model = Model::new();
+    let args = ["sentences", "--small", "--rounds", "1", "--threads", "2", "--json", "--model", model.arg()];
+    let (status, stdout, stderr) = compare(&args);
+    assert_eq!(status, 0, "{stderr}");
+    let row: Value = serde_json::from_str(&stdout).expect("one line");
+    assert_eq!((&row["items"], &row["unit"]), (&64.into(), &"sentences".into()));
+    assert!(number(&row, "ns") > 0.0 && number(&row, "flops") > 0.0);
+}
+
+#[test]
 fn bad_arguments() {
     for (args, message) in [
         (["bench", "no-such-row"], "no row contains"),
@@ -118,6 +195,8 @@ fn bad_arguments() {
     for (args, message) in [
         (["bench", "graph", "no-such-row"], "no row contains"),
         (["bench", "decode", "no-such-row"], "no row contains"),
+        (["bench", "systems", "no-such-row"], "no row contains"),
+        (["compare", "--small", "no-such-row"], "no task contains"),
         (["bench", "decode", "--context=0"], "--context"),
         (["bench", "decode", "--layers=0"], "--layers"),
     ] {

@@ -205,11 +205,13 @@ pub(crate) fn len_of_each(arg: &'static str, total: usize, n: usize) -> Result<u
 pub fn behind(memory: &[f32], x: &[f32], n: usize) -> Vec<f32> {
     let sequences = |x: &[f32]| x.len() / n.max(1);
     let (m, t) = (sequences(memory), sequences(x));
-    (0..n).flat_map(|b| [&memory[b * m..][..m], &x[b * t..][..t]]).flatten().copied().collect()
+    // Slices, not elements: a memory is copied as a whole.
+    (0..n).flat_map(|b| [&memory[b * m..][..m], &x[b * t..][..t]]).collect::<Vec<_>>().concat()
 }
 
 /// At most the last `len` rows of each of `n` sequences [n, T, cols].
 pub fn last_rows(x: &[f32], n: usize, cols: usize, len: usize) -> Vec<f32> {
     let sequences = x.chunks_exact((x.len() / n.max(1)).max(1));
-    sequences.flat_map(|x| &x[x.len().saturating_sub(len.saturating_mul(cols))..]).copied().collect()
+    let last = sequences.map(|x| &x[x.len().saturating_sub(len.saturating_mul(cols))..]);
+    last.collect::<Vec<_>>().concat()
 }

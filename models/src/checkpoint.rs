@@ -1,8 +1,10 @@
 //! A memory-mapped safetensors file: tensors by name, checked for type and shape. And one without a file, of random numbers.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::{bf16, f16};
@@ -31,7 +33,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 enum Source {
     File { map: Mmap, data_start: usize, metadata: Metadata },
-    Random { seed: u64 },
+    Random { seed: u64, asked: Mutex<BTreeMap<String, Vec<usize>>> },
 }
 
 impl Checkpoint {
@@ -54,7 +56,17 @@ impl Checkpoint {
     /// around 0 for other vectors, and otherwise such that a row has about length 1, which keeps activations at their size
     /// from layer to layer. What is optional, as poolers are, is there.
     pub fn random(seed: u64) -> Checkpoint {
-        Checkpoint { path: format!("random weights of seed {seed}").into(), source: Source::Random { seed } }
+        let path = format!("random weights of seed {seed}").into();
+        Checkpoint { path, source: Source::Random { seed, asked: Mutex::default() } }
+    }
+
+    /// The names and shapes that a random checkpoint has been asked for: what somebody else needs to have the same model.
+    /// Empty for a file.
+    pub fn asked(&self) -> BTreeMap<String, Vec<usize>> {
+        match &self.source {
+            Source::File { .. } => BTreeMap::new(),
+            Source::Random { asked, .. } => asked.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
     }
 
     /// The file.
@@ -91,8 +103,11 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Shape`], and as [`Checkpoint::f32`].
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [f32]>> {
-        if let Source::Random { seed } = self.source {
-            return Ok(Cow::Owned(random(seed, name, shape)?));
+        if let Source::Random { seed, asked } = &self.source {
+            let tensor = random(*seed, name, shape)?;
+            let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
+            asked.insert(name.into(), shape.into());
+            return Ok(Cow::Owned(tensor));
         }
         let actual = self.shape(name)?;
         if actual != shape {

@@ -141,6 +141,27 @@ impl TransformerXl {
         Memory { sequences, len: 0, layers, positions: vec![], reach: 0 }
     }
 
+    /// A memory of inputs from elsewhere: those of each layer, [sequences, rows, d_model], as [`Memory::inputs`] has them.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn memory_of(&self, ctx: Context<'_>, inputs: &[Vec<f32>], sequences: usize) -> Result<Memory> {
+        check_size("memory layers", self.layers.len(), inputs.len())?;
+        let (d, mem_len) = (self.config.d_model, self.config.mem_len);
+        let rows = len_of_each("memory", inputs.first().map_or(0, Vec::len) / d, sequences)?;
+        let mut memory = self.memory(sequences);
+        for ((layer, memory), inputs) in self.layers.iter().zip(&mut memory.layers).zip(inputs) {
+            check_size("memory", sequences * rows * d, inputs.len())?;
+            let Projections { k, v, .. } = &layer.block.projections;
+            memory.inputs = last_rows(inputs, sequences, d, mem_len);
+            let input = layer.block.input(ctx, &memory.inputs)?;
+            memory.keys = project(ctx, k, &input, &Epilogue::NONE)?;
+            memory.values = project(ctx, v, &input, &Epilogue::NONE)?;
+        }
+        memory.len = rows.min(mem_len);
+        Ok(memory)
+    }
+
     /// The last hidden state of every token of the next segment, [sequences, T, d_model], of ids [sequences, T].
     ///
     /// # Errors

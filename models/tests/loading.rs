@@ -238,6 +238,11 @@ fn random_checkpoints_have_every_tensor_in_any_shape() {
     let error = checkpoint.tensor("a.weight", &[usize::MAX, 2]).unwrap_err().to_string();
     assert!(error.contains("does not fit"), "{error}");
     assert!(matches!(checkpoint.f32("a.weight"), Err(Error::MissingTensor { .. })));
+    let asked = checkpoint.asked();
+    assert_eq!(
+        (asked.len(), &asked["a.weight"][..], &asked["logit_scale"][..]),
+        (5, &[64, 3, 400][..], &[][..])
+    );
 }
 
 /// On every machine, in every release.

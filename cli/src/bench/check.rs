@@ -32,6 +32,16 @@ pub fn compare(got: &[f64], want: &[f64], tolerance: f64) -> Deviation {
     Deviation { max_err, limit: tolerance * largest }
 }
 
+/// An error of 0 where all bits agree. Where they need not, the usual tolerance.
+pub fn same_bits(keeps_bits: bool, got: &[f32], want: &[f32]) -> Deviation {
+    let deviation = compare(&reference::to_f64(got), &reference::to_f64(want), 1e-5);
+    if !keeps_bits {
+        return deviation;
+    }
+    let differs = got.iter().zip(want).any(|(got, want)| got.to_bits() != want.to_bits());
+    Deviation { max_err: if differs { deviation.max_err.max(f64::MIN_POSITIVE) } else { 0.0 }, limit: 0.0 }
+}
+
 /// `x W^T + b`: [`reference::linear`] with each product summed in [`SUMS`] parts, which the compiler turns into vectors.
 /// One chain of f64 additions would take seconds for a layer.
 pub fn linear(x: &[f64], weight: &[f32], bias: Option<&[f32]>, in_features: usize) -> Vec<f64> {

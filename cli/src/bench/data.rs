@@ -15,6 +15,13 @@ impl Buffer {
         buffer
     }
 
+    /// The same values from a cache line's first byte on.
+    pub fn copy_of(data: &[f32]) -> Buffer {
+        let mut buffer = Buffer::filled(data.len(), 0.0);
+        buffer.copy_from_slice(data);
+        buffer
+    }
+
     /// Values in `-scale..scale`, the same in every run.
     pub fn uniform(len: usize, scale: f32, seed: u64) -> Buffer {
         let mut buffer = Buffer::filled(len, 0.0);

@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use anyhow::Result;
 use comfy_table::Table;
 use laneformer::{
-    Activation, Context, Epilogue, Error, Graph, Heads, Inputs, KvCache, Linear, MatMut, MatRef,
-    PackedMatrix, Placement, Stack, Workspace, layernorm,
+    Activation, Context, Epilogue, Graph, Heads, Inputs, KvCache, Linear, MatMut, MatRef, PackedMatrix,
+    Placement, Stack, Workspace, layernorm,
 };
 use serde::Serialize;
 
-use crate::bench::check::compare;
+use crate::bench::check::same_bits;
 use crate::bench::data::Buffer;
 use crate::bench::layer::{Dims, random_layer};
 use crate::bench::measure::{Deviation, Workload};
@@ -146,11 +146,11 @@ impl Model {
     }
 
     /// The logits of the rows of a last hidden state, which is normed in place.
-    fn logits(&self, ctx: Context<'_>, x: &mut [f32], logits: &mut [f32]) -> Result<(), Error> {
+    fn logits(&self, ctx: Context<'_>, x: &mut [f32], logits: &mut [f32]) -> Result<()> {
         let (d, rows) = (DIMS.d_model, x.len() / DIMS.d_model);
         layernorm(ctx, MatMut::contiguous(x, rows, d)?, &self.gain, Some(&self.bias), EPS)?;
         let out = MatMut::contiguous(logits, rows, VOCABULARY)?;
-        self.head.forward(ctx, MatRef::contiguous(x, rows, d)?, &Epilogue::NONE, out)
+        Ok(self.head.forward(ctx, MatRef::contiguous(x, rows, d)?, &Epilogue::NONE, out)?)
     }
 }
 
@@ -253,14 +253,14 @@ impl Workload for Step<'_, '_> {
         self.run(ctx)?;
         let Decode { model, x, logits, expected, .. } = &*self.decode;
         if !self.has_head {
-            return Ok(same_bits(ctx, x, expected));
+            return Ok(same_bits(ctx.isa().keeps_bits(), x, expected));
         }
         // Row by row: a batch must not change them either.
         let mut want = vec![0.0; logits.len()];
         for (x, want) in expected.chunks(DIMS.d_model).zip(want.chunks_mut(VOCABULARY)) {
             model.logits(ctx, &mut x.to_vec(), want)?;
         }
-        Ok(same_bits(ctx, logits, &want))
+        Ok(same_bits(ctx.isa().keeps_bits(), logits, &want))
     }
 
     /// The caches forget the token that a step has appended.
@@ -279,24 +279,13 @@ impl Workload for Step<'_, '_> {
         Some(1)
     }
 
-    fn run(&mut self, ctx: Context<'_>) -> Result<(), Error> {
+    fn run(&mut self, ctx: Context<'_>) -> Result<()> {
         let Decode { model, offsets, caches, workspace, x, logits, .. } = &mut *self.decode;
         let mut inputs = Inputs { caches, ..Inputs::new(offsets, &model.graph) };
         let rows = MatMut::contiguous(x, offsets.len() - 1, DIMS.d_model)?;
         model.stack.forward_with(ctx, rows, &mut inputs, workspace)?;
         if self.has_head { model.logits(ctx, x, logits) } else { Ok(()) }
     }
-}
-
-/// An error of 0 where all bits agree. Where they need not, the usual tolerance.
-fn same_bits(ctx: Context<'_>, got: &[f32], want: &[f32]) -> Deviation {
-    let wide = laneformer::reference::to_f64;
-    let deviation = compare(&wide(got), &wide(want), 1e-5);
-    if !ctx.isa().keeps_bits() {
-        return deviation;
-    }
-    let differs = got.iter().zip(want).any(|(got, want)| got.to_bits() != want.to_bits());
-    Deviation { max_err: if differs { deviation.max_err.max(f64::MIN_POSITIVE) } else { 0.0 }, limit: 0.0 }
 }
 
 fn table(records: &[DecodeRecord]) -> Table {

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use laneformer::{
-    Activation, Context, Error, Ffn, Graph, Heads, Layer, Linear, MatMut, MatRef, Norm, PackedMatrix,
-    Placement, QkvProjection, SelfAttention, SubLayer, Workspace, reference,
+    Activation, Context, Ffn, Graph, Heads, Layer, Linear, MatMut, MatRef, Norm, PackedMatrix, Placement,
+    QkvProjection, SelfAttention, SubLayer, Workspace, reference,
 };
 
 use crate::bench::check::{compare, gather, linear};
@@ -173,11 +173,11 @@ impl Workload for EncoderLayer {
         Some(1)
     }
 
-    fn run(&mut self, ctx: Context<'_>) -> Result<(), Error> {
+    fn run(&mut self, ctx: Context<'_>) -> Result<()> {
         let d = self.dims.d_model;
         let tokens = self.x.len() / d;
         let x = MatMut::contiguous(&mut self.x, tokens, d)?;
-        self.layer.forward(ctx, x, &self.offsets, &Graph::full(), &mut self.workspace)
+        Ok(self.layer.forward(ctx, x, &self.offsets, &Graph::full(), &mut self.workspace)?)
     }
 }
 

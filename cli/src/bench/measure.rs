@@ -22,7 +22,7 @@ pub trait Workload {
     }
 
     /// What is timed.
-    fn run(&mut self, ctx: Context<'_>) -> Result<(), laneformer::Error>;
+    fn run(&mut self, ctx: Context<'_>) -> Result<()>;
 }
 
 /// How far a result is from the reference.

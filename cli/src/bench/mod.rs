@@ -11,6 +11,7 @@ mod report;
 pub mod roof;
 pub mod rows;
 mod scaling;
+mod systems;
 
 use std::process::ExitCode;
 
@@ -47,6 +48,8 @@ enum BenchCommand {
     Graph(graph::GraphArgs),
     /// One more token of GPT-2 small, with its keys and values in a cache
     Decode(decode::DecodeArgs),
+    /// Whole models of the survey at their usual sizes, with random weights
+    Systems(systems::SystemsArgs),
 }
 
 /// Measures the rows; failure if an answer is wrong.
@@ -55,6 +58,7 @@ pub fn run(args: BenchArgs) -> Result<ExitCode> {
         Some(BenchCommand::Scaling(args)) => return scaling::run(args).map(|()| ExitCode::SUCCESS),
         Some(BenchCommand::Graph(args)) => return graph::run(args),
         Some(BenchCommand::Decode(args)) => return decode::run(args),
+        Some(BenchCommand::Systems(args)) => return systems::run(args),
         None => {}
     }
     let rows: Vec<Row> = rows::all().into_iter().filter(|row| row.name.contains(&args.filter)).collect();

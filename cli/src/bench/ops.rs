@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use laneformer::{
-    Context, Epilogue, Error, Function, Graph, Heads, KeyStore, Linear, MatMut, MatRef, PackedMatrix,
-    QueryRows, Terms, elementwise, layernorm, reference, softmax,
+    Context, Epilogue, Function, Graph, Heads, KeyStore, Linear, MatMut, MatRef, PackedMatrix, QueryRows,
+    Terms, elementwise, layernorm, reference, softmax,
 };
 
 use crate::bench::check::{SAMPLE, compare, gather, linear, sample};
@@ -36,10 +36,10 @@ impl Workload for Gemm {
         Ok(compare(&gather(&self.y, self.packed.out_features(), &rows), &want, 1e-5))
     }
 
-    fn run(&mut self, ctx: Context<'_>) -> Result<(), Error> {
+    fn run(&mut self, ctx: Context<'_>) -> Result<()> {
         let x = MatRef::contiguous(&self.x, self.m, self.packed.in_features())?;
         let y = MatMut::contiguous(&mut self.y, self.m, self.packed.out_features())?;
-        self.packed.forward(ctx, x, &Epilogue::NONE, y)
+        Ok(self.packed.forward(ctx, x, &Epilogue::NONE, y)?)
     }
 }
 
@@ -102,15 +102,16 @@ impl Workload for RowOp {
         Some(16)
     }
 
-    fn run(&mut self, ctx: Context<'_>) -> Result<(), Error> {
+    fn run(&mut self, ctx: Context<'_>) -> Result<()> {
         let rows = self.x.len() / self.cols;
         let x = MatMut::contiguous(&mut self.x, rows, self.cols)?;
         match self.kind {
-            RowKind::Softmax => softmax(ctx, x),
-            RowKind::LayerNorm => layernorm(ctx, x, &self.gain, Some(&self.bias), EPS),
-            RowKind::GeluErf => elementwise(ctx, Function::GeluErf, x),
-            RowKind::GeluTanh => elementwise(ctx, Function::GeluTanh, x),
+            RowKind::Softmax => softmax(ctx, x)?,
+            RowKind::LayerNorm => layernorm(ctx, x, &self.gain, Some(&self.bias), EPS)?,
+            RowKind::GeluErf => elementwise(ctx, Function::GeluErf, x)?,
+            RowKind::GeluTanh => elementwise(ctx, Function::GeluTanh, x)?,
         }
+        Ok(())
     }
 }
 
@@ -174,14 +175,14 @@ impl Workload for Attention {
         Ok(compare(&got, &want, 1e-5))
     }
 
-    fn run(&mut self, ctx: Context<'_>) -> Result<(), Error> {
+    fn run(&mut self, ctx: Context<'_>) -> Result<()> {
         let (tokens, cols) = (self.q.len() / self.heads.query_cols(), self.heads.query_cols());
         let mat = |x| MatRef::contiguous(x, tokens, cols);
         let (q, k, v) = (mat(&self.q)?, mat(&self.k)?, mat(&self.v)?);
         let out = MatMut::contiguous(&mut self.out, tokens, cols)?;
         self.store.set(k, v, &self.offsets)?;
         let queries = QueryRows::new(q, &self.offsets);
-        self.store.attend(ctx, &self.heads, &queries, &self.graph, &Terms::default(), out)
+        Ok(self.store.attend(ctx, &self.heads, &queries, &self.graph, &Terms::default(), out)?)
     }
 }
 

@@ -11,6 +11,7 @@ use crate::bench::roof::Roof;
 use crate::compare::ours;
 use crate::compare::peers::{Handover, Worker};
 use crate::compare::task::{Task, Tensor};
+use crate::systems::Items;
 
 /// An operation in this process.
 pub trait Engine {
@@ -102,6 +103,8 @@ pub struct Line {
     pub flops: u64,
     pub bytes: usize,
     pub elements: Option<usize>,
+    #[serde(flatten)]
+    pub items: Option<Items>,
     pub ns: f64,
     /// GFLOP/s of multiply-adds, measured between the rounds.
     pub peak_gflops: f64,
@@ -122,6 +125,15 @@ pub struct Rounds {
     pub count: usize,
     /// Time of a round, unless a single run takes longer.
     pub length: Duration,
+}
+
+/// Rounds at most of what is long: systems and texts.
+pub const ROUNDS_OF_LONG: usize = 3;
+
+impl Rounds {
+    fn of(self, task: &Task) -> usize {
+        if task.items.is_some() { self.count.min(ROUNDS_OF_LONG) } else { self.count }
+    }
 }
 
 /// A round has at most so many runs.
@@ -145,8 +157,8 @@ pub fn contest(
     handover: &Handover,
     rounds: Rounds,
 ) -> Result<Line> {
-    let tensors = task.spec.tensors();
-    let mut ours = Ready::Engine(ours::engine(ctx, task, &tensors)?);
+    let (ours, tensors) = ours::prepare(ctx, task)?;
+    let mut ours = Ready::Engine(ours);
     let our_turn = Turn::plan(&mut ours, rounds)?;
     let want = ours.result(handover)?;
     let _files = handover.write(&tensors)?;
@@ -171,7 +183,7 @@ pub fn contest(
 
     let roof = Roof { isa: ctx.isa(), threads: ctx.members() };
     let (mut our_times, mut peak_gflops) = (vec![], 0.0_f64);
-    for _ in 0..rounds.count {
+    for _ in 0..rounds.of(task) {
         peak_gflops = peak_gflops.max(roof.fma());
         if !entries.iter().any(Result::is_ok) {
             our_times.push(our_turn.take(&mut ours)?);
@@ -202,6 +214,7 @@ pub fn contest(
         flops: cost.flops,
         bytes: cost.bytes,
         elements: cost.elements,
+        items: task.items,
         ns,
         peak_gflops,
         peers,
@@ -247,7 +260,12 @@ struct Turn {
 
 impl Turn {
     fn plan(ready: &mut Ready<'_, '_>, rounds: Rounds) -> Result<Turn> {
-        let ns = ready.round(Turn { runs: 1, warm: true })?;
+        let once = Turn { runs: 1, warm: false };
+        // The first run also finds its memory; if it is far longer than that, another would say the same.
+        if ready.round(once)? > 4.0 * LONG.as_nanos() as f64 {
+            return Ok(once);
+        }
+        let ns = ready.round(once)?;
         let runs = (rounds.length.as_nanos() as f64 / ns).clamp(1.0, MOST_RUNS) as usize;
         Ok(Turn { runs, warm: ns < LONG.as_nanos() as f64 })
     }

@@ -7,6 +7,7 @@ mod peers;
 pub mod picture;
 mod report;
 mod rust_peers;
+mod sentences;
 mod task;
 
 use std::fs;
@@ -18,13 +19,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use laneformer::Isa;
+use serde_json::json;
 
 use crate::bench::data::Buffer;
 use crate::bench::roof::Roof;
 use crate::compare::contest::{Line, Rounds, contest};
 use crate::compare::peers::Handover;
 use crate::compare::report::{Report, Roofs};
-use crate::compare::task::Task;
 use crate::runtime::Runtime;
 
 /// Arguments of `compare`.
@@ -45,6 +46,12 @@ pub struct CompareArgs {
     /// Milliseconds of a round
     #[arg(long, value_name = "MS", default_value = "30")]
     round_ms: u64,
+    /// Directory with a MiniLM, for the row of sentences
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Systems of one layer and few sentences: a look whether everything runs; no report is written then
+    #[arg(long)]
+    small: bool,
     /// Measure what the library costs to build, too
     #[arg(long)]
     build_cost: bool,
@@ -55,23 +62,40 @@ pub struct CompareArgs {
 
 /// Runs everybody, prints, and writes the report of a whole run.
 pub fn run(args: CompareArgs) -> Result<ExitCode> {
-    let tasks: Vec<Task> = task::all().into_iter().filter(|task| task.name.contains(&args.filter)).collect();
-    if tasks.is_empty() {
-        let names: Vec<String> = task::all().into_iter().map(|task| task.name).collect();
+    let mut tasks = task::all(args.small)?;
+    if let Some(model) = &args.model {
+        tasks.push(sentences::task(model, args.small)?);
+    }
+    let mut absent: Vec<(String, String)> = vec![];
+    if args.model.is_none() {
+        absent.push((sentences::NAME.to_owned(), NO_MODEL.to_owned()));
+    }
+    let names: Vec<&str> =
+        tasks.iter().map(|task| &task.name[..]).chain(absent.iter().map(|(name, _)| &name[..])).collect();
+    if !names.iter().any(|name| name.contains(&args.filter)) {
         bail!("no task contains {:?}; the tasks are {}", args.filter, names.join(", "));
     }
+    tasks.retain(|task| task.name.contains(&args.filter));
+    absent.retain(|(name, _)| name.contains(&args.filter));
     let budgets: Vec<usize> = if args.threads.is_empty() {
         default_budgets()
     } else {
         args.threads.iter().map(|n| n.get()).collect()
     };
     let rounds = Rounds { count: args.rounds.get(), length: Duration::from_millis(args.round_ms) };
+    let mut report = Report::new(host::Host::detect()?, rounds);
+    for (name, reason) in &absent {
+        announce_absent(name, reason, args.json)?;
+    }
+    report.absent = absent;
+    if tasks.is_empty() {
+        return finish(&report, &args);
+    }
     let python = peers::install();
     if let Err(error) = &python {
         eprintln!("laneformer: no Python peers: {error:#}");
     }
     let handover = Handover::new()?;
-    let mut report = Report::new(host::Host::detect()?, rounds);
     if args.build_cost {
         report.build_cost = Some(host::output("sh", &["benches/peers/build_cost.sh"])?);
     }
@@ -92,8 +116,16 @@ pub fn run(args: CompareArgs) -> Result<ExitCode> {
         let columns = contestants.iter().map(|c| c.name().to_owned()).collect();
         report.add(Roofs::measure(threads), columns, lines);
     }
-    if args.filter.is_empty() {
-        write_report(&report, &args.out)?;
+    finish(&report, &args)
+}
+
+/// What is said in the place of the row of sentences.
+const NO_MODEL: &str = "not measured: --model names no directory with a MiniLM";
+
+/// Writes the page of a whole run, and prints the tables.
+fn finish(report: &Report, args: &CompareArgs) -> Result<ExitCode> {
+    if args.filter.is_empty() && !args.small {
+        write_report(report, &args.out)?;
     }
     if !args.json {
         print!("{}", report.tables());
@@ -114,6 +146,16 @@ fn announce(line: &Line, json: bool) -> Result<()> {
         return Ok(out.flush()?);
     }
     eprintln!("{} threads {}: {}", line.name, line.threads, report::time(line.ns));
+    Ok(())
+}
+
+/// The same of a row that is not measured.
+fn announce_absent(name: &str, reason: &str, json: bool) -> Result<()> {
+    if json {
+        writeln!(io::stdout(), "{}", json!({ "name": name, "absent": reason }))?;
+    } else {
+        eprintln!("{name}: {reason}");
+    }
     Ok(())
 }
 

@@ -1,15 +1,17 @@
 //! laneformer's turn.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use laneformer::{
-    Activation, Context, Epilogue, Ffn, Function, Graph, Heads, Layer, Linear, MatMut, MatRef, Norm,
-    PackedMatrix, Placement, QkvProjection, SelfAttention, Stack, SubLayer, Workspace, attention,
-    elementwise, layernorm_into, softmax_into,
+    Activation, Context, Epilogue, Ffn, Function, Graph, Heads, KeyStore, Layer, Linear, MatMut, MatRef,
+    Norm, PackedMatrix, Placement, QkvProjection, QueryRows, SelfAttention, Stack, SubLayer, Terms,
+    Workspace, elementwise, layernorm_into, softmax_into,
 };
 
 use crate::bench::data::Buffer;
 use crate::compare::contest::Engine;
+use crate::compare::sentences;
 use crate::compare::task::{Spec, Task, Tensor};
+use crate::systems::{Model, System};
 
 /// The operands, by name.
 pub struct Operands<'a>(pub &'a [Tensor]);
@@ -25,10 +27,7 @@ impl Operands<'_> {
 
     /// Operand `name` in a buffer of its own.
     fn copy(&self, name: &str) -> Result<Buffer> {
-        let data = self.get(name)?;
-        let mut buffer = Buffer::filled(data.len(), 0.0);
-        buffer.copy_from_slice(data);
-        Ok(buffer)
+        Ok(Buffer::copy_of(self.get(name)?))
     }
 
     fn packed(&self, name: &str) -> Result<PackedMatrix> {
@@ -58,13 +57,24 @@ impl Operands<'_> {
     }
 }
 
-/// The library on `task`, in `ctx`.
-pub fn engine<'a>(ctx: Context<'a>, task: &Task, tensors: &[Tensor]) -> Result<Box<dyn Engine + 'a>> {
+/// The library on `task`, in `ctx`, and the operands that everybody gets.
+pub fn prepare<'a>(ctx: Context<'a>, task: &Task) -> Result<(Box<dyn Engine + 'a>, Vec<Tensor>)> {
+    Ok(match &task.spec {
+        Spec::System(system) => Whole::prepare(ctx, system)?,
+        Spec::Sentences(sentences) => (Box::new(sentences::Encoder::open(ctx, sentences)?), vec![]),
+        _ => {
+            let tensors = task.spec.tensors();
+            (engine(ctx, &task.spec, &tensors)?, tensors)
+        }
+    })
+}
+
+fn engine<'a>(ctx: Context<'a>, spec: &Spec, tensors: &[Tensor]) -> Result<Box<dyn Engine + 'a>> {
     let operands = Operands(tensors);
     let x = operands.copy("x")?;
     let out = |rows: usize, cols: usize| Buffer::filled(rows * cols, 0.0);
     let offsets = |batch: usize, seq_len: usize| (0..=batch).map(|i| i * seq_len).collect();
-    Ok(match task.spec {
+    Ok(match *spec {
         Spec::Layers { layers, d_model, n_heads, batch, seq_len, .. } => {
             let heads = Heads::new(n_heads, d_model / n_heads)?;
             let layers = (0..layers).map(|i| operands.layer(i, heads)).collect::<Result<_>>()?;
@@ -76,15 +86,19 @@ pub fn engine<'a>(ctx: Context<'a>, task: &Task, tensors: &[Tensor]) -> Result<B
         Spec::Gemm { m, n, .. } => {
             Box::new(Gemm { ctx, m, x, linear: Linear::new(operands.packed("weight")?, None)?, y: out(m, n) })
         }
-        Spec::Attention { d_model, n_heads, batch, seq_len } => Box::new(Attention {
-            ctx,
-            heads: Heads::new(n_heads, d_model / n_heads)?,
-            offsets: offsets(batch, seq_len),
-            x,
-            k: operands.copy("k")?,
-            v: operands.copy("v")?,
-            y: out(batch * seq_len, d_model),
-        }),
+        Spec::Attention { d_model, n_heads, batch, seq_len } => {
+            let heads = Heads::new(n_heads, d_model / n_heads)?;
+            Box::new(Attention {
+                ctx,
+                heads,
+                offsets: offsets(batch, seq_len),
+                x,
+                k: operands.copy("k")?,
+                v: operands.copy("v")?,
+                store: KeyStore::new(&heads, batch * seq_len, batch)?,
+                y: out(batch * seq_len, d_model),
+            })
+        }
         Spec::Softmax { rows, cols } => {
             Box::new(Rows { ctx, op: RowOp::Softmax, cols, x, y: out(rows, cols) })
         }
@@ -100,6 +114,7 @@ pub fn engine<'a>(ctx: Context<'a>, task: &Task, tensors: &[Tensor]) -> Result<B
             let op = RowOp::Elementwise(Function::GeluTanh);
             Box::new(Rows { ctx, op, cols, x, y: out(rows, cols) })
         }
+        Spec::System(_) | Spec::Sentences(_) => bail!("no operation on tensors"),
     })
 }
 
@@ -154,6 +169,8 @@ struct Attention<'a> {
     x: Buffer,
     k: Buffer,
     v: Buffer,
+    /// Kept between runs, as the others keep their memory: a run stores keys and values by head and attends.
+    store: KeyStore,
     y: Buffer,
 }
 
@@ -164,7 +181,9 @@ impl Engine for Attention<'_> {
         let mat = |x| MatRef::contiguous(x, tokens, cols);
         let (q, k, v) = (mat(&self.x)?, mat(&self.k)?, mat(&self.v)?);
         let y = MatMut::contiguous(&mut self.y, tokens, cols)?;
-        Ok(attention(self.ctx, &self.heads, q, k, v, &self.offsets, &Graph::full(), y)?)
+        self.store.set(k, v, &self.offsets)?;
+        let queries = QueryRows::new(q, &self.offsets);
+        Ok(self.store.attend(self.ctx, &self.heads, &queries, &Graph::full(), &Terms::default(), y)?)
     }
 
     fn output(&self) -> &[f32] {
@@ -206,5 +225,44 @@ impl Engine for Rows<'_> {
 
     fn output(&self) -> &[f32] {
         &self.y
+    }
+}
+
+/// A system.
+struct Whole<'a> {
+    ctx: Context<'a>,
+    model: Box<dyn Model>,
+    /// Of the first run: a model that remembers goes on, and the others begin anew each time.
+    answer: Option<Vec<f32>>,
+}
+
+impl<'a> Whole<'a> {
+    /// The weights are those that the model has asked for.
+    fn prepare(ctx: Context<'a>, system: &System) -> Result<(Box<dyn Engine + 'a>, Vec<Tensor>)> {
+        let (mut model, checkpoint) = system.load()?;
+        model.prepare(ctx, &system.size)?;
+        let mut tensors = vec![];
+        for (name, shape) in checkpoint.asked() {
+            let data = Buffer::copy_of(&checkpoint.tensor(&name, &shape)?);
+            tensors.push(Tensor { name, shape, data });
+        }
+        let input = |(name, shape, data): (String, _, Vec<f32>)| {
+            let data = Buffer::copy_of(&data);
+            Tensor { name, shape, data }
+        };
+        tensors.extend(model.inputs().into_iter().map(input));
+        Ok((Box::new(Whole { ctx, model, answer: None }), tensors))
+    }
+}
+
+impl Engine for Whole<'_> {
+    fn run(&mut self) -> Result<()> {
+        let answer = self.model.run(self.ctx)?;
+        self.answer.get_or_insert(answer);
+        Ok(())
+    }
+
+    fn output(&self) -> &[f32] {
+        self.answer.as_deref().unwrap_or(&[])
     }
 }

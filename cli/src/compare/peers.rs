@@ -115,6 +115,11 @@ impl Worker {
         let mut process = Command::new(python)
             .args(["-B", WORKER, peer, &threads.to_string()])
             .env("OMP_NUM_THREADS", threads.to_string())
+            // Those of the tokenizers.
+            .env("RAYON_NUM_THREADS", threads.to_string())
+            .env("TOKENIZERS_PARALLELISM", (threads > 1).to_string())
+            // All models are here: nobody is to be asked for newer ones.
+            .env("HF_HUB_OFFLINE", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -133,7 +138,7 @@ impl Worker {
     }
 
     pub fn setup(&mut self, task: &Task, tensors: &[Tensor], handover: &Handover) -> Result<()> {
-        let mut request = serde_json::to_value(task.spec)?;
+        let mut request = serde_json::to_value(&task.spec)?;
         request["cmd"] = json!("setup");
         request["dir"] = json!(handover.dir.path());
         request["tensors"] = tensors.iter().map(|t| (t.name.clone(), json!(t.shape))).collect();

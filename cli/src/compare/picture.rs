@@ -19,7 +19,7 @@ pub struct Point {
 
 const SIZE: (u32, u32) = (960, 540);
 /// Told apart in grey and by eyes that see few colours as well.
-const COLORS: [RGBColor; 7] = [
+const COLORS: [RGBColor; 9] = [
     RGBColor(0, 90, 181),
     RGBColor(238, 119, 51),
     RGBColor(120, 120, 120),
@@ -27,6 +27,8 @@ const COLORS: [RGBColor; 7] = [
     RGBColor(204, 51, 17),
     RGBColor(170, 130, 200),
     RGBColor(150, 110, 0),
+    RGBColor(80, 180, 230),
+    RGBColor(220, 90, 160),
 ];
 
 fn draw(path: &Path, picture: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<()> {

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::compare::contest::{Line, Outcome, Rounds};
+use crate::compare::contest::{Line, Outcome, ROUNDS_OF_LONG, Rounds};
 use crate::compare::host::Host;
 use crate::compare::picture::{self, Point};
+use crate::systems::Items;
 
 /// Limits of the machine with so many threads.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +26,8 @@ pub struct Report {
     parts: Vec<Part>,
     /// Lines about the build of the library, if they were asked for.
     pub build_cost: Option<String>,
+    /// Rows that were not measured, and why.
+    pub absent: Vec<(String, String)>,
 }
 
 /// What was measured with one thread budget.
@@ -35,18 +38,20 @@ struct Part {
 }
 
 /// A table: its title, and the tasks whose names begin so.
-const GROUPS: [(&str, &[&str]); 4] = [
+const GROUPS: [(&str, &[&str]); 6] = [
     ("Encoder layers and stacks", &["layer/", "stack"]),
     ("Products with constant weights", &["gemm/"]),
     ("Attention alone", &["attention/"]),
     ("Operations on rows", &["softmax/", "layernorm/", "gelu"]),
+    ("Systems", &["systems/"]),
+    ("Sentences to vectors", &["sentences/"]),
 ];
 
 const OURS: &str = "laneformer";
 
 impl Report {
     pub fn new(host: Host, rounds: Rounds) -> Report {
-        Report { host, rounds, parts: vec![], build_cost: None }
+        Report { host, rounds, parts: vec![], build_cost: None, absent: vec![] }
     }
 
     pub fn add(&mut self, roofs: Roofs, columns: Vec<String>, lines: Vec<Line>) {
@@ -57,13 +62,19 @@ impl Report {
     pub fn tables(&self) -> String {
         let mut text = String::new();
         for (title, prefixes) in GROUPS {
-            let of_group = |line: &&Line| prefixes.iter().any(|prefix| line.name.starts_with(prefix));
-            if self.parts.iter().all(|part| part.lines.iter().filter(of_group).count() == 0) {
+            let of_group = |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix));
+            let lines = |part: &'_ Part| part.lines.iter().filter(|line| of_group(&line.name)).count();
+            let absent: Vec<_> = self.absent.iter().filter(|(name, _)| of_group(name)).collect();
+            if self.parts.iter().all(|part| lines(part) == 0) && absent.is_empty() {
                 continue;
             }
             let _ = writeln!(text, "## {title}\n"); // Writing to a string does not fail.
-            for part in &self.parts {
-                part.table(&mut text, &part.lines.iter().filter(of_group).collect::<Vec<_>>());
+            for part in self.parts.iter().filter(|part| lines(part) > 0) {
+                let lines = part.lines.iter().filter(|line| of_group(&line.name));
+                part.table(&mut text, &lines.collect::<Vec<_>>());
+            }
+            for (name, reason) in absent {
+                let _ = writeln!(text, "`{name}`: {reason}\n");
             }
         }
         text
@@ -93,15 +104,21 @@ impl Report {
         let ms = self.rounds.length.as_millis();
         let _ = writeln!(
             text,
-            "\n```sh\ncargo build --release -p laneformer-cli --features peers\ntarget/release/laneformer compare    # makes \
-             target/peers-venv from benches/peers/requirements.txt\n```\n\n\
+            "\n```sh\ncargo build --release -p laneformer-cli --features peers\nscripts/fetch-minilm.sh target/minilm\n\
+             target/release/laneformer compare --model target/minilm    # makes target/peers-venv from benches/peers/requirements.txt\n```\n\n\
              Everybody gets the same random operands, weights prepared beforehand as the library offers it, and the same number of threads. The rounds \
              take turns: ours, a peer, ours, the next peer, {} rounds of each peer, {ms} ms each or one run, every round after a run that warms the caches. \
              A time is the median over the rounds of the median run. A peer's result is compared with ours before it is timed.\n\n\
              GFLOP/s count the products only, two for each multiply-add. \"of peak\" is the part of the best burst of multiply-adds between \
              the rounds of that task. A peer's cell is its time and, in brackets, that time divided by ours: above 1 we are faster. Python peers \
              pay a few microseconds per call for Python, which shows in the smallest tasks. The input stays as it is for everybody: where laneformer \
-             works in place, the copy is in its time. PyTorch runs eagerly.\n",
+             works in place, the copy is in its time. PyTorch runs eagerly.\n\n\
+             Systems are whole models of the models crate, up to their last hidden states or logits, against those of transformers (its fused attention \
+             where it has one) with the same random weights; what PyTorch has no model for any more, Transformer-XL, is its authors' formula, which \
+             projects the memory and the positions anew for every segment. Sentences are 1024 lines made of those in `tests/golden/minilm`, 22 tokens in the mean, \
+             from text to embeddings: laneformer in batches of about 1024 tokens as they come, the others in batches of 32 that are sorted by length and padded. Of \
+             both there are at most {ROUNDS_OF_LONG} rounds. Decoding reads all weights for one token: its bound is memory, and its part of the peak is \
+             small. PyTorch decodes with the default cache of transformers, which copies keys and values to append to them.\n",
             self.rounds.count,
         );
         for image in images {
@@ -155,8 +172,11 @@ impl Part {
         let shown: Vec<usize> = (0..self.columns.len())
             .filter(|&i| lines.iter().any(|line| !line.peers.get(i).is_none_or(|(_, o)| o.is_none())))
             .collect();
-        let rate = if elementwise { "ns/element" } else { "GFLOP/s | of peak" };
-        let rule = if elementwise { "---:" } else { "---:|---:" };
+        let (rate, rule) = match (elementwise, lines.iter().any(|line| line.items.is_some())) {
+            (true, _) => ("ns/element", "---:"),
+            (false, false) => ("GFLOP/s | of peak", "---:|---:"),
+            (false, true) => ("per second | GFLOP/s | of peak", "---:|---:|---:"),
+        };
         let _ = write!(text, "| task | threads | {OURS} | {rate} |");
         shown.iter().for_each(|&i| {
             let _ = write!(text, " {} |", self.columns[i]);
@@ -167,7 +187,9 @@ impl Part {
                 Some(elements) => format!("{:.3}", line.ns / elements as f64),
                 None => {
                     let rate = line.gflops(line.ns);
-                    format!("{rate:.1} | {:.1} %", 100.0 * rate / line.peak_gflops)
+                    let items = |items: Items| format!("{:.1} {} | ", items.per_second(line.ns), items.unit);
+                    let items = line.items.map_or_else(String::new, items);
+                    format!("{items}{rate:.1} | {:.1} %", 100.0 * rate / line.peak_gflops)
                 }
             };
             let _ = write!(text, "| {} | {} | {} | {rate} |", line.name, line.threads, time(line.ns));
@@ -247,16 +269,23 @@ mod tests {
             flops: 100_000,
             bytes: 100,
             elements: None,
+            items: None,
             ns: 2000.0,
             peak_gflops: 100.0,
             peers: vec![("A".into(), timed), ("B".into(), absent)],
         };
+        let items = Some(Items { count: 3, unit: "tokens" });
+        let system = Line { name: "systems/f32/x".into(), items, ..line.clone() };
         let roofs = Roofs { threads: 2, gflops: 100.0, l2_gbps: 10.0, dram_gbps: 1.0 };
-        report.add(roofs, vec!["A".into(), "B".into()], vec![line]);
+        report.add(roofs, vec!["A".into(), "B".into()], vec![line, system]);
+        report.absent.push(("sentences/f32".into(), "not measured".into()));
         let page = report.markdown(&["x.svg".to_owned()]);
         assert!(page.contains("| task | threads | laneformer | GFLOP/s | of peak | A | B |"), "{page}");
         let row = "| gemm/f32/m1n1k1 | 2 | 2.00 us | 50.0 | 50.0 % | 3.00 us (1.50) | not installed |";
         assert!(page.contains(row), "{page}");
         assert!(!page.contains("Attention alone"));
+        let row = "| systems/f32/x | 2 | 2.00 us | 1500000.0 tokens | 50.0 | 50.0 % | 3.00 us (1.50) |";
+        assert!(page.contains(row) && page.contains("| per second | GFLOP/s |"), "{page}");
+        assert!(page.contains("## Sentences to vectors\n\n`sentences/f32`: not measured\n"), "{page}");
     }
 }

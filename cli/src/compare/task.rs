@@ -1,21 +1,26 @@
 //! What is compared: an operation, its shape, and the operands that everybody gets.
 
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::bench::data::Buffer;
 use crate::bench::layer::{BERT_BASE, Dims};
 use crate::bench::ops::RowKind;
 use crate::bench::rows::{self, Cost, Kind, Row};
+use crate::compare::sentences::Sentences;
+use crate::systems::{self, Items, System};
 
 /// A line of the tables.
 pub struct Task {
     pub name: String,
     pub cost: Cost,
     pub spec: Spec,
+    /// What is counted beside the time, if anything is.
+    pub items: Option<Items>,
 }
 
 /// The operation, as the peers' workers read it.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Spec {
     /// Post-norm encoder layers, one after another.
@@ -56,6 +61,10 @@ pub enum Spec {
         rows: usize,
         cols: usize,
     },
+    /// A whole model with random weights.
+    System(System),
+    /// Lines of text to vectors, with a model from a directory.
+    Sentences(Sentences),
 }
 
 /// A named operand.
@@ -65,13 +74,18 @@ pub struct Tensor {
     pub data: Buffer,
 }
 
-/// The rows of `bench`, a long sequence, and stacks, whose weights do not fit a cache.
-pub fn all() -> Vec<Task> {
+/// The rows of `bench`, a long sequence, stacks, whose weights do not fit a cache, and whole systems; `small` ones show that
+/// everything runs.
+pub fn all(small: bool) -> Result<Vec<Task>> {
     let mut tasks: Vec<Task> = rows::all().iter().map(Task::of).collect();
     let long = tasks.iter().take_while(|task| task.name.starts_with("layer/f32/bert-base")).count();
     tasks.insert(long, Task::layers(BERT_BASE, 1, 1, 4096));
     tasks.extend([16, 128].map(|seq_len| Task::layers(BERT_BASE, 12, 1, seq_len)));
-    tasks
+    for system in systems::all(small) {
+        let (name, cost, items) = (system.name.clone(), system.cost()?, Some(system.items()));
+        tasks.push(Task { name, cost, spec: Spec::System(system), items });
+    }
+    Ok(tasks)
 }
 
 impl Task {
@@ -89,7 +103,7 @@ impl Task {
                 RowKind::GeluTanh => Spec::GeluTanh { rows, cols },
             },
         };
-        Task { name: row.name.clone(), cost: row.cost, spec }
+        Task { name: row.name.clone(), cost: row.cost, spec, items: None }
     }
 
     fn layers(dims: Dims, layers: usize, batch: usize, seq_len: usize) -> Task {
@@ -98,7 +112,7 @@ impl Task {
         let cost = Cost { flops, bytes: floats * size_of::<f32>(), elements: None };
         let what = if layers == 1 { "layer".to_owned() } else { format!("stack{layers}") };
         let name = format!("{what}/f32/{}/b{batch}s{seq_len}", dims.name);
-        Task { name, cost, spec: Spec::layers(dims, layers, batch, seq_len) }
+        Task { name, cost, spec: Spec::layers(dims, layers, batch, seq_len), items: None }
     }
 }
 
@@ -108,7 +122,7 @@ impl Spec {
         Spec::Layers { layers, d_model, n_heads, d_ff, batch, seq_len }
     }
 
-    /// The operands, the same in every run.
+    /// The operands, the same in every run; those of a system are its model's.
     pub fn tensors(&self) -> Vec<Tensor> {
         let mut make = Make::default();
         match *self {
@@ -143,6 +157,7 @@ impl Spec {
             Spec::Softmax { rows, cols } | Spec::GeluErf { rows, cols } | Spec::GeluTanh { rows, cols } => {
                 make.uniform("x", &[rows, cols], 4.0);
             }
+            Spec::System(_) | Spec::Sentences(_) => {}
         }
         make.0
     }
@@ -174,18 +189,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tasks_are_the_rows_and_more() {
-        let tasks = all();
-        assert_eq!(tasks.len(), rows::all().len() + 3);
+    fn tasks_are_the_rows_and_more() -> Result<()> {
+        let (tasks, systems) = (all(false)?, systems::all(false).len());
+        assert_eq!(tasks.len(), rows::all().len() + 3 + systems);
         assert_eq!(tasks[4].name, "layer/f32/bert-base/b1s4096");
-        let stack = tasks.last().expect("a task");
+        let stack = &tasks[tasks.len() - systems - 1];
         assert_eq!(stack.name, "stack12/f32/bert-base/b1s128");
         assert_eq!(stack.cost.flops, 12 * BERT_BASE.flops(1, 128));
+        assert!(tasks[tasks.len() - systems..].iter().all(|task| task.name.starts_with("systems/")));
+        Ok(())
     }
 
     #[test]
     fn a_spec_names_its_operation() {
         let json = serde_json::to_value(Spec::Gemm { m: 1, n: 2, k: 3 }).expect("json");
         assert_eq!(json, serde_json::json!({ "op": "gemm", "m": 1, "n": 2, "k": 3 }));
+        let system = serde_json::to_value(Spec::System(systems::all(true).swap_remove(2))).expect("json");
+        assert_eq!((&system["op"], &system["system"]), (&"system".into(), &"gpt_decode".into()));
+        assert_eq!((&system["context"], &system["config"]["n_layer"]), (&63.into(), &1.into()));
     }
 }
