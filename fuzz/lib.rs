@@ -4,7 +4,12 @@
 //! promise with one another in bits. An error is an answer; a panic, a wrong value or a write outside the matrix is a find.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
-use laneformer::{Context, Isa, MatMut, MatRef, Serial};
+use laneformer::{Context, Isa, Serial};
+
+#[path = "../tests/common/buffer.rs"]
+mod buffer;
+
+pub use buffer::Guarded;
 
 /// Values of a size that operations do not overflow on, and now and then one that is special.
 #[derive(Debug)]
@@ -62,55 +67,9 @@ impl Values {
     }
 }
 
-const CANARY: u32 = 0x7FC5_A5A5;
-const MARGIN: usize = 19;
-
-/// A matrix with canaries around and between its rows.
-pub struct Guarded {
-    data: Vec<f32>,
-    rows: usize,
-    cols: usize,
-    stride: usize,
-}
-
-impl Guarded {
-    /// The rows of `values`, `padding` elements apart.
-    pub fn new(rows: usize, cols: usize, padding: u8, values: &[f32]) -> Guarded {
-        let stride = cols + usize::from(padding % 20);
-        let mut data = vec![f32::from_bits(CANARY); 2 * MARGIN + rows * stride];
-        for i in 0..rows {
-            data[MARGIN + i * stride..][..cols].copy_from_slice(&values[i * cols..][..cols]);
-        }
-        Guarded { data, rows, cols, stride }
-    }
-
-    fn span(&self) -> std::ops::Range<usize> {
-        let len = if self.rows == 0 { 0 } else { (self.rows - 1) * self.stride + self.cols };
-        MARGIN..MARGIN + len
-    }
-
-    pub fn view(&self) -> MatRef<'_> {
-        MatRef::new(&self.data[self.span()], self.rows, self.cols, self.stride).unwrap()
-    }
-
-    pub fn view_mut(&mut self) -> MatMut<'_> {
-        let span = self.span();
-        MatMut::new(&mut self.data[span], self.rows, self.cols, self.stride).unwrap()
-    }
-
-    /// The rows, once the canaries have been counted.
-    pub fn values(&self) -> Vec<f32> {
-        let mut values = Vec::new();
-        for (i, x) in self.data.iter().enumerate() {
-            let place = i.wrapping_sub(MARGIN);
-            if place < self.rows * self.stride && place % self.stride < self.cols {
-                values.push(*x);
-            } else {
-                assert_eq!(x.to_bits(), CANARY, "element {i} outside the matrix was written");
-            }
-        }
-        values
-    }
+/// A matrix of `values` whose rows are `padding` elements apart, with canaries around and between them.
+pub fn guarded(rows: usize, cols: usize, padding: u8, values: &[f32]) -> Guarded {
+    Guarded::with_stride(rows, cols, cols + usize::from(padding % 20), values)
 }
 
 /// Runs `f` on every instruction set; those inside the promise give the same bits, and all are within `limit(index, expected)`

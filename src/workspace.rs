@@ -13,8 +13,8 @@ use crate::error::Error;
 const LINE: usize = 64;
 
 /// A huge page of the usual systems. A layer's weights in pages of 4 KiB are more than the translation buffers of a core
-/// hold, and a miss inside a virtual machine walks two tables: with huge pages a BERT-base layer is 4 % faster on Zen 4, with few
-/// tokens 10 %.
+/// hold, and a miss inside a virtual machine walks two tables: with huge pages a BERT-base layer is 2 to 4 % faster on Zen 4, with few
+/// tokens 8 %.
 const HUGE_PAGE: usize = 2 << 20;
 
 /// Elements on a cache line's begin, zeroed at first: for the operands of any call. Large ones ask the system for huge pages, as packed

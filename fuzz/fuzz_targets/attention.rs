@@ -3,7 +3,7 @@
 
 use laneformer::reference as r;
 use laneformer::{Graph, Heads, attention};
-use laneformer_fuzz::{Guarded, Values, everywhere};
+use laneformer_fuzz::{Values, everywhere, guarded};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: ([u8; 4], [u16; 3], [u8; 4], Option<u8>, Option<u8>, Values)| {
@@ -62,19 +62,15 @@ fuzz_target!(|input: ([u8; 4], [u16; 3], [u8; 4], Option<u8>, Option<u8>, Values
         |_, _, i, j| graph.allows(i, j),
         |_, _, _, _| 0.0,
     );
-    let q = Guarded::new(tokens, heads.query_cols(), paddings[0], &q);
-    let k = Guarded::new(tokens, heads.key_cols(), paddings[1], &k);
-    let v = Guarded::new(tokens, heads.value_cols(), paddings[2], &v);
+    let q = guarded(tokens, heads.query_cols(), paddings[0], &q);
+    let k = guarded(tokens, heads.key_cols(), paddings[1], &k);
+    let v = guarded(tokens, heads.value_cols(), paddings[2], &v);
     everywhere(
         &expected,
         |_, _| 4e-6,
         |ctx| {
-            let mut out = Guarded::new(
-                tokens,
-                heads.output_cols(),
-                paddings[3],
-                &vec![0.0; tokens * heads.output_cols()],
-            );
+            let mut out =
+                guarded(tokens, heads.output_cols(), paddings[3], &vec![0.0; tokens * heads.output_cols()]);
             attention(ctx, &heads, q.view(), k.view(), v.view(), &ends, &graph, out.view_mut()).unwrap();
             out.values()
         },

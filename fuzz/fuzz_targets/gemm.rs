@@ -3,7 +3,7 @@
 
 use laneformer::reference as r;
 use laneformer::{Activation, Epilogue, Linear, PackedMatrix};
-use laneformer_fuzz::{Guarded, Values, everywhere};
+use laneformer_fuzz::{Values, everywhere, guarded};
 use libfuzzer_sys::fuzz_target;
 
 type Function = fn(f64) -> f64;
@@ -29,10 +29,10 @@ fuzz_target!(|input: ([u8; 3], [u8; 4], u8, Option<i8>, Values, Values)| {
     let wide_residual = wide_residual.as_ref().map(|(scale, x)| (*scale, &x[..]));
     let expected = r::linear(&r::to_f64(&x), &map, function, wide_residual);
 
-    let weight = Guarded::new(n, k, paddings[0], &w);
+    let weight = guarded(n, k, paddings[0], &w);
     let linear = Linear::new(PackedMatrix::from_out_in(weight.view()).unwrap(), Some(&bias)).unwrap();
-    let x = Guarded::new(m, k, paddings[1], &x);
-    let rows = residual.as_ref().map(|(scale, r)| (*scale, Guarded::new(m, n, paddings[2], r)));
+    let x = guarded(m, k, paddings[1], &x);
+    let rows = residual.as_ref().map(|(scale, r)| (*scale, guarded(m, n, paddings[2], r)));
     let mut epilogue = Epilogue::activation(activation);
     if let Some((scale, rows)) = &rows {
         epilogue = epilogue.with_residual(*scale, rows.view());
@@ -44,7 +44,7 @@ fuzz_target!(|input: ([u8; 3], [u8; 4], u8, Option<i8>, Values, Values)| {
         &expected,
         |_, _| limit,
         |ctx| {
-            let mut y = Guarded::new(m, n, paddings[3], &vec![f32::NAN; m * n]);
+            let mut y = guarded(m, n, paddings[3], &vec![f32::NAN; m * n]);
             linear.forward(ctx, x.view(), &epilogue, y.view_mut()).unwrap();
             y.values()
         },

@@ -3,7 +3,7 @@
 
 use laneformer::layernorm;
 use laneformer::reference as r;
-use laneformer_fuzz::{Guarded, Values, everywhere};
+use laneformer_fuzz::{Values, everywhere, guarded};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (u8, u16, u8, bool, Values)| {
@@ -24,7 +24,7 @@ fuzz_target!(|input: (u8, u16, u8, bool, Values)| {
         &expected,
         |_, e| 2e-6 * (1.0 + e.abs()),
         |ctx| {
-            let mut y = Guarded::new(rows, cols, padding, &x);
+            let mut y = guarded(rows, cols, padding, &x);
             layernorm(ctx, y.view_mut(), &gain, bias.as_deref(), 1e-5).unwrap();
             y.values()
         },

@@ -3,7 +3,7 @@
 
 use laneformer::reference as r;
 use laneformer::{Rotary, RotaryPairs};
-use laneformer_fuzz::{Guarded, Values, everywhere};
+use laneformer_fuzz::{Values, everywhere, guarded};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: ([u8; 3], [u16; 4], u8, bool, Values)| {
@@ -26,7 +26,7 @@ fuzz_target!(|input: ([u8; 3], [u16; 4], u8, bool, Values)| {
         &expected,
         |_, _| 5e-7 * size,
         |ctx| {
-            let mut y = Guarded::new(positions.len(), cols, padding, &x);
+            let mut y = guarded(positions.len(), cols, padding, &x);
             rotary.apply(ctx, dim, &positions, y.view_mut()).unwrap();
             y.values()
         },

@@ -3,7 +3,7 @@
 
 use laneformer::reference as r;
 use laneformer::softmax;
-use laneformer_fuzz::{Guarded, Values, everywhere};
+use laneformer_fuzz::{Values, everywhere, guarded};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (u8, u16, u8, Values)| {
@@ -21,7 +21,7 @@ fuzz_target!(|input: (u8, u16, u8, Values)| {
         &expected,
         |i, e| e * relative(i) + 1.2e-38,
         |ctx| {
-            let mut y = Guarded::new(rows, cols, padding, &x);
+            let mut y = guarded(rows, cols, padding, &x);
             softmax(ctx, y.view_mut()).unwrap();
             y.values()
         },

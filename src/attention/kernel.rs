@@ -4,13 +4,11 @@
 //! and chunks are folded in ascending order, so a row's bits depend only on its allowed keys and their places: not on
 //! the queries beside it, the threads, or whether it came alone (decode) or with others (prefill).
 
-use core::ops::Range;
-
 use crate::attention::Heads;
 use crate::attention::bits::Query;
-use crate::attention::graph::{Cover, Graph};
-use crate::attention::keys::{BLOCK, CHUNK_BLOCKS, Keys};
-use crate::attention::terms::{Relative, SegmentTerm, Terms};
+use crate::attention::keys::{BLOCK, CHUNK, CHUNK_BLOCKS, Keys};
+use crate::attention::terms::{Relative, SegmentTerm};
+use crate::attention::tiles::{Call, Queries, ROWS, Tiles};
 use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
@@ -19,19 +17,12 @@ use crate::simd::{LANES, Simd, Vector};
 use crate::softmax::exp_sum;
 use crate::view::{MatMut, MatRef};
 
-/// Keys of a chunk: 64 rows of scores (64 KiB) and the chunk's keys and values (128 KiB at 64 dimensions) stay in L2.
-const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
 /// A row of scores, one line longer than the chunk, so that rows do not share L1 sets.
 const SCORE_STRIDE: usize = CHUNK + LANES;
-/// Queries of a tile at most.
-pub(crate) const ROWS: usize = BLOCK;
-/// Rows that are taken together where not all see all: three register tiles.
-const GROUP: usize = 16;
 /// A row of relative scores: the places of a chunk for [`ROWS`] consecutive positions, begun at a panel, and room to read past
 /// the last.
 const RELATIVE_COLS: usize = CHUNK + ROWS + BLOCK;
 const RELATIVE_STRIDE: usize = RELATIVE_COLS + LANES;
-
 /// Rows whose scores (8 KiB) go through both passes of softmax together.
 const SOFTMAX_ROWS: usize = 8;
 
@@ -39,49 +30,6 @@ const SOFTMAX_ROWS: usize = 8;
 pub(crate) fn scratch_len(heads: &Heads, has_relative: bool) -> usize {
     let relative = if has_relative { 2 * padded_stride(heads.head_dim) + RELATIVE_STRIDE } else { 0 };
     ROWS * (SCORE_STRIDE + 2 * heads.layout().value_stride() + 2 + relative)
-}
-
-/// What all tiles of a call share.
-#[derive(Clone, Copy)]
-pub(crate) struct Call<'a> {
-    pub(crate) heads: &'a Heads,
-    pub(crate) graph: &'a Graph,
-    pub(crate) terms: &'a Terms<'a>,
-}
-
-impl Call<'_> {
-    /// Whether a score is finished by a positive scale alone.
-    #[inline(always)]
-    fn is_plain(&self) -> bool {
-        self.heads.scale > 0.0 && self.heads.softcap <= 0.0 && self.terms.bias.is_none()
-    }
-}
-
-/// The queries of a tile: one head of at most [`ROWS`] rows of one sequence.
-#[derive(Clone, Copy)]
-pub(crate) struct Queries<'a> {
-    /// `[rows, head_dim]`.
-    pub(crate) q: MatRef<'a>,
-    /// The first row.
-    pub(crate) first: Query,
-    /// Its position. Rows stand one after another.
-    pub(crate) position: isize,
-}
-
-impl<'a> Queries<'a> {
-    /// Some of the rows.
-    #[inline(always)]
-    pub(super) fn rows(&self, rows: Range<usize>) -> Queries<'a> {
-        let (first, position) = self.query(rows.start);
-        Queries { q: self.q.block(rows, 0..self.q.cols()), first, position }
-    }
-
-    /// A row and its position.
-    #[inline(always)]
-    fn query(&self, row: usize) -> (Query, isize) {
-        let Query { place, row: packed, .. } = self.first;
-        (Query { place: place + row, row: packed + row, ..self.first }, self.position + row as isize)
-    }
 }
 
 /// `out = softmax(scores of the queries and keys) * values`; rows without an allowed key are 0.
@@ -103,7 +51,7 @@ pub(crate) fn attend<S: Simd>(
     let (max, rest) = rest.split_at_mut(ROWS);
     let (sum, rest) = rest.split_at_mut(ROWS);
     max[..rows].fill(f32::NEG_INFINITY);
-    // Short rows far apart, to be read and to be written, are nothing that the hardware foresees.
+    // Short rows far apart are nothing that the hardware foresees.
     for row in 0..rows {
         for line in queries.q.row(row).chunks(LANES) {
             s.prefetch(line.as_ptr());
@@ -261,154 +209,6 @@ fn attend_chunk<S: Simd>(
         sum.copy_from_slice(&chunk_sum[..n]);
     } else {
         fold_chunk(s, (max, sum), total, (&chunk_max[..n], &chunk_sum[..n]), part);
-    }
-}
-
-/// What some rows see of a chunk.
-pub(super) struct Tiles {
-    first_block: usize,
-    /// Keys of the chunk.
-    len: usize,
-    /// The keys of each block that some row sees, begun at a whole vector; empty if none.
-    pub(super) seen: [Range<usize>; CHUNK_BLOCKS],
-    /// Every row sees all of those keys; of a block without any, none.
-    full: bool,
-    /// The keys that each row sees, unless `full`.
-    words: [[u64; CHUNK_BLOCKS]; ROWS],
-}
-
-impl Tiles {
-    /// What of some keys the rows see, as far as that can be told without looking at each row.
-    #[inline(always)]
-    fn cover(call: &Call<'_>, queries: &Queries<'_>, keys: Range<usize>, len: usize) -> Cover {
-        let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
-        match call.graph.cover(queries.first, span, (keys.start, keys.end), len) {
-            Cover::Full if call.terms.bias.is_some() => Cover::Partial,
-            cover => cover,
-        }
-    }
-
-    /// The keys of a block that a row sees.
-    #[inline(always)]
-    fn word_of(call: &Call<'_>, queries: &Queries<'_>, row: usize, block: usize, len: usize) -> u64 {
-        let (query, position) = queries.query(row);
-        let word = call.graph.word(query, position, block, len);
-        let Some(bias) = &call.terms.bias else { return word };
-        let bias = bias.row(query)[block * BLOCK..].iter().take(BLOCK).enumerate();
-        word & !bias.fold(0, |word, (j, &b)| word | u64::from(b == f32::NEG_INFINITY) << j)
-    }
-
-    /// The keys of a chunk.
-    #[inline(always)]
-    fn keys(chunk: usize, len: usize) -> Range<usize> {
-        chunk * CHUNK..len.min((chunk + 1) * CHUNK)
-    }
-
-    /// Rows that are taken together; none if no row sees a key. Where not all see all, a few at a time: the fewer, the closer their
-    /// common keys are to each one's own.
-    #[inline(always)]
-    pub(super) fn step(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Option<usize> {
-        match Self::cover(call, queries, Self::keys(chunk, len), len) {
-            Cover::Empty => None,
-            Cover::Partial => Some(GROUP),
-            Cover::Full => Some(queries.q.rows()),
-        }
-    }
-
-    #[inline(always)]
-    pub(super) fn new(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Tiles {
-        let first_block = chunk * CHUNK_BLOCKS;
-        let valid = |i: usize| len.saturating_sub((first_block + i) * BLOCK).min(BLOCK);
-        let mut tiles = Tiles {
-            first_block,
-            len: Self::keys(chunk, len).len(),
-            seen: core::array::from_fn(|i| 0..valid(i)),
-            full: true,
-            words: [[0; CHUNK_BLOCKS]; ROWS],
-        };
-        match Self::cover(call, queries, Self::keys(chunk, len), len) {
-            Cover::Empty => tiles.seen = core::array::from_fn(|_| 0..0),
-            Cover::Partial => tiles.find_words(call, queries, len),
-            Cover::Full => {}
-        }
-        tiles
-    }
-
-    /// The keys that each row sees, and what of the blocks is left.
-    #[inline(never)]
-    fn find_words(&mut self, call: &Call<'_>, queries: &Queries<'_>, len: usize) {
-        for (i, seen) in self.seen.iter_mut().enumerate().filter(|(_, seen)| seen.start < seen.end) {
-            let block = self.first_block + i;
-            let valid = u64::MAX >> (BLOCK - seen.end);
-            let cover = Self::cover(call, queries, block * BLOCK..block * BLOCK + seen.end, len);
-            let (mut any, mut all) = (0, valid);
-            for row in 0..queries.q.rows() {
-                let word = match cover {
-                    Cover::Full => valid,
-                    Cover::Empty => 0,
-                    Cover::Partial => valid & Self::word_of(call, queries, row, block, len),
-                };
-                self.words[row][i] = word;
-                any |= word;
-                all &= word;
-            }
-            let vectors = |bits: u32| bits as usize / LANES;
-            let from = if any == 0 { seen.end } else { vectors(any.trailing_zeros()) * LANES };
-            let to = (vectors(63 - (any | 1).leading_zeros()) + 1) * LANES;
-            *seen = from..seen.end.min(to).max(from);
-            self.full &= all == valid || any == 0;
-        }
-    }
-
-    /// `(place in the chunk, block, its keys that some row sees)` of each block with such keys.
-    #[inline(always)]
-    fn iter(&self) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
-        (0..CHUNK_BLOCKS)
-            .filter(|&i| !self.seen[i].is_empty())
-            .map(|i| (i, self.first_block + i, self.seen[i].clone()))
-    }
-
-    /// Whether every row sees every key of the chunk.
-    #[inline(always)]
-    fn are_whole(&self) -> bool {
-        self.full && self.seen.iter().map(Range::len).sum::<usize>() == self.len
-    }
-
-    /// Whether a key that some row sees has no number as its score.
-    #[cold]
-    fn has_nan(&self, scores: &[f32]) -> bool {
-        self.iter().any(|(i, _, seen)| scores[i * BLOCK..][seen].iter().any(|x| x.is_nan()))
-    }
-
-    /// Keys of the chunk without a gap that some row sees.
-    #[inline(always)]
-    fn runs(&self) -> impl Iterator<Item = Range<usize>> {
-        let mut i = 0;
-        core::iter::from_fn(move || {
-            while i < CHUNK_BLOCKS && self.seen[i].is_empty() {
-                i += 1;
-            }
-            let Range { start, end } = self.seen.get(i)?;
-            let (start, mut end) = (i * BLOCK + start, i * BLOCK + end);
-            i += 1;
-            while end == i * BLOCK && i < CHUNK_BLOCKS && self.seen[i].start == 0 {
-                end += self.seen[i].end;
-                i += 1;
-            }
-            Some(start..end)
-        })
-    }
-
-    /// The block that is taken after block `i` of the chunk.
-    #[inline(always)]
-    fn after(&self, i: usize) -> Option<usize> {
-        (i + 1..CHUNK_BLOCKS).find(|&i| !self.seen[i].is_empty()).map(|i| self.first_block + i)
-    }
-
-    /// The keys of block `i` of the chunk that a row sees.
-    #[inline(always)]
-    pub(super) fn word(&self, row: usize, i: usize) -> u64 {
-        if self.full { u64::MAX >> (BLOCK - self.seen[i].end) } else { self.words[row][i] }
     }
 }
 
@@ -574,7 +374,6 @@ fn fold_chunk<S: Simd>(
     part: &MatMut<'_>,
 ) {
     let least = s.splat(f32::NEG_INFINITY);
-    let mut weights = [[0.0; LANES]; 2];
     // The weights of sixteen rows at once: exponentials of one row's alone would use one lane of a vector each.
     for first in (0..max.len()).step_by(LANES) {
         let group = first..max.len().min(first + LANES);
@@ -585,11 +384,11 @@ fn fold_chunk<S: Simd>(
         let (old_weight, new_weight) = (exp_nonpositive(s, m - both), exp_nonpositive(s, c - both));
         let sums =
             s.load_partial(sum, least).mul_add(old_weight, s.load_partial(new_sum, least) * new_weight);
-        let (mut maxima, mut folded) = ([0.0; LANES], [0.0; LANES]);
+        let [mut maxima, mut folded, mut old_weights, mut new_weights] = [[0.0; LANES]; 4];
         both.store(&mut maxima);
         sums.store(&mut folded);
-        old_weight.store(&mut weights[0]);
-        new_weight.store(&mut weights[1]);
+        old_weight.store(&mut old_weights);
+        new_weight.store(&mut new_weights);
         for (i, row) in group.enumerate() {
             if new_max[i] == f32::NEG_INFINITY {
                 continue;
@@ -601,7 +400,7 @@ fn fold_chunk<S: Simd>(
                 continue;
             }
             (max[i], sum[i]) = (maxima[i], folded[i]);
-            let (old, new) = (s.splat(weights[0][i]), s.splat(weights[1][i]));
+            let (old, new) = (s.splat(old_weights[i]), s.splat(new_weights[i]));
             for (total, part) in total.as_chunks_mut::<LANES>().0.iter_mut().zip(part.as_chunks::<LANES>().0)
             {
                 s.load(total).mul_add(old, s.load(part) * new).store(total);

@@ -15,11 +15,11 @@ use crate::workspace::AlignedBuffer;
 /// Tokens of a block: the columns of a panel.
 pub(crate) const BLOCK: usize = crate::gemm::PANEL;
 
-/// Blocks of a chunk of 256 keys, the unit in which softmax is folded. They follow one another in memory.
+/// Blocks of a chunk of keys, the unit in which softmax is folded. They follow one another in memory.
 pub(crate) const CHUNK_BLOCKS: usize = 4;
 
-/// Keys of a chunk.
-const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
+/// Keys of a chunk: 64 rows of scores (64 KiB) and the chunk's keys and values (128 KiB at 64 dimensions) stay in L2.
+pub(crate) const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
 
 /// The shape of every unit of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -16,18 +16,20 @@ pub use keys::{KeyStore, KvCache};
 pub use projection::QkvProjection;
 pub use rotary::{Rotary, RotaryPairs};
 pub use terms::{Bias, Relative, RelativeTable, SegmentTerm, Terms};
+pub(crate) use tiles::Call;
 pub use tiles::Tile;
 
-pub(crate) use kernel::{Call, scratch_len};
+pub(crate) use kernel::scratch_len;
 pub(crate) use keys::Stores;
 pub(crate) use plan::{Plan, check_offsets, max_blocks};
 pub(crate) use projection::Rows;
 pub(crate) use rotary::Places;
 
 use crate::attention::bits::Query;
-use crate::attention::kernel::{Queries, attend};
+use crate::attention::kernel::attend;
 use crate::attention::keys::KeyLayout;
 use crate::attention::terms::check_positions;
+use crate::attention::tiles::Queries;
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::{Crew, Team};

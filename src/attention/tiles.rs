@@ -1,15 +1,212 @@
-//! The tiles that attention makes of a graph, to look at: what is skipped, what is masked, and what a mask costs.
+//! The tiles that attention makes of a graph: what is skipped, what is computed, what is masked. The kernel asks [`Tiles`];
+//! [`Graph::tiles`] shows the same decisions to whoever wants to know what a mask costs.
 
 use core::ops::Range;
 
 use crate::attention::bits::Query;
 use crate::attention::graph::{Cover, Graph};
-use crate::attention::kernel::{Call, Queries, Tiles};
-use crate::attention::keys::{BLOCK, CHUNK_BLOCKS};
+use crate::attention::keys::{BLOCK, CHUNK, CHUNK_BLOCKS};
 use crate::attention::plan::{Plan, check_offsets};
 use crate::attention::{Heads, Terms};
 use crate::error::{Error, check_size};
+use crate::simd::LANES;
 use crate::view::MatRef;
+
+/// Queries of a tile at most.
+pub(crate) const ROWS: usize = BLOCK;
+/// Rows that are taken together where not all see all: three register tiles.
+const GROUP: usize = 16;
+
+/// What all tiles of a call share.
+#[derive(Clone, Copy)]
+pub(crate) struct Call<'a> {
+    pub(crate) heads: &'a Heads,
+    pub(crate) graph: &'a Graph,
+    pub(crate) terms: &'a Terms<'a>,
+}
+
+impl Call<'_> {
+    /// Whether a score is finished by a positive scale alone.
+    #[inline(always)]
+    pub(super) fn is_plain(&self) -> bool {
+        self.heads.scale > 0.0 && self.heads.softcap <= 0.0 && self.terms.bias.is_none()
+    }
+}
+
+/// The queries of a tile: one head of at most [`ROWS`] rows of one sequence.
+#[derive(Clone, Copy)]
+pub(crate) struct Queries<'a> {
+    /// `[rows, head_dim]`.
+    pub(crate) q: MatRef<'a>,
+    /// The first row.
+    pub(crate) first: Query,
+    /// Its position. Rows stand one after another.
+    pub(crate) position: isize,
+}
+
+impl<'a> Queries<'a> {
+    /// Some of the rows.
+    #[inline(always)]
+    pub(super) fn rows(&self, rows: Range<usize>) -> Queries<'a> {
+        let (first, position) = self.query(rows.start);
+        Queries { q: self.q.block(rows, 0..self.q.cols()), first, position }
+    }
+
+    /// A row and its position.
+    #[inline(always)]
+    pub(super) fn query(&self, row: usize) -> (Query, isize) {
+        let Query { place, row: packed, .. } = self.first;
+        (Query { place: place + row, row: packed + row, ..self.first }, self.position + row as isize)
+    }
+}
+
+/// What some rows see of a chunk.
+pub(super) struct Tiles {
+    pub(super) first_block: usize,
+    /// Keys of the chunk.
+    pub(super) len: usize,
+    /// The keys of each block that some row sees, begun at a whole vector; empty if none.
+    seen: [Range<usize>; CHUNK_BLOCKS],
+    /// Every row sees all of those keys; of a block without any, none.
+    pub(super) full: bool,
+    /// The keys that each row sees, unless `full`.
+    words: [[u64; CHUNK_BLOCKS]; ROWS],
+}
+
+impl Tiles {
+    /// What of some keys the rows see, as far as that can be told without looking at each row.
+    #[inline(always)]
+    fn cover(call: &Call<'_>, queries: &Queries<'_>, keys: Range<usize>, len: usize) -> Cover {
+        let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
+        match call.graph.cover(queries.first, span, (keys.start, keys.end), len) {
+            Cover::Full if call.terms.bias.is_some() => Cover::Partial,
+            cover => cover,
+        }
+    }
+
+    /// The keys of a block that a row sees.
+    #[inline(always)]
+    fn word_of(call: &Call<'_>, queries: &Queries<'_>, row: usize, block: usize, len: usize) -> u64 {
+        let (query, position) = queries.query(row);
+        let word = call.graph.word(query, position, block, len);
+        let Some(bias) = &call.terms.bias else { return word };
+        let bias = bias.row(query)[block * BLOCK..].iter().take(BLOCK).enumerate();
+        word & !bias.fold(0, |word, (j, &b)| word | u64::from(b == f32::NEG_INFINITY) << j)
+    }
+
+    /// The keys of a chunk.
+    #[inline(always)]
+    fn keys(chunk: usize, len: usize) -> Range<usize> {
+        chunk * CHUNK..len.min((chunk + 1) * CHUNK)
+    }
+
+    /// Rows that are taken together; none if no row sees a key. Where not all see all, a few at a time: the fewer, the closer their
+    /// common keys are to each one's own.
+    #[inline(always)]
+    pub(super) fn step(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Option<usize> {
+        match Self::cover(call, queries, Self::keys(chunk, len), len) {
+            Cover::Empty => None,
+            Cover::Partial => Some(GROUP),
+            Cover::Full => Some(queries.q.rows()),
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn new(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Tiles {
+        let first_block = chunk * CHUNK_BLOCKS;
+        let valid = |i: usize| len.saturating_sub((first_block + i) * BLOCK).min(BLOCK);
+        let mut tiles = Tiles {
+            first_block,
+            len: Self::keys(chunk, len).len(),
+            seen: core::array::from_fn(|i| 0..valid(i)),
+            full: true,
+            words: [[0; CHUNK_BLOCKS]; ROWS],
+        };
+        match Self::cover(call, queries, Self::keys(chunk, len), len) {
+            Cover::Empty => tiles.seen = core::array::from_fn(|_| 0..0),
+            Cover::Partial => tiles.find_words(call, queries, len),
+            Cover::Full => {}
+        }
+        tiles
+    }
+
+    /// The keys that each row sees, and what of the blocks is left.
+    #[inline(never)]
+    fn find_words(&mut self, call: &Call<'_>, queries: &Queries<'_>, len: usize) {
+        for (i, seen) in self.seen.iter_mut().enumerate().filter(|(_, seen)| seen.start < seen.end) {
+            let block = self.first_block + i;
+            let valid = u64::MAX >> (BLOCK - seen.end);
+            let cover = Self::cover(call, queries, block * BLOCK..block * BLOCK + seen.end, len);
+            let (mut any, mut all) = (0, valid);
+            for row in 0..queries.q.rows() {
+                let word = match cover {
+                    Cover::Full => valid,
+                    Cover::Empty => 0,
+                    Cover::Partial => valid & Self::word_of(call, queries, row, block, len),
+                };
+                self.words[row][i] = word;
+                any |= word;
+                all &= word;
+            }
+            let vectors = |bits: u32| bits as usize / LANES;
+            let from = if any == 0 { seen.end } else { vectors(any.trailing_zeros()) * LANES };
+            let to = (vectors(63 - (any | 1).leading_zeros()) + 1) * LANES;
+            *seen = from..seen.end.min(to).max(from);
+            self.full &= all == valid || any == 0;
+        }
+    }
+
+    /// `(place in the chunk, block, its keys that some row sees)` of each block with such keys.
+    #[inline(always)]
+    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
+        (0..CHUNK_BLOCKS)
+            .filter(|&i| !self.seen[i].is_empty())
+            .map(|i| (i, self.first_block + i, self.seen[i].clone()))
+    }
+
+    /// Whether every row sees every key of the chunk.
+    #[inline(always)]
+    pub(super) fn are_whole(&self) -> bool {
+        self.full && self.seen.iter().map(Range::len).sum::<usize>() == self.len
+    }
+
+    /// Whether a key that some row sees has no number as its score.
+    #[cold]
+    pub(super) fn has_nan(&self, scores: &[f32]) -> bool {
+        self.iter().any(|(i, _, seen)| scores[i * BLOCK..][seen].iter().any(|x| x.is_nan()))
+    }
+
+    /// Keys of the chunk without a gap that some row sees.
+    #[inline(always)]
+    pub(super) fn runs(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut i = 0;
+        core::iter::from_fn(move || {
+            while i < CHUNK_BLOCKS && self.seen[i].is_empty() {
+                i += 1;
+            }
+            let Range { start, end } = self.seen.get(i)?;
+            let (start, mut end) = (i * BLOCK + start, i * BLOCK + end);
+            i += 1;
+            while end == i * BLOCK && i < CHUNK_BLOCKS && self.seen[i].start == 0 {
+                end += self.seen[i].end;
+                i += 1;
+            }
+            Some(start..end)
+        })
+    }
+
+    /// The block that is taken after block `i` of the chunk.
+    #[inline(always)]
+    pub(super) fn after(&self, i: usize) -> Option<usize> {
+        (i + 1..CHUNK_BLOCKS).find(|&i| !self.seen[i].is_empty()).map(|i| self.first_block + i)
+    }
+
+    /// The keys of block `i` of the chunk that a row sees.
+    #[inline(always)]
+    pub(super) fn word(&self, row: usize, i: usize) -> u64 {
+        if self.full { u64::MAX >> (BLOCK - self.seen[i].end) } else { self.words[row][i] }
+    }
+}
 
 /// A tile of scores as attention takes it: queries that are taken together, and a block of up to 64 keys of their sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,7 +315,7 @@ impl Graph {
         let Ok(q) = MatRef::contiguous(&[], rows.len(), 0) else { return vec![] };
         let queries = Queries { q, first, position };
         let mut out = vec![];
-        for chunk in 0..keys.len().div_ceil(CHUNK_BLOCKS * BLOCK) {
+        for chunk in 0..keys.len().div_ceil(CHUNK) {
             let step = Tiles::step(&call, &queries, keys.len(), chunk).unwrap_or(rows.len());
             for start in (0..rows.len()).step_by(step) {
                 let group = start..rows.len().min(start + step);

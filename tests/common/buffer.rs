@@ -7,7 +7,7 @@ const CANARY: u32 = 0x7FC5_A5A5;
 /// Canaries before and after the matrix: a prime, so that its rows start at odd places, and wider than any vector.
 const MARGIN: usize = 67;
 
-/// A matrix with a prime row stride above its width, and canaries around and between its rows.
+/// A matrix with canaries around and between its rows; if not told otherwise, its row stride is a prime above its width.
 pub struct Guarded {
     data: Vec<f32>,
     rows: usize,
@@ -18,8 +18,12 @@ pub struct Guarded {
 impl Guarded {
     /// The rows of `values`, which follow one another there.
     pub fn new(rows: usize, cols: usize, values: &[f32]) -> Guarded {
+        Guarded::with_stride(rows, cols, prime_above(cols), values)
+    }
+
+    /// The same with another row stride.
+    pub fn with_stride(rows: usize, cols: usize, stride: usize, values: &[f32]) -> Guarded {
         assert_eq!(values.len(), rows * cols);
-        let stride = prime_above(cols);
         let mut data = vec![f32::from_bits(CANARY); 2 * MARGIN + rows * stride];
         for i in 0..rows {
             data[MARGIN + i * stride..][..cols].copy_from_slice(&values[i * cols..][..cols]);

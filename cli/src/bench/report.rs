@@ -78,6 +78,14 @@ impl Record {
         }
     }
 
+    /// Name and times, `own` cells of a kind of row, then what every row ends with: rate, bound, peak, the part of it, the error.
+    pub fn cells_around<const OWN: usize, const ALL: usize>(&self, own: [String; OWN]) -> [String; ALL] {
+        const { assert!(ALL == OWN + 8) };
+        let times = [self.name.clone(), time(self.median_ns), time(self.min_ns)];
+        let mut cells = times.into_iter().chain(own).chain(self.rate_cells()).chain([self.error_cell()]);
+        std::array::from_fn(|_| cells.next().unwrap_or_default())
+    }
+
     /// Rate, bound, peak and the part of it.
     pub fn rate_cells(&self) -> [String; 4] {
         let (rate, peak, bound) = match self.bound {

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::bench::check::same_bits;
 use crate::bench::measure::{Deviation, Workload};
-use crate::bench::report::{Output, Record, aligned, time};
+use crate::bench::report::{Output, Record, aligned};
 use crate::bench::{Item, measure, no_row};
 use crate::runtime::RuntimeArgs;
 use crate::systems::{self, Items, Model, System};
@@ -103,20 +103,7 @@ fn table(records: &[SystemRecord]) -> Table {
     let header = ["name", "median", "min", "per second", "rate", "bound", "peak", "of peak", "max error"];
     aligned(
         header,
-        records.iter().map(|r| {
-            let [rate, bound, peak, of_peak] = r.record.rate_cells();
-            [
-                r.record.name.clone(),
-                time(r.record.median_ns),
-                time(r.record.min_ns),
-                format!("{:.1} {}", r.items_per_s, r.items.unit),
-                rate,
-                bound,
-                peak,
-                of_peak,
-                r.record.error_cell(),
-            ]
-        }),
+        records.iter().map(|r| r.record.cells_around([format!("{:.1} {}", r.items_per_s, r.items.unit)])),
     )
 }
 
