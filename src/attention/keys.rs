@@ -8,7 +8,7 @@ use core::ops::Range;
 
 use crate::attention::Heads;
 use crate::attention::plan::{Plan, Segment, check_offsets, max_blocks};
-use crate::error::{Error, check_dim, check_size, checked_product};
+use crate::error::{Error, check_size, checked_product};
 use crate::view::MatRef;
 use crate::workspace::AlignedBuffer;
 
@@ -47,14 +47,14 @@ impl KeyLayout {
     }
 
     /// Whether rows of keys and of values belong together and to these heads.
-    fn check_rows(self, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
+    pub(super) fn check_rows(self, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
         check_size("k.cols", self.n_heads * self.head_dim, k.cols())?;
         check_size("v.rows", k.rows(), v.rows())?;
         check_size("v.cols", self.n_heads * self.value_dim, v.cols())
     }
 
     /// Writes some rows as the tokens from `token` on of a sequence whose blocks are a ring.
-    fn store_rows(
+    pub(super) fn store_rows(
         self,
         blocks: &mut [f32],
         ring: usize,
@@ -227,9 +227,9 @@ impl<'a> Stores<'a> {
 pub struct KeyStore {
     pub(crate) layout: KeyLayout,
     pub(crate) plan: Plan,
-    data: AlignedBuffer,
+    pub(super) data: AlignedBuffer,
     /// Blocks per sequence, if they are a cache's.
-    ring: Option<usize>,
+    pub(super) ring: Option<usize>,
     /// Keys before each sequence's own, if they are another store's: what these leave of a chunk stands here first.
     behind: Vec<usize>,
 }
@@ -244,7 +244,7 @@ impl KeyStore {
         Self::with_blocks(heads, blocks, max_segments)
     }
 
-    fn with_blocks(heads: &Heads, blocks: usize, segments: usize) -> Result<KeyStore, Error> {
+    pub(super) fn with_blocks(heads: &Heads, blocks: usize, segments: usize) -> Result<KeyStore, Error> {
         heads.check()?;
         // Each block and each sequence has an entry in a few lists.
         checked_product("keys and values", &[blocks.max(segments), 8])?;
@@ -422,156 +422,5 @@ impl KeyStore {
 
     pub(crate) fn parts(&mut self) -> (&Plan, &mut [f32]) {
         (&self.plan, &mut self.data)
-    }
-}
-
-/// Keys and values of sequences that grow: preallocated, appended to, and with a window a ring that drops the oldest.
-///
-/// Queries over a cache give the same bits as over all keys at once: chunks keep their absolute numbers.
-///
-/// ```
-/// use laneformer::{Context, Graph, Heads, KvCache, MatMut, MatRef, QueryRows, Terms};
-/// let heads = Heads::new(1, 2)?;
-/// let mut cache = KvCache::new(&heads, 1, 8)?;
-/// let row = |x| MatRef::contiguous(x, 1, 2);
-/// cache.append(0, row(&[1.0, 0.0])?, row(&[3.0, 4.0])?)?;
-/// let mut out = [0.0; 2];
-/// let out_mat = MatMut::contiguous(&mut out, 1, 2)?;
-/// let queries = QueryRows::new(row(&[1.0, 0.0])?, &[0, 1]);
-/// cache.keys().attend(Context::serial(), &heads, &queries, &Graph::full(), &Terms::default(), out_mat)?;
-/// assert_eq!((cache.len(0), out), (1, [3.0, 4.0]));
-/// # Ok::<(), laneformer::Error>(())
-/// ```
-#[derive(Debug)]
-pub struct KvCache {
-    store: KeyStore,
-    capacity: usize,
-    window: bool,
-}
-
-impl KvCache {
-    /// Room for `capacity` tokens in each of `sequences` sequences.
-    ///
-    /// # Errors
-    /// [`Error::ZeroDim`], [`Error::Overflow`].
-    pub fn new(heads: &Heads, sequences: usize, capacity: usize) -> Result<KvCache, Error> {
-        check_dim("sequences", sequences)?;
-        check_dim("capacity", capacity)?;
-        let blocks =
-            capacity.checked_next_multiple_of(CHUNK).ok_or(Error::Overflow { arg: "capacity" })? / BLOCK;
-        let total = checked_product("capacity", &[blocks, sequences])?;
-        let mut store = KeyStore::with_blocks(heads, total, sequences)?;
-        store.ring = Some(blocks);
-        store.plan.segments = (0..sequences).map(|i| Segment { first_block: i * blocks, len: 0 }).collect();
-        Ok(KvCache { store, capacity, window: false })
-    }
-
-    /// A cache that keeps at least the last `window` tokens of each sequence and drops older ones in chunks of 256.
-    ///
-    /// # Errors
-    /// [`Error::ZeroDim`], [`Error::Overflow`].
-    pub fn ring(heads: &Heads, sequences: usize, window: usize) -> Result<KvCache, Error> {
-        // A call may append a chunk, whose first token sees `window` tokens; the oldest chunk goes as a whole when a new one begins.
-        let capacity = window.checked_add(2 * (CHUNK - 1)).ok_or(Error::Overflow { arg: "window" })?;
-        Ok(KvCache { window: true, ..KvCache::new(heads, sequences, capacity)? })
-    }
-
-    /// Sequences.
-    pub fn sequences(&self) -> usize {
-        self.store.plan.segments.len()
-    }
-
-    /// Tokens appended to a sequence so far, 0 for one that is not there.
-    pub fn len(&self, sequence: usize) -> usize {
-        self.store.plan.segments.get(sequence).map_or(0, |segment| segment.len)
-    }
-
-    /// Whether no sequence has a token.
-    pub fn is_empty(&self) -> bool {
-        self.store.plan.segments.iter().all(|segment| segment.len == 0)
-    }
-
-    /// The keys and values, to attend to.
-    pub fn keys(&self) -> &KeyStore {
-        &self.store
-    }
-
-    /// Bytes of the cache.
-    pub fn bytes(&self) -> usize {
-        self.store.bytes()
-    }
-
-    /// Appends rows to a sequence.
-    ///
-    /// # Shapes
-    /// `k`: `[tokens, n_kv_heads * head_dim]`; `v`: `[tokens, n_kv_heads * value_dim]`.
-    ///
-    /// # Errors
-    /// [`Error::TooLarge`] if there is no such sequence or no room, [`Error::Size`]. The cache is unchanged then.
-    pub fn append(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
-        self.store.layout.check_rows(k, v)?;
-        self.check_room(sequence, k.rows())?;
-        self.push(sequence, k, v, 0..k.rows());
-        Ok(())
-    }
-
-    /// Appends rows to every sequence, any number to each.
-    ///
-    /// # Shapes
-    /// As [`append`](Self::append); `offsets`: `[0, end of sequence 0, ..., tokens]`, of all sequences.
-    ///
-    /// # Errors
-    /// [`Error::TooLarge`] if there is no room in one, [`Error::Size`], [`Error::NotAscending`]. The cache is unchanged then.
-    pub fn append_batch(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) -> Result<(), Error> {
-        self.store.layout.check_rows(k, v)?;
-        check_offsets("offsets", offsets, k.rows())?;
-        check_size("offsets.len() - 1", self.sequences(), offsets.len() - 1)?;
-        let mut lens = offsets.windows(2).map(|w| w[1] - w[0]).enumerate();
-        lens.try_for_each(|(sequence, len)| self.check_room(sequence, len))?;
-        self.push_batch(k, v, offsets);
-        Ok(())
-    }
-
-    /// [`append_batch`](Self::append_batch) after its checks.
-    pub(crate) fn push_batch(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) {
-        for (sequence, rows) in offsets.windows(2).enumerate() {
-            self.push(sequence, k, v, rows[0]..rows[1]);
-        }
-    }
-
-    fn push(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>, rows: Range<usize>) {
-        let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
-        let Segment { first_block, len } = &mut plan.segments[sequence];
-        let blocks = &mut data[*first_block * layout.block_len()..];
-        let added = rows.len();
-        layout.store_rows(blocks, ring.unwrap_or(usize::MAX), *len, k, v, rows);
-        *len += added;
-    }
-
-    pub(crate) fn check_room(&self, sequence: usize, rows: usize) -> Result<(), Error> {
-        if sequence >= self.sequences() {
-            let max = self.sequences() - 1;
-            return Err(Error::TooLarge { arg: "sequence", max, actual: sequence });
-        }
-        // A ring takes at most what it keeps at once; more would drop what the same call's first queries see.
-        let max = if self.window { CHUNK } else { self.capacity - self.len(sequence) };
-        if rows > max {
-            return Err(Error::TooLarge { arg: "tokens appended to the cache", max, actual: rows });
-        }
-        Ok(())
-    }
-
-    /// Forgets all but the first `len` tokens of a sequence, which may be 0; of a ring only 0.
-    ///
-    /// # Errors
-    /// [`Error::TooLarge`] if there is no such sequence or it has fewer tokens.
-    pub fn truncate(&mut self, sequence: usize, len: usize) -> Result<(), Error> {
-        self.check_room(sequence, 0)?;
-        let max = if self.window { 0 } else { self.len(sequence) };
-        if len > max {
-            return Err(Error::TooLarge { arg: "len", max, actual: len });
-        }
-        self.store.plan.segments[sequence].len = len;
-        Ok(())
     }
 }

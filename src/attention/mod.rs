@@ -1,6 +1,7 @@
 //! Attention over a graph of tokens: the projection that stores heads apart, and the sum over what each token sees.
 
 mod bits;
+mod cache;
 mod graph;
 mod kernel;
 mod keys;
@@ -11,8 +12,9 @@ mod terms;
 mod tiles;
 
 pub use bits::Bits;
+pub use cache::KvCache;
 pub use graph::{Cover, Graph};
-pub use keys::{KeyStore, KvCache};
+pub use keys::KeyStore;
 pub use projection::QkvProjection;
 pub use rotary::{Rotary, RotaryPairs};
 pub use terms::{Bias, Relative, RelativeTable, SegmentTerm, Terms};
