@@ -4,7 +4,7 @@ mod common;
 
 use common::{contexts, criterion, random};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use laneformer::{Graph, Heads, KeyStore, MatMut, MatRef, QueryRows, Terms};
+use laneformer::{Context, Graph, Heads, KeyStore, MatMut, MatRef, QueryRows, Terms};
 
 fn attention(c: &mut Criterion) {
     let mut group = c.benchmark_group("attention");
@@ -14,7 +14,7 @@ fn attention(c: &mut Criterion) {
         let view = MatRef::contiguous(&x, tokens, 768).unwrap();
         let offsets = [0, tokens];
         let mut keys = KeyStore::new(&heads, tokens, 1).unwrap();
-        keys.set(view, view, &offsets).unwrap();
+        keys.set(Context::serial(), view, view, &offsets).unwrap();
         let mut out = vec![0.0; x.len()];
         for (name, graph, edges) in
             [("full", Graph::full(), tokens * tokens), ("causal", Graph::causal(), tokens * (tokens + 1) / 2)]

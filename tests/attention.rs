@@ -9,7 +9,7 @@ use common::model::{Model, Shape, offsets, reference_heads};
 use common::sizes::{HEAD_DIMS, SEGMENTS};
 use common::{on_every_isa, serial};
 use laneformer::reference as r;
-use laneformer::{Graph, Heads, Isa, KeyStore, MatMut, QueryRows, Terms, attention};
+use laneformer::{Context, Graph, Heads, Isa, KeyStore, MatMut, QueryRows, Terms, attention};
 
 /// Outputs are means of values of size 1.
 const LIMIT: f64 = 3e-6;
@@ -263,7 +263,7 @@ on_every_isa! {
             let v = Guarded::new(case.tokens(), 16, &case.v);
             let q = Guarded::new(case.tokens(), 16, &case.q);
             let mut out = Guarded::unset(case.tokens(), 16);
-            keys.set(k.view(), v.view(), &offsets(lens)).unwrap();
+            keys.set(Context::serial(), k.view(), v.view(), &offsets(lens)).unwrap();
             keys.attend(serial(isa), &heads, &QueryRows::new(q.view(), &offsets(lens)), &Graph::full(), &Terms::default(), out.view_mut()).unwrap();
             assert_bits(&out.values(), &case.run(isa, &Graph::full()), "a used store");
         }
@@ -290,7 +290,7 @@ fn an_empty_matrix_has_no_tokens() {
     let heads = heads(1, 4);
     let mut keys = KeyStore::new(&heads, 0, 0).unwrap();
     let empty = || MatMut::contiguous(&mut [], 0, 4).unwrap();
-    keys.set(empty().as_ref(), empty().as_ref(), &[0]).unwrap();
+    keys.set(Context::serial(), empty().as_ref(), empty().as_ref(), &[0]).unwrap();
     keys.attend(
         laneformer::Context::serial(),
         &heads,

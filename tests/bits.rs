@@ -153,7 +153,8 @@ fn attention_everywhere() {
     let plain = Heads::new(2, 8).unwrap();
     let grouped = Heads::new(4, 17).unwrap().with_kv_heads(2).unwrap().with_value_dim(5).unwrap();
     for heads in [plain, grouped, plain.with_softcap(2.0)] {
-        for lens in [&[1][..], &[300], &[0, 17, 64, 65, 2]] {
+        // The last is enough for keys and values to be stored by several threads.
+        for lens in [&[1][..], &[300], &[0, 17, 64, 65, 2], &[63; 24]] {
             let tokens = lens.iter().sum::<usize>();
             let q = rng.vec(tokens * heads.query_cols(), 2.0);
             let (k, v) = (rng.vec(tokens * heads.key_cols(), 2.0), rng.vec(tokens * heads.value_cols(), 1.0));

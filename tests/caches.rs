@@ -68,7 +68,7 @@ impl Batch {
     fn store(&self) -> KeyStore {
         let (rows, tokens) = (self.all(), self.lens.iter().sum());
         let mut keys = KeyStore::new(&heads(), tokens, self.lens.len()).unwrap();
-        keys.set(rows.k.view(), rows.v.view(), &offsets(&self.lens)).unwrap();
+        keys.set(Context::serial(), rows.k.view(), rows.v.view(), &offsets(&self.lens)).unwrap();
         keys
     }
 
@@ -187,7 +187,7 @@ on_every_isa! {
                     }
                     let before = batch.rows(&[0; 3], &past);
                     let mut store = KeyStore::new(&heads(), 1100, 3).unwrap();
-                    store.set(before.k.view(), before.v.view(), &offsets(&past)).unwrap();
+                    store.set(Context::serial(), before.k.view(), before.v.view(), &offsets(&past)).unwrap();
                     let mut cache = KvCache::new(&heads(), 3, 600).unwrap();
                     cache.append_batch(before.k.view(), before.v.view(), &offsets(&past)).unwrap();
 
@@ -196,7 +196,7 @@ on_every_isa! {
                     for past_keys in [&store, cache.keys()] {
                         // A used store, whose old keys must not show.
                         let mut keys = KeyStore::new(&heads(), 492 + 3 * 256, 3).unwrap();
-                        keys.set(rows.k.view(), rows.v.view(), &ends).unwrap();
+                        keys.set(Context::serial(), rows.k.view(), rows.v.view(), &ends).unwrap();
                         keys.set_after(past_keys, rows.k.view(), rows.v.view(), &ends).unwrap();
                         let queries = QueryRows::new(rows.q.view(), &ends);
                         let y = attend(&keys, Some(past_keys), serial(isa), &queries, &graph, ends[3]);
@@ -220,7 +220,7 @@ on_every_isa! {
         }
         let shared = batch.rows(&[0; 4], &[prefix, 0, 0, 0]);
         let mut past = KeyStore::new(&heads, prefix, 1).unwrap();
-        past.set(shared.k.view(), shared.v.view(), &[0, prefix]).unwrap();
+        past.set(Context::serial(), shared.k.view(), shared.v.view(), &[0, prefix]).unwrap();
         let (rows, ends) = (batch.rows(&[prefix; 4], &lens), offsets(&new));
         let mut keys = KeyStore::new(&heads, 74 + 4 * 256, 4).unwrap();
         keys.set_after(&past, rows.k.view(), rows.v.view(), &ends).unwrap();
@@ -268,7 +268,7 @@ on_every_isa! {
         };
         let before = batch.rows(&[0; 3], &past);
         let mut store = KeyStore::new(&heads, 167, 3).unwrap();
-        store.set(before.k.view(), before.v.view(), &offsets(&past)).unwrap();
+        store.set(Context::serial(), before.k.view(), before.v.view(), &offsets(&past)).unwrap();
         let (rows, ends) = (batch.rows(&past, &lens), offsets(&new));
         let mut keys = KeyStore::new(&heads, 137 + 3 * 256, 3).unwrap();
         keys.set_after(&store, rows.k.view(), rows.v.view(), &ends).unwrap();
@@ -368,9 +368,9 @@ fn stores_that_do_not_stand_behind_one_another_are_refused() {
     let (k, v) = (rows.k.view(), rows.v.view());
     let store = |heads: &Heads| KeyStore::new(heads, 200, 3).unwrap();
     let mut past = store(&heads);
-    past.set(k, v, &ends).unwrap();
+    past.set(Context::serial(), k, v, &ends).unwrap();
     let mut keys = store(&heads);
-    keys.set(k, v, &ends).unwrap();
+    keys.set(Context::serial(), k, v, &ends).unwrap();
 
     let mut out = Guarded::unset(73, heads.output_cols());
     let mut after = |keys: &KeyStore, past: &KeyStore| {
@@ -397,7 +397,7 @@ fn stores_that_do_not_stand_behind_one_another_are_refused() {
     let large = Error::TooLarge { arg: "blocks of 64 tokens in the batch", max: 3, actual: 4 };
     // Without what the past leaves of its chunks the new keys would have room.
     assert_eq!(small.set_after(&past, k, v, &ends), Err(large));
-    small.set(k, v, &ends).unwrap();
+    small.set(Context::serial(), k, v, &ends).unwrap();
     // All those have left the store as it was.
     let queries = QueryRows::new(rows.q.view(), &ends);
     let y = attend(&keys, None, ctx, &queries, &graph, 73);
@@ -416,12 +416,12 @@ fn stores_that_do_not_stand_behind_one_another_are_refused() {
     let mut after = |keys: &KeyStore, past: &KeyStore| {
         keys.attend_after(past, ctx, &heads, &queries, &graph, &Terms::default(), out.view_mut())
     };
-    past.set(k, v, &[0, 69, 73]).unwrap();
+    past.set(Context::serial(), k, v, &[0, 69, 73]).unwrap();
     assert_eq!(after(&keys, &past), Err(size("past tokens", 70, 69)));
-    past.set(k, v, &[0, 1, 2, 73]).unwrap();
+    past.set(Context::serial(), k, v, &[0, 1, 2, 73]).unwrap();
     assert_eq!(after(&keys, &past), Err(size("past sequences", 2, 3)));
     out.assert_unset();
     // Filled anew it stands alone.
-    keys.set(k, v, &ends).unwrap();
+    keys.set(Context::serial(), k, v, &ends).unwrap();
     assert_bits(&attend(&keys, None, ctx, &queries, &graph, 73), &y, "alone again");
 }

@@ -9,7 +9,7 @@ use common::data::Rng;
 use common::model::offsets;
 use common::{on_every_isa, serial};
 use laneformer::reference::to_f64;
-use laneformer::{Bits, Graph, Heads, Isa, KeyStore, MatRef, QueryRows, Terms};
+use laneformer::{Bits, Context, Graph, Heads, Isa, KeyStore, MatRef, QueryRows, Terms};
 
 const LIMIT: f64 = 3e-6;
 
@@ -48,7 +48,7 @@ fn attend(isa: Isa, q: &Rows, queries: &[usize], kv: &Rows, keys: &[usize], grap
     let view = |x: &[f32], cols: usize| Guarded::new(tokens(x, cols), cols, x);
     let (q, k, v) = (view(&q.0[0], q_cols), view(&kv.0[1], k_cols), view(&kv.0[2], v_cols));
     let mut store = KeyStore::new(&heads(), tokens(&kv.0[1], k_cols), keys.len()).unwrap();
-    store.set(k.view(), v.view(), &offsets(keys)).unwrap();
+    store.set(Context::serial(), k.view(), v.view(), &offsets(keys)).unwrap();
     let ends = offsets(queries);
     let mut out = Guarded::unset(ends[queries.len()], out_cols);
     let (rows, terms) = (QueryRows::new(q.view(), &ends), Terms::default());
@@ -187,7 +187,7 @@ on_every_isa! {
         let places: Vec<isize> = order.iter().map(|&i| i as isize).collect();
         let mut store = KeyStore::new(&heads(), n, 1).unwrap();
         let [k, v] = [1, 2].map(|i| MatRef::contiguous(&x.0[i], n, cols()[i]).unwrap());
-        store.set(k, v, &ends).unwrap();
+        store.set(Context::serial(), k, v, &ends).unwrap();
         let (graph, terms) = (Graph::window(30, 4), Terms::default());
         let mut z = Guarded::unset(n, cols()[3]);
         store.attend(serial(isa), &heads(), &rows.at(&places), &graph, &terms, z.view_mut()).unwrap();

@@ -340,14 +340,16 @@ fn key_stores_and_projections() {
     let mut keys = KeyStore::new(&heads, 10, 1).unwrap();
     let mut out = Guarded::unset(10, 8);
     let full = Graph::full();
-    keys.set(view(&x, 10, 8), view(&x, 10, 8), &[0, 10]).unwrap();
-    offsets_are_checked(&mut |offsets| keys.set(view(&x, 10, 8), view(&x, 10, 8), offsets));
+    keys.set(Context::serial(), view(&x, 10, 8), view(&x, 10, 8), &[0, 10]).unwrap();
+    offsets_are_checked(&mut |offsets| {
+        keys.set(Context::serial(), view(&x, 10, 8), view(&x, 10, 8), offsets)
+    });
     let large = Error::TooLarge { arg: "blocks of 64 tokens in the batch", max: 1, actual: 2 };
     let message = "blocks of 64 tokens in the batch: expected at most 1, got 2";
-    refused(keys.set(view(&x, 80, 8), view(&x, 80, 8), &[0, 80]), large, message);
+    refused(keys.set(Context::serial(), view(&x, 80, 8), view(&x, 80, 8), &[0, 80]), large, message);
     let many = Error::TooLarge { arg: "sequences in the batch", max: 1, actual: 2 };
     let many_message = "sequences in the batch: expected at most 1, got 2";
-    refused(keys.set(view(&x, 10, 8), view(&x, 10, 8), &[0, 5, 10]), many, many_message);
+    refused(keys.set(Context::serial(), view(&x, 10, 8), view(&x, 10, 8), &[0, 5, 10]), many, many_message);
     // What was in it still is.
     keys.attend(
         ctx(),
@@ -579,7 +581,7 @@ fn attend_error(graph: &Graph, terms: &Terms<'_>, place: impl Fn(QueryRows<'_>) 
     let (x, ends) = ([1.0; 8 * 16], [0, 5, 7, 8]);
     let rows = view(&x, 8, 16);
     let mut keys = KeyStore::new(&heads, 8, 3).unwrap();
-    keys.set(rows, rows, &ends).unwrap();
+    keys.set(Context::serial(), rows, rows, &ends).unwrap();
     let mut out = Guarded::unset(8, 16);
     let queries = place(QueryRows::new(rows, &ends));
     let error = keys.attend(ctx(), &heads, &queries, graph, terms, out.view_mut()).unwrap_err();
@@ -659,7 +661,7 @@ fn graphs_of_any_reach() {
     let x = [1.0; 70];
     let rows = view(&x, 70, 1);
     let mut keys = KeyStore::new(&heads, 70, 1).unwrap();
-    keys.set(rows, rows, &[0, 70]).unwrap();
+    keys.set(Context::serial(), rows, rows, &[0, 70]).unwrap();
     let far = isize::MAX / 8;
     for (left, right) in [(0, 0), (MAX, 0), (0, MAX), (MAX, MAX), (MAX / 2, MAX / 2 + 1), (1 << 62, 1)] {
         for position in [-far, -1, 0, 69, 70, far] {
@@ -761,7 +763,7 @@ fn caches_and_sources_that_do_not_fit_the_layer() {
         let mut keys = KeyStore::new(heads, 10, 3).unwrap();
         let tokens = lens.iter().sum();
         let (k, v) = (view(&x, tokens, heads.key_cols()), view(&x, tokens, heads.value_cols()));
-        keys.set(k, v, &common::model::offsets(lens)).unwrap();
+        keys.set(Context::serial(), k, v, &common::model::offsets(lens)).unwrap();
         keys
     };
     let graph = Graph::causal();

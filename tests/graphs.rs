@@ -9,7 +9,7 @@ use common::model::{offsets, reference_heads};
 use common::{on_every_isa, serial};
 use laneformer::reference as r;
 use laneformer::{
-    Bits, Cover, Error, Graph, Heads, Isa, KeyStore, KvCache, MatRef, QueryRows, Terms, attention,
+    Bits, Context, Cover, Error, Graph, Heads, Isa, KeyStore, KvCache, MatRef, QueryRows, Terms, attention,
 };
 
 const LIMIT: f64 = 3e-6;
@@ -46,7 +46,7 @@ impl Batch {
 
     fn run(&self, isa: Isa, graph: &Graph) -> Vec<f32> {
         let mut keys = KeyStore::new(&heads(), self.k.len() / 16, self.keys.len()).unwrap();
-        keys.set(view(&self.k), view(&self.v), &offsets(&self.keys)).unwrap();
+        keys.set(Context::serial(), view(&self.k), view(&self.v), &offsets(&self.keys)).unwrap();
         let mut out = Guarded::unset(self.q.len() / 16, 16);
         let offsets = offsets(&self.queries);
         let queries = QueryRows::new(view(&self.q), &offsets);
@@ -209,7 +209,7 @@ fn bits_that_do_not_fit_the_batch_are_refused() {
     let batch = Batch::new(&[5, 2, 1], &[5, 2, 1]);
     let ends = [0, 5, 7, 8];
     let mut keys = KeyStore::new(&heads(), 8, 3).unwrap();
-    keys.set(view(&batch.k), view(&batch.v), &ends).unwrap();
+    keys.set(Context::serial(), view(&batch.k), view(&batch.v), &ends).unwrap();
     let mut out = Guarded::unset(8, 16);
     for bits in [
         Bits::dense([2, 1, 5, 5], |_, _, _, _| true).unwrap(),

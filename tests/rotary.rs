@@ -150,7 +150,7 @@ on_every_isa! {
             }
             assert_bits(&q.values(), &by_hand.values(), &format!("queries of {shape:?}"));
             let mut set = KeyStore::new(&heads, tokens, 4).unwrap();
-            set.set(k.view(), v.view(), &offsets).unwrap();
+            set.set(Context::serial(), k.view(), v.view(), &offsets).unwrap();
             let [stored, set] = [&keys, &set].map(|keys| {
                 let mut out = Guarded::unset(tokens, heads.output_cols());
                 let queries = QueryRows::new(q.view(), &offsets);

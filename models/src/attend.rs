@@ -47,7 +47,7 @@ impl Projections {
     pub fn keys(&self, ctx: Context<'_>, k: &[f32], v: &[f32], offsets: &[usize]) -> Result<KeyStore> {
         let k = project(ctx, &self.k, k, &Epilogue::NONE)?;
         let v = project(ctx, &self.v, v, &Epilogue::NONE)?;
-        store(&self.heads, &k, &v, offsets)
+        store(ctx, &self.heads, &k, &v, offsets)
     }
 
     /// What the queries of the rows of `x` gather, before the output projection.
@@ -95,10 +95,10 @@ impl<'a> Seen<'a> {
 ///
 /// # Errors
 /// What the library says of the sizes.
-pub fn store(heads: &Heads, k: &[f32], v: &[f32], offsets: &[usize]) -> Result<KeyStore> {
+pub fn store(ctx: Context<'_>, heads: &Heads, k: &[f32], v: &[f32], offsets: &[usize]) -> Result<KeyStore> {
     let (k, v) = (rows(k, heads.key_cols())?, rows(v, heads.value_cols())?);
     let mut keys = KeyStore::new(heads, k.rows(), offsets.len().saturating_sub(1))?;
-    keys.set(k, v, offsets)?;
+    keys.set(ctx, k, v, offsets)?;
     Ok(keys)
 }
 

@@ -190,7 +190,7 @@ impl TransformerXl {
             let input = layer.block.input(ctx, &x)?;
             let keys = behind(&memory.keys, &project(ctx, k, &input, &Epilogue::NONE)?, n);
             let values = behind(&memory.values, &project(ctx, v, &input, &Epilogue::NONE)?, n);
-            let stored = store(heads, &keys, &values, &key_offsets)?;
+            let stored = store(ctx, heads, &keys, &values, &key_offsets)?;
             let terms =
                 Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
             let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };

@@ -8,8 +8,12 @@ use core::ops::Range;
 
 use crate::attention::Heads;
 use crate::attention::plan::{Plan, Segment, check_offsets, max_blocks};
+use crate::context::Context;
 use crate::error::{Error, check_size, checked_product};
-use crate::view::MatRef;
+use crate::exec::Team;
+use crate::rows::SERIAL;
+use crate::simd::Scalar;
+use crate::view::{MatMut, MatRef};
 use crate::workspace::AlignedBuffer;
 
 /// Tokens of a block: the columns of a panel.
@@ -68,15 +72,20 @@ impl KeyLayout {
             let (block, t) = (token / BLOCK % ring, token % BLOCK);
             let units = &mut blocks[block * self.block_len()..][..self.block_len()];
             let end = rows.end.min(start + BLOCK - t);
-            // Head by head: the unit that a row's keys scatter over stays in L1.
-            for head in 0..self.n_heads {
-                let (k_cols, v_cols) = (head * self.head_dim, head * self.value_dim);
-                for (t, row) in (t..).zip(start..end) {
-                    self.store_key(units, t, k_cols, &k.row(row)[k_cols..][..self.head_dim]);
-                    self.store_value(units, t, v_cols, &v.row(row)[v_cols..][..self.value_dim]);
-                }
-            }
+            self.store_in_block(units, t, k, v, start..end);
             (token, start) = (token + end - start, end);
+        }
+    }
+
+    /// Writes some rows as the tokens from `t` on of the block whose units are `units`.
+    fn store_in_block(self, units: &mut [f32], t: usize, k: MatRef<'_>, v: MatRef<'_>, rows: Range<usize>) {
+        // Head by head: the unit that a row's keys scatter over stays in L1.
+        for head in 0..self.n_heads {
+            let (k_cols, v_cols) = (head * self.head_dim, head * self.value_dim);
+            for (t, row) in (t..).zip(rows.clone()) {
+                self.store_key(units, t, k_cols, &k.row(row)[k_cols..][..self.head_dim]);
+                self.store_value(units, t, v_cols, &v.row(row)[v_cols..][..self.value_dim]);
+            }
         }
     }
 
@@ -262,23 +271,34 @@ impl KeyStore {
         })
     }
 
-    /// Stores the keys and values of a batch in place of what was there.
+    /// Stores the keys and values of a batch in place of what was there, on the context's threads.
     ///
     /// # Shapes
     /// `k`: `[tokens, n_kv_heads * head_dim]`; `v`: `[tokens, n_kv_heads * value_dim]`; `offsets`: `[0, end of segment 0, ..., tokens]`.
     ///
     /// # Errors
     /// [`Error::Size`], [`Error::NotAscending`], [`Error::TooLarge`] if the batch is larger than the store. The store is unchanged then.
-    pub fn set(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) -> Result<(), Error> {
+    pub fn set(
+        &mut self,
+        ctx: Context<'_>,
+        k: MatRef<'_>,
+        v: MatRef<'_>,
+        offsets: &[usize],
+    ) -> Result<(), Error> {
         self.layout.check_rows(k, v)?;
         check_offsets("offsets", offsets, k.rows())?;
         self.check_batch(offsets)?;
         self.build_plan(offsets, 1);
         let Self { layout, plan, data, .. } = self;
-        for (Segment { first_block, .. }, rows) in plan.segments.iter().zip(offsets.windows(2)) {
-            let blocks = &mut data[first_block * layout.block_len()..];
-            layout.store_rows(blocks, usize::MAX, 0, k, v, rows[0]..rows[1]);
-        }
+        let len = layout.block_len();
+        let mut blocks = MatMut::scratch(data, plan.blocks.len(), len, len);
+        let members = if k.rows() * len / BLOCK < SERIAL { 1 } else { ctx.members() };
+        // No vector code, so no instruction set's frame.
+        Team::new(members, 0).region(ctx.executor(), |crew| {
+            crew.blocks(Scalar, &mut blocks, (1, len), |block, _, mut units, _| {
+                layout.store_in_block(units.row_mut(0), 0, k, v, plan.rows[block]..plan.rows[block + 1]);
+            });
+        });
         Ok(())
     }
 

@@ -193,7 +193,7 @@ pub fn attention(
 ) -> Result<(), Error> {
     check_size("k.rows", q.rows(), k.rows())?;
     let mut keys = KeyStore::new(heads, k.rows(), offsets.len().saturating_sub(1))?;
-    keys.set(k, v, offsets)?;
+    keys.set(ctx, k, v, offsets)?;
     keys.attend(ctx, heads, &QueryRows::new(q, offsets), graph, &Terms::default(), out)
 }
 
@@ -270,7 +270,7 @@ impl KeyStore {
     /// let heads = Heads::new(1, 1)?;
     /// let col = |x| MatRef::contiguous(x, 2, 1);
     /// let (mut past, mut new) = (KeyStore::new(&heads, 2, 1)?, KeyStore::new(&heads, 3, 1)?);
-    /// past.set(col(&[0.0, 0.0])?, col(&[1.0, 2.0])?, &[0, 2])?;
+    /// past.set(Context::serial(), col(&[0.0, 0.0])?, col(&[1.0, 2.0])?, &[0, 2])?;
     /// new.set_after(&past, col(&[0.0, 0.0])?, col(&[3.0, 6.0])?, &[0, 2])?;
     /// let mut out = [0.0; 2];
     /// let (queries, out_mat) = (QueryRows::new(col(&[1.0, 1.0])?, &[0, 2]), MatMut::contiguous(&mut out, 2, 1)?);

@@ -204,7 +204,7 @@ impl QkvProjection {
         self.k.forward(ctx, source, &Epilogue::NONE, MatMut::contiguous(&mut k, source.rows(), k_cols)?)?;
         self.v.forward(ctx, source, &Epilogue::NONE, MatMut::contiguous(&mut v, source.rows(), v_cols)?)?;
         let k = MatRef::contiguous(&k, source.rows(), k_cols)?;
-        store.set(k, MatRef::contiguous(&v, source.rows(), v_cols)?, offsets)?;
+        store.set(ctx, k, MatRef::contiguous(&v, source.rows(), v_cols)?, offsets)?;
         Ok(store)
     }
 

@@ -180,7 +180,7 @@ impl Workload for Attention {
         let mat = |x| MatRef::contiguous(x, tokens, cols);
         let (q, k, v) = (mat(&self.q)?, mat(&self.k)?, mat(&self.v)?);
         let out = MatMut::contiguous(&mut self.out, tokens, cols)?;
-        self.store.set(k, v, &self.offsets)?;
+        self.store.set(ctx, k, v, &self.offsets)?;
         let queries = QueryRows::new(q, &self.offsets);
         Ok(self.store.attend(ctx, &self.heads, &queries, &self.graph, &Terms::default(), out)?)
     }

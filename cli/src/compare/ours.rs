@@ -181,7 +181,7 @@ impl Engine for Attention<'_> {
         let mat = |x| MatRef::contiguous(x, tokens, cols);
         let (q, k, v) = (mat(&self.x)?, mat(&self.k)?, mat(&self.v)?);
         let y = MatMut::contiguous(&mut self.y, tokens, cols)?;
-        self.store.set(k, v, &self.offsets)?;
+        self.store.set(self.ctx, k, v, &self.offsets)?;
         let queries = QueryRows::new(q, &self.offsets);
         Ok(self.store.attend(self.ctx, &self.heads, &queries, &Graph::full(), &Terms::default(), y)?)
     }

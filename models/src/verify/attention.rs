@@ -44,6 +44,7 @@ pub(super) fn attention(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let offsets = |len: usize| (0..=batch).map(|b| b * len).collect::<Vec<_>>();
     let mut keys = KeyStore::new(&heads, tokens, batch)?;
     keys.set(
+        ctx,
         MatRef::contiguous(&k, tokens, heads.key_cols())?,
         MatRef::contiguous(&v, tokens, heads.value_cols())?,
         &offsets(past + new_keys),
