@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context as _;
+use anyhow::anyhow;
 use laneformer_models::verify::{Outcome, Verdict, verify};
 use walkdir::WalkDir;
 
@@ -63,7 +63,8 @@ fn find_cases(dirs: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     let mut cases = vec![];
     for dir in dirs {
         for entry in WalkDir::new(dir).follow_links(true).sort_by_file_name() {
-            let entry = entry.with_context(|| format!("cannot walk {}", dir.display()))?;
+            // The error names the path, and its source says the same again.
+            let entry = entry.map_err(|error| anyhow!("cannot walk {}: {error}", dir.display()))?;
             if entry.file_name() == "case.json" {
                 cases.extend(entry.path().parent().map(Path::to_path_buf));
             }
