@@ -268,7 +268,7 @@ impl Linear {
     pub(crate) fn accumulate<S: Simd>(&self, s: S, a: MatRef<'_>, start: usize, sums: &mut MatMut<'_>) {
         for panel in 0..self.weight.panels() {
             let mut sums = sums.block(0..a.rows(), panel * PANEL..(panel + 1) * PANEL);
-            block_product(s, a, &self.weight, panel, start, &mut sums);
+            block_product(s, a, &self.weight, panel, start, &mut sums, self.weight.block(panel + 1, start));
         }
     }
 

@@ -33,12 +33,14 @@ pub(crate) fn panel_product<S: Simd>(
 ) {
     let (rows, k) = (a.rows(), a.cols());
     for start in (0..k).step_by(K_BLOCK) {
-        let block = a.block(0..rows, start..k.min(start + K_BLOCK));
-        block_product(s, block, w, panel, start, sums);
+        let end = k.min(start + K_BLOCK);
+        let next = if end < k { w.block(panel, end) } else { w.block(panel + 1, 0) };
+        block_product(s, a.block(0..rows, start..end), w, panel, start, sums, next);
     }
 }
 
-/// One canonical block of K, from `start`; the first begins the sums, the others are added to them.
+/// One canonical block of K, from `start`; the first begins the sums, the others are added to them. `next` is the block that is
+/// taken after it.
 pub(crate) fn block_product<S: Simd>(
     s: S,
     a: MatRef<'_>,
@@ -46,10 +48,8 @@ pub(crate) fn block_product<S: Simd>(
     panel: usize,
     start: usize,
     sums: &mut MatMut<'_>,
+    next: &[f32],
 ) {
-    // What is read next mostly follows in memory: this panel's next block, or the next panel's first.
-    let (block, next) = w.panels_from(panel)[start * PANEL..].split_at(a.cols() * PANEL);
-    let next = &next[..next.len().min(K_BLOCK * PANEL)];
     let mode = if start == 0 { Start::Zero } else { Start::Add };
-    product(s, a, Rhs::rows(block, PANEL), mode, sums, next);
+    product(s, a, Rhs::rows(w.block(panel, start), PANEL), mode, sums, next);
 }

@@ -2,7 +2,7 @@
 //! set: AVX-512 reads four vectors of a row, the others one cache line per step of K.
 
 use crate::error::{Error, check_dim};
-use crate::gemm::PANEL;
+use crate::gemm::{K_BLOCK, PANEL};
 use crate::view::MatRef;
 use crate::workspace::AlignedBuffer;
 
@@ -91,10 +91,14 @@ impl PackedMatrix {
         self.n.div_ceil(PANEL)
     }
 
-    /// Panel `i`, `[k][64]`, and those after it.
+    /// The canonical block of K from `start` of a panel, `[K_BLOCK][64]` or shorter; empty past the last panel.
     #[inline(always)]
-    pub(crate) fn panels_from(&self, i: usize) -> &[f32] {
-        &self.data[self.panel_start(i)..]
+    pub(crate) fn block(&self, panel: usize, start: usize) -> &[f32] {
+        if panel >= self.panels() {
+            return &[];
+        }
+        let first = self.panel_start(panel);
+        &self.data[first + start * PANEL..first + self.k.min(start + K_BLOCK) * PANEL]
     }
 
     #[inline(always)]
