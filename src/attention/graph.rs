@@ -118,6 +118,19 @@ impl Graph {
         if outside && !self.columns.as_ref().is_some_and(has_column) { Cover::Empty } else { Cover::Partial }
     }
 
+    /// Whether queries of one sequence, from position `first` to `last`, see of its keys `keys.0..keys.1` the global columns and nothing
+    /// else: the same for each of them.
+    #[inline(always)]
+    pub(crate) fn sees_columns_only(
+        &self,
+        (first, last): (isize, isize),
+        keys: (usize, usize),
+        len: usize,
+    ) -> bool {
+        let (low, high) = (self.interval(first, len).0, self.interval(last, len).1);
+        self.bits.is_empty() && (keys.1 <= low || keys.0 >= high)
+    }
+
     /// Bit `i` says whether a query at `p` sees key `64 * block + i` of a sequence of `len`.
     #[inline(always)]
     pub(crate) fn word(&self, query: Query, p: isize, block: usize, len: usize) -> u64 {

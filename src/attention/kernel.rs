@@ -152,7 +152,7 @@ fn attend_chunk<S: Simd>(
     let mut chunk_sum = [0.0; ROWS];
     // Some rows at a time, which stay in L1 between their two passes: a row's maximum is ready by the time it is needed.
     let scale = call.heads.scale;
-    let direct = tiles.are_whole() && call.is_plain();
+    let direct = tiles.only_run().filter(|_| call.is_plain());
     for first in (0..n).step_by(SOFTMAX_ROWS) {
         let group = first..n.min(first + SOFTMAX_ROWS);
         for row in group.clone() {
@@ -161,25 +161,25 @@ fn attend_chunk<S: Simd>(
                 let (query, _) = queries.query(row);
                 add_segment(s, term, queries.q.row(row), query, &tiles, scores);
             }
-            chunk_max[row] = if direct {
+            chunk_max[row] = match &direct {
                 // Rounding keeps the order of products with a positive scale, so the largest can be scaled alone.
-                settle_max(reduce::max(s, &scores[..tiles.len]) * scale, || tiles.has_nan(scores))
-            } else {
-                finish(s, scores, &tiles, row, call, queries)
+                Some(run) => {
+                    settle_max(reduce::max(s, &scores[run.clone()]) * scale, || tiles.has_nan(scores))
+                }
+                None => finish(s, scores, &tiles, row, call, queries),
             };
         }
         for row in group {
             let scores = score.row_mut(row);
-            chunk_sum[row] = if direct && chunk_max[row] != f32::NEG_INFINITY {
-                exp_sum(
+            chunk_sum[row] = match &direct {
+                Some(run) if chunk_max[row] != f32::NEG_INFINITY => exp_sum(
                     s,
-                    &mut scores[..tiles.len],
+                    &mut scores[run.clone()],
                     chunk_max[row],
                     #[inline(always)]
                     |x| x * s.splat(scale),
-                )
-            } else {
-                exponentials(s, scores, &tiles, chunk_max[row])
+                ),
+                _ => exponentials(s, scores, &tiles, chunk_max[row]),
             };
         }
     }

@@ -63,11 +63,9 @@ impl<'a> Queries<'a> {
 /// What some rows see of a chunk.
 pub(super) struct Tiles {
     pub(super) first_block: usize,
-    /// Keys of the chunk.
-    pub(super) len: usize,
     /// The keys of each block that some row sees, begun at a whole vector; empty if none.
     seen: [Range<usize>; CHUNK_BLOCKS],
-    /// Every row sees all of those keys; of a block without any, none.
+    /// Every row sees all of those keys.
     pub(super) full: bool,
     /// The keys that each row sees, unless `full`.
     words: [[u64; CHUNK_BLOCKS]; ROWS],
@@ -82,6 +80,13 @@ impl Tiles {
             Cover::Full if call.terms.bias.is_some() => Cover::Partial,
             cover => cover,
         }
+    }
+
+    /// Whether all rows see the same of some keys: columns away from their intervals.
+    #[inline(always)]
+    fn are_alike(call: &Call<'_>, queries: &Queries<'_>, keys: Range<usize>, len: usize) -> bool {
+        let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
+        call.terms.bias.is_none() && call.graph.sees_columns_only(span, (keys.start, keys.end), len)
     }
 
     /// The keys of a block that a row sees.
@@ -104,10 +109,12 @@ impl Tiles {
     /// common keys are to each one's own.
     #[inline(always)]
     pub(super) fn step(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Option<usize> {
+        let rows = queries.q.rows();
         match Self::cover(call, queries, Self::keys(chunk, len), len) {
             Cover::Empty => None,
+            Cover::Partial if Self::are_alike(call, queries, Self::keys(chunk, len), len) => Some(rows),
             Cover::Partial => Some(GROUP),
-            Cover::Full => Some(queries.q.rows()),
+            Cover::Full => Some(rows),
         }
     }
 
@@ -117,7 +124,6 @@ impl Tiles {
         let valid = |i: usize| len.saturating_sub((first_block + i) * BLOCK).min(BLOCK);
         let mut tiles = Tiles {
             first_block,
-            len: Self::keys(chunk, len).len(),
             seen: core::array::from_fn(|i| 0..valid(i)),
             full: true,
             words: [[0; CHUNK_BLOCKS]; ROWS],
@@ -135,7 +141,7 @@ impl Tiles {
     fn find_words(&mut self, call: &Call<'_>, queries: &Queries<'_>, len: usize) {
         for (i, seen) in self.seen.iter_mut().enumerate().filter(|(_, seen)| seen.start < seen.end) {
             let block = self.first_block + i;
-            let valid = u64::MAX >> (BLOCK - seen.end);
+            let valid = bits(seen);
             let cover = Self::cover(call, queries, block * BLOCK..block * BLOCK + seen.end, len);
             let (mut any, mut all) = (0, valid);
             for row in 0..queries.q.rows() {
@@ -152,7 +158,7 @@ impl Tiles {
             let from = if any == 0 { seen.end } else { vectors(any.trailing_zeros()) * LANES };
             let to = (vectors(63 - (any | 1).leading_zeros()) + 1) * LANES;
             *seen = from..seen.end.min(to).max(from);
-            self.full &= all == valid || any == 0;
+            self.full &= any == 0 || all == bits(seen);
         }
     }
 
@@ -164,10 +170,12 @@ impl Tiles {
             .map(|i| (i, self.first_block + i, self.seen[i].clone()))
     }
 
-    /// Whether every row sees every key of the chunk.
+    /// The keys that every row sees, if that is all that any row sees and they follow one another from the begin of a block.
     #[inline(always)]
-    pub(super) fn are_whole(&self) -> bool {
-        self.full && self.seen.iter().map(Range::len).sum::<usize>() == self.len
+    pub(super) fn only_run(&self) -> Option<Range<usize>> {
+        let mut runs = self.runs();
+        let run = runs.next().filter(|run| self.full && run.start.is_multiple_of(BLOCK))?;
+        runs.next().is_none().then_some(run)
     }
 
     /// Whether a key that some row sees has no number as its score.
@@ -204,8 +212,14 @@ impl Tiles {
     /// The keys of block `i` of the chunk that a row sees.
     #[inline(always)]
     pub(super) fn word(&self, row: usize, i: usize) -> u64 {
-        if self.full { u64::MAX >> (BLOCK - self.seen[i].end) } else { self.words[row][i] }
+        if self.full { bits(&self.seen[i]) } else { self.words[row][i] }
     }
+}
+
+/// A set bit for each of some keys of a block.
+#[inline(always)]
+fn bits(keys: &Range<usize>) -> u64 {
+    if keys.is_empty() { 0 } else { u64::MAX >> (BLOCK - keys.len()) << keys.start }
 }
 
 /// A tile of scores as attention takes it: queries that are taken together, and a block of up to 64 keys of their sequence.
