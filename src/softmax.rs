@@ -69,13 +69,7 @@ fn softmax_rows<S: Simd>(s: S, x: &mut MatMut<'_>) {
     for (i, (&max, sum)) in max.iter().zip(&mut sum).enumerate().take(x.rows()) {
         let row = x.row_mut(i);
         if max > f32::NEG_INFINITY {
-            *sum = exp_sum(
-                s,
-                row,
-                max,
-                #[inline(always)]
-                |x| x,
-            );
+            *sum = exp_sum(s, row, max);
         } else {
             // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
             row.fill(if row.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
@@ -93,28 +87,47 @@ fn softmax_rows<S: Simd>(s: S, x: &mut MatMut<'_>) {
     }
 }
 
-/// Replaces `x` by `exp(f(x) - max)` and returns the canonical sum. `f(-inf)` is `-inf`.
+/// Replaces `x` by `exp(x - max)` and returns the canonical sum.
 #[inline(always)]
-pub(crate) fn exp_sum<S: Simd>(s: S, row: &mut [f32], max: f32, f: impl Fn(S::V) -> S::V) -> f32 {
+fn exp_sum<S: Simd>(s: S, row: &mut [f32], max: f32) -> f32 {
     let m = s.splat(max);
     let mut slots = [s.splat(0.0); 4];
     let (whole, tail) = row.as_chunks_mut::<64>();
-    for x in whole {
+    exp_slots(
+        s,
+        whole,
+        m,
+        #[inline(always)]
+        |x| x,
+        &mut slots,
+    );
+    for (j, part) in tail.chunks_mut(16).enumerate() {
+        // Lanes past the end: exp(-inf) is +0.
+        let p = exp_nonpositive(s, s.load_partial(part, s.splat(f32::NEG_INFINITY)) - m);
+        p.store_partial(part);
+        slots[j] = slots[j] + p;
+    }
+    reduce::fold(slots)
+}
+
+/// Replaces `x` by `exp(f(x) - max)` and adds it to the slots of a canonical sum.
+#[inline(always)]
+pub(crate) fn exp_slots<S: Simd>(
+    s: S,
+    x: &mut [[f32; 64]],
+    max: S::V,
+    f: impl Fn(S::V) -> S::V,
+    slots: &mut [S::V; 4],
+) {
+    for x in x {
         // Four independent vectors at a time hide the latency of the polynomial.
         let p = reduce::four(
             #[inline(always)]
-            |j| exp_nonpositive(s, f(s.load(&x[j * 16..])) - m),
+            |j| exp_nonpositive(s, f(s.load(&x[j * 16..])) - max),
         );
         for (j, (slot, p)) in slots.iter_mut().zip(p).enumerate() {
             p.store(&mut x[j * 16..]);
             *slot = *slot + p;
         }
     }
-    for (j, part) in tail.chunks_mut(16).enumerate() {
-        // Lanes past the end: exp(-inf) is +0.
-        let p = exp_nonpositive(s, f(s.load_partial(part, s.splat(f32::NEG_INFINITY))) - m);
-        p.store_partial(part);
-        slots[j] = slots[j] + p;
-    }
-    reduce::fold(slots)
 }

@@ -4,17 +4,19 @@
 //! and chunks are folded in ascending order, so a row's bits depend only on its allowed keys and their places: not on
 //! the queries beside it, the threads, or whether it came alone (decode) or with others (prefill).
 
+use core::ops::Range;
+
 use crate::attention::Heads;
 use crate::attention::bits::Query;
 use crate::attention::keys::{BLOCK, CHUNK, CHUNK_BLOCKS, Keys};
 use crate::attention::terms::{Relative, SegmentTerm};
-use crate::attention::tiles::{Call, Queries, ROWS, Tiles};
+use crate::attention::tiles::{Call, Queries, ROWS, Tiles, Words};
 use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
-use crate::reduce::{self, fold};
+use crate::reduce::fold;
 use crate::simd::{LANES, Simd, Vector};
-use crate::softmax::exp_sum;
+use crate::softmax::exp_slots;
 use crate::view::{MatMut, MatRef};
 
 /// A row of scores, one line longer than the chunk, so that rows do not share L1 sets.
@@ -53,7 +55,7 @@ pub(crate) fn attend<S: Simd>(
     max[..rows].fill(f32::NEG_INFINITY);
     // Short rows far apart are nothing that the hardware foresees.
     for row in 0..rows {
-        for line in queries.q.row(row).chunks(LANES) {
+        for line in queries.q.row(row).chunks(LANES).chain(out.row(row).chunks(LANES)) {
             s.prefetch(line.as_ptr());
         }
     }
@@ -150,9 +152,9 @@ fn attend_chunk<S: Simd>(
     }
     let mut chunk_max = [f32::NEG_INFINITY; ROWS];
     let mut chunk_sum = [0.0; ROWS];
+    // A score that only a positive scale finishes is scaled on its way through the passes.
+    let scale = if call.is_plain() { call.heads.scale } else { 1.0 };
     // Some rows at a time, which stay in L1 between their two passes: a row's maximum is ready by the time it is needed.
-    let scale = call.heads.scale;
-    let direct = tiles.only_run().filter(|_| call.is_plain());
     for first in (0..n).step_by(SOFTMAX_ROWS) {
         let group = first..n.min(first + SOFTMAX_ROWS);
         for row in group.clone() {
@@ -161,26 +163,14 @@ fn attend_chunk<S: Simd>(
                 let (query, _) = queries.query(row);
                 add_segment(s, term, queries.q.row(row), query, &tiles, scores);
             }
-            chunk_max[row] = match &direct {
-                // Rounding keeps the order of products with a positive scale, so the largest can be scaled alone.
-                Some(run) => {
-                    settle_max(reduce::max(s, &scores[run.clone()]) * scale, || tiles.has_nan(scores))
-                }
-                None => finish(s, scores, &tiles, row, call, queries),
-            };
+            if !call.is_plain() {
+                finish(s, scores, &tiles, call, queries.query(row).0);
+            }
+            // Rounding keeps the order of products with a positive scale, so the largest can be scaled alone.
+            chunk_max[row] = largest(s, scores, tiles.words(row)) * scale;
         }
         for row in group {
-            let scores = score.row_mut(row);
-            chunk_sum[row] = match &direct {
-                Some(run) if chunk_max[row] != f32::NEG_INFINITY => exp_sum(
-                    s,
-                    &mut scores[run.clone()],
-                    chunk_max[row],
-                    #[inline(always)]
-                    |x| x * s.splat(scale),
-                ),
-                _ => exponentials(s, scores, &tiles, chunk_max[row]),
-            };
+            chunk_sum[row] = exponentials(s, score.row_mut(row), &tiles.seen, tiles.words(row), scale, chunk_max[row]);
         }
     }
     // The first chunk that any of the rows sees is the output so far, and needs no fold.
@@ -196,10 +186,10 @@ fn attend_chunk<S: Simd>(
         product(s, p, values, start, out, keys.after(chunk, kv_head));
         start = Start::Continue;
     }
-    if !tiles.full {
+    if !tiles.full && !is_finite(s, out, 0..n) {
+        // A NaN or infinity behind the mask may have come in as 0 * NaN.
         for (row, &max) in chunk_max[..n].iter().enumerate() {
-            if max != f32::NEG_INFINITY && !is_finite(s, out.row(row)) {
-                // A NaN or infinity behind the mask may have come in as 0 * NaN.
+            if max != f32::NEG_INFINITY && !is_finite(s, out, row..row + 1) {
                 only_allowed(s, score.row(row), &tiles, row, keys, kv_head, out.row_mut(row));
             }
         }
@@ -289,79 +279,111 @@ fn add_segment<S: Simd>(
     }
 }
 
-/// Finishes a row of scores (scale, soft cap, bias, then the select) and returns their maximum: `-inf` if no key is allowed.
+/// Finishes a row of scores: scale, soft cap, bias. The mask comes with the passes of softmax.
 #[inline(always)]
-fn finish<S: Simd>(
-    s: S,
-    scores: &mut [f32],
-    tiles: &Tiles,
-    row: usize,
-    call: &Call<'_>,
-    queries: &Queries<'_>,
-) -> f32 {
+fn finish<S: Simd>(s: S, scores: &mut [f32], tiles: &Tiles, call: &Call<'_>, query: Query) {
     let least = s.splat(f32::NEG_INFINITY);
     let (scale, cap) = (s.splat(call.heads.scale), s.splat(call.heads.softcap));
-    let mut max = least;
-    macro_rules! each_vector {
-        (|$i:ident, $j:ident, $v:ident| $finished:expr) => {
-            for ($i, _, seen) in tiles.iter() {
-                let word = tiles.word(row, $i);
-                for $j in seen.start / LANES..seen.end.div_ceil(LANES) {
-                    let x = &mut scores[$i * BLOCK + $j * LANES..][..LANES];
-                    let $v = s.load(x) * scale;
-                    let v = $finished;
-                    let v = v.select(v.mask((word >> ($j * LANES)) as u16), least);
-                    v.store(x);
-                    max = v.max(max);
-                }
+    let bias = call.terms.bias.map(|bias| bias.row(query));
+    for (i, block, seen) in tiles.iter() {
+        for j in seen.start / LANES..seen.end.div_ceil(LANES) {
+            let x = &mut scores[i * BLOCK + j * LANES..][..LANES];
+            let mut v = s.load(x) * scale;
+            if call.heads.softcap > 0.0 {
+                v = tanh(s, v / cap) * cap;
             }
-        };
-    }
-    if call.is_plain() {
-        each_vector!(|i, j, v| v);
-    } else {
-        let bias = call.terms.bias.map(|bias| bias.row(queries.query(row).0));
-        each_vector!(|i, j, v| {
-            let v = if call.heads.softcap > 0.0 { tanh(s, v / cap) * cap } else { v };
-            match bias {
-                Some(bias) => {
-                    let first = (tiles.first_block + i) * BLOCK + j * LANES;
-                    v + s.load_partial(&bias[first..bias.len().min(first + LANES)], least)
-                }
-                None => v,
+            if let Some(bias) = bias {
+                let first = block * BLOCK + j * LANES;
+                v = v + s.load_partial(&bias[first..bias.len().min(first + LANES)], least);
             }
-        });
+            v.store(x);
+        }
     }
-    settle_max(max.max_lane(), || tiles.has_nan(scores))
 }
 
-/// The maximum of a row, which may have passed over a NaN: that must not hide in a row of `-inf`.
+/// The largest score that a row is allowed: `-inf` if there is none. A NaN among others may be passed over, but does not hide in a
+/// row of `-inf`.
 #[inline(always)]
-fn settle_max(max: f32, has_nan: impl FnOnce() -> bool) -> f32 {
-    if max == f32::NEG_INFINITY && has_nan() { f32::NAN } else { max }
-}
-
-/// Replaces the scores of a row by `exp(score - max)` and returns their canonical sum; all 0 if no key is allowed.
-#[inline(always)]
-fn exponentials<S: Simd>(s: S, scores: &mut [f32], tiles: &Tiles, max: f32) -> f32 {
-    let m = s.splat(max);
-    let none = max == f32::NEG_INFINITY;
-    let mut slots = [s.splat(0.0); 4];
-    for (i, _, seen) in tiles.iter() {
-        let block = &mut scores[i * BLOCK..(i + 1) * BLOCK];
-        if none {
-            block[seen.start..seen.end.next_multiple_of(LANES)].fill(0.0);
-            continue;
-        }
-        for (j, (slot, x)) in slots.iter_mut().zip(block.as_chunks_mut::<LANES>().0).enumerate() {
-            if seen.start <= j * LANES && j * LANES < seen.end {
-                let p = exp_nonpositive(s, s.load(x) - m);
-                p.store(x);
-                *slot = *slot + p;
+fn largest<S: Simd>(s: S, scores: &[f32], words: &Words) -> f32 {
+    let least = s.splat(f32::NEG_INFINITY);
+    let blocks = scores.as_chunks::<BLOCK>().0;
+    let mut slots = [least; 4];
+    let mut i = 0;
+    while i < CHUNK_BLOCKS {
+        let whole = whole_blocks(words, i);
+        for block in &blocks[i..i + whole] {
+            for (slot, x) in slots.iter_mut().zip(block.as_chunks::<LANES>().0) {
+                *slot = s.load(x).max(*slot);
             }
         }
+        i += whole;
+        if i < CHUNK_BLOCKS && words[i] != 0 {
+            for (j, (slot, x)) in slots.iter_mut().zip(blocks[i].as_chunks::<LANES>().0).enumerate() {
+                let v = s.load(x);
+                *slot = v.select(v.mask((words[i] >> (j * LANES)) as u16), least).max(*slot);
+            }
+        }
+        i += 1;
+    }
+    let max = (slots[0].max(slots[1])).max(slots[2].max(slots[3])).max_lane();
+    if max == f32::NEG_INFINITY && has_nan(scores, words) { f32::NAN } else { max }
+}
+
+/// Replaces the scores of a row by `exp(score * scale - max)`, by 0 where the row sees no key, and returns their canonical sum.
+#[inline(always)]
+fn exponentials<S: Simd>(
+    s: S,
+    scores: &mut [f32],
+    seen: &[Range<usize>],
+    words: &Words,
+    scale: f32,
+    max: f32,
+) -> f32 {
+    let blocks = scores.as_chunks_mut::<BLOCK>().0;
+    if max == f32::NEG_INFINITY {
+        blocks.as_flattened_mut().fill(0.0);
+        return 0.0;
+    }
+    let (zero, m, scale) = (s.splat(0.0), s.splat(max), s.splat(scale));
+    let mut slots = [zero; 4];
+    let mut i = 0;
+    while i < CHUNK_BLOCKS {
+        let whole = whole_blocks(words, i);
+        exp_slots(
+            s,
+            &mut blocks[i..i + whole],
+            m,
+            #[inline(always)]
+            |x| x * scale,
+            &mut slots,
+        );
+        i += whole;
+        if let Some(seen) = seen.get(i) {
+            for (j, (slot, x)) in slots.iter_mut().zip(blocks[i].as_chunks_mut::<LANES>().0).enumerate() {
+                if seen.contains(&(j * LANES)) {
+                    let p = exp_nonpositive(s, s.load(x) * scale - m);
+                    let p = p.select(p.mask((words[i] >> (j * LANES)) as u16), zero);
+                    p.store(x);
+                    *slot = *slot + p;
+                }
+            }
+        }
+        i += 1;
     }
     fold(slots)
+}
+
+/// How many blocks from block `i` on a row sees in whole, one after another.
+#[inline(always)]
+fn whole_blocks(words: &Words, i: usize) -> usize {
+    words[i..].iter().take_while(|word| **word == u64::MAX).count()
+}
+
+/// Whether a key that a row sees has no number as its score.
+#[cold]
+fn has_nan(scores: &[f32], words: &Words) -> bool {
+    let sees = |key: usize| words[key / BLOCK] >> (key % BLOCK) & 1 == 1;
+    scores.iter().enumerate().any(|(key, x)| x.is_nan() && sees(key))
 }
 
 /// Takes a chunk's maxima, sums and outputs into those of the rows.
@@ -409,13 +431,15 @@ fn fold_chunk<S: Simd>(
     }
 }
 
-/// Whether a row of whole vectors has neither a NaN nor an infinity: `0 * x` is 0 then.
+/// Whether rows of whole vectors have neither a NaN nor an infinity: `0 * x` is 0 then.
 #[inline(always)]
-fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
+fn is_finite<S: Simd>(s: S, x: &MatMut<'_>, rows: Range<usize>) -> bool {
     let zero = s.splat(0.0);
     let mut sum = zero;
-    for x in row.as_chunks::<LANES>().0 {
-        sum = s.load(x).mul_add(zero, sum);
+    for row in rows {
+        for x in x.row(row).as_chunks::<LANES>().0 {
+            sum = s.load(x).mul_add(zero, sum);
+        }
     }
     sum.sum() == 0.0
 }
@@ -435,7 +459,7 @@ fn only_allowed<S: Simd>(
     for (i, block, seen) in tiles.iter() {
         let (values, stride) = (keys.values(block, head), keys.layout.value_stride());
         for key in seen {
-            if tiles.word(row, i) >> key & 1 == 0 {
+            if tiles.words(row)[i] >> key & 1 == 0 {
                 continue;
             }
             let p = s.splat(p[i * BLOCK + key]);

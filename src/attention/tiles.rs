@@ -15,7 +15,7 @@ use crate::view::MatRef;
 /// Queries of a tile at most.
 pub(crate) const ROWS: usize = BLOCK;
 /// Rows that are taken together where not all see all: three register tiles.
-const GROUP: usize = 16;
+const GROUP: usize = 32;
 
 /// What all tiles of a call share.
 #[derive(Clone, Copy)]
@@ -64,12 +64,17 @@ impl<'a> Queries<'a> {
 pub(super) struct Tiles {
     pub(super) first_block: usize,
     /// The keys of each block that some row sees, begun at a whole vector; empty if none.
-    seen: [Range<usize>; CHUNK_BLOCKS],
+    pub(super) seen: [Range<usize>; CHUNK_BLOCKS],
     /// Every row sees all of those keys.
     pub(super) full: bool,
+    /// The keys that every row sees, if `full`.
+    common: Words,
     /// The keys that each row sees, unless `full`.
-    words: [[u64; CHUNK_BLOCKS]; ROWS],
+    words: [Words; ROWS],
 }
+
+/// Keys of a chunk, a bit for each.
+pub(super) type Words = [u64; CHUNK_BLOCKS];
 
 impl Tiles {
     /// What of some keys the rows see, as far as that can be told without looking at each row.
@@ -126,12 +131,16 @@ impl Tiles {
             first_block,
             seen: core::array::from_fn(|i| 0..valid(i)),
             full: true,
+            common: [0; CHUNK_BLOCKS],
             words: [[0; CHUNK_BLOCKS]; ROWS],
         };
         match Self::cover(call, queries, Self::keys(chunk, len), len) {
             Cover::Empty => tiles.seen = core::array::from_fn(|_| 0..0),
             Cover::Partial => tiles.find_words(call, queries, len),
             Cover::Full => {}
+        }
+        for (word, seen) in tiles.common.iter_mut().zip(&tiles.seen) {
+            *word = bits(seen);
         }
         tiles
     }
@@ -170,20 +179,6 @@ impl Tiles {
             .map(|i| (i, self.first_block + i, self.seen[i].clone()))
     }
 
-    /// The keys that every row sees, if that is all that any row sees and they follow one another from the begin of a block.
-    #[inline(always)]
-    pub(super) fn only_run(&self) -> Option<Range<usize>> {
-        let mut runs = self.runs();
-        let run = runs.next().filter(|run| self.full && run.start.is_multiple_of(BLOCK))?;
-        runs.next().is_none().then_some(run)
-    }
-
-    /// Whether a key that some row sees has no number as its score.
-    #[cold]
-    pub(super) fn has_nan(&self, scores: &[f32]) -> bool {
-        self.iter().any(|(i, _, seen)| scores[i * BLOCK..][seen].iter().any(|x| x.is_nan()))
-    }
-
     /// Keys of the chunk without a gap that some row sees.
     #[inline(always)]
     pub(super) fn runs(&self) -> impl Iterator<Item = Range<usize>> {
@@ -209,10 +204,10 @@ impl Tiles {
         (i + 1..CHUNK_BLOCKS).find(|&i| !self.seen[i].is_empty()).map(|i| self.first_block + i)
     }
 
-    /// The keys of block `i` of the chunk that a row sees.
+    /// The keys that a row sees.
     #[inline(always)]
-    pub(super) fn word(&self, row: usize, i: usize) -> u64 {
-        if self.full { bits(&self.seen[i]) } else { self.words[row][i] }
+    pub(super) fn words(&self, row: usize) -> &Words {
+        if self.full { &self.common } else { &self.words[row] }
     }
 }
 
@@ -246,7 +241,7 @@ impl Tile {
             return Tile { queries, keys, computed, cover: Cover::Empty, words: vec![] };
         }
         let computed = keys.start + seen.start..keys.start + seen.end;
-        let words: Vec<u64> = (0..queries.len()).map(|row| tiles.word(row, i)).collect();
+        let words: Vec<u64> = (0..queries.len()).map(|row| tiles.words(row)[i]).collect();
         let all = u64::MAX >> (BLOCK - keys.len());
         let cover = if words.iter().all(|word| *word == all) { Cover::Full } else { Cover::Partial };
         Tile { queries, keys, computed, cover, words }
