@@ -12,7 +12,7 @@ use crate::context::Context;
 use crate::error::{Error, check_size, checked_product};
 use crate::exec::Team;
 use crate::rows::SERIAL;
-use crate::simd::Scalar;
+use crate::simd::{LANES, Scalar, Simd};
 use crate::view::{MatMut, MatRef};
 use crate::workspace::AlignedBuffer;
 
@@ -85,6 +85,11 @@ impl KeyLayout {
             for (t, row) in (t..).zip(rows.clone()) {
                 self.store_key(units, t, k_cols, &k.row(row)[k_cols..][..self.head_dim]);
                 self.store_value(units, t, v_cols, &v.row(row)[v_cols..][..self.value_dim]);
+                // The lines that the next head's keys scatter over, a part with each row.
+                let ahead = (head + 1) * self.unit_len() + t * self.head_dim;
+                for line in units.get(ahead..ahead + self.head_dim).unwrap_or_default().chunks(LANES) {
+                    Scalar.prefetch(line.as_ptr());
+                }
             }
         }
     }
@@ -293,7 +298,7 @@ impl KeyStore {
         let len = layout.block_len();
         let mut blocks = MatMut::scratch(data, plan.blocks.len(), len, len);
         let members = if k.rows() * len / BLOCK < SERIAL { 1 } else { ctx.members() };
-        // No vector code, so no instruction set's frame.
+        // Scattered stores are fastest outside of an instruction set's frame, where they stay scalar.
         Team::new(members, 0).region(ctx.executor(), |crew| {
             crew.blocks(Scalar, &mut blocks, (1, len), |block, _, mut units, _| {
                 layout.store_in_block(units.row_mut(0), 0, k, v, plan.rows[block]..plan.rows[block + 1]);

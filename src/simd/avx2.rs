@@ -117,11 +117,6 @@ impl Simd for Avx2 {
         // SAFETY: the invariant of this file; the caller vouches for the pointer.
         unsafe { F32(_mm256_loadu_ps(ptr), _mm256_loadu_ps(ptr.add(HALF))) }
     }
-
-    #[inline(always)]
-    fn prefetch(self, ptr: *const f32) {
-        simd!(_mm_prefetch::<_MM_HINT_T1>(ptr.cast()))
-    }
 }
 
 impl Add for F32 {

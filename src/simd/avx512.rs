@@ -81,11 +81,6 @@ impl Simd for Avx512 {
         // SAFETY: the invariant of this file; the caller vouches for the pointer.
         F32(unsafe { _mm512_loadu_ps(ptr) })
     }
-
-    #[inline(always)]
-    fn prefetch(self, ptr: *const f32) {
-        simd!(_mm_prefetch::<_MM_HINT_T1>(ptr.cast()))
-    }
 }
 
 impl Add for F32 {

@@ -57,6 +57,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Asks for the cache line of `ptr` in L2; any address is allowed.
     #[inline(always)]
     fn prefetch(self, ptr: *const f32) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every x86-64 has SSE, and a prefetch of any address is no access.
+        unsafe {
+            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(ptr.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
         let _ = ptr;
     }
 }
