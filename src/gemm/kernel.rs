@@ -60,7 +60,7 @@ impl<'a> Rhs<'a> {
 /// `c (start) a * b`. Columns come in whole vectors: `c.cols()` is a multiple of 16 and every row of `b` has that many readable
 /// elements.
 ///
-/// Meanwhile `next`, what the following product will read, is brought into L2: a line per step of K. Without it the first tile of
+/// Meanwhile `next`, what the following product will read, is brought closer: a line per step of K. Without it the first tile of
 /// a block waits for the last cache at every step.
 ///
 /// No vector code of its own, so it needs no feature frame and is compiled once per instruction set.
@@ -78,6 +78,8 @@ pub(crate) fn product<S: Simd>(
     let Rhs { data, stride: b_stride, first, run, gap } = b;
     let (a_stride, c_stride) = (a.row_stride(), c.row_stride());
     let (a, b, c) = (a.as_ptr(), data.as_ptr(), c.as_mut_ptr());
+    // The lines of a single tile of rows stream past once, which the hardware foresees better than this does.
+    let next = if rows > S::MR { next } else { &[] };
     let mut ahead = next.chunks(k.max(1) * LANES);
     let mut col = 0;
     while col < cols {
@@ -89,9 +91,9 @@ pub(crate) fn product<S: Simd>(
             // SAFETY: the tile of `height` rows from `row` and `vectors` vectors from `col` is inside the matrices, whose
             // extents were checked above.
             let (a, b, c) = unsafe { (a.add(row * a_stride), b.add(col), c.add(row * c_stride + col)) };
-            // Nothing left to fetch: lines of `b`, which are there already. An unmapped address would cost a page walk.
-            let next = ahead.next().map_or(b, |lines| lines.as_ptr());
-            let tile = Tile { k, first, run, gap, a, a_stride, b, b_stride, c, c_stride, start, next };
+            // Nothing left to fetch: a line that is there. An unmapped address would cost a page walk.
+            let (next, next_step) = ahead.next().map_or((a, 0), |lines| (lines.as_ptr(), LANES));
+            let tile = Tile { k, first, run, gap, a, a_stride, b, b_stride, c, c_stride, start, next, next_step };
             // SAFETY: as above.
             unsafe { pick(s, height, vectors, &tile) };
             row += height;
@@ -114,6 +116,7 @@ struct Tile {
     c_stride: usize,
     start: Start,
     next: *const f32,
+    next_step: usize,
 }
 
 /// Runs the instance for `height` rows and `vectors` vectors.
@@ -146,7 +149,7 @@ unsafe fn pick<S: Simd>(s: S, height: usize, vectors: usize, tile: &Tile) {
 /// `MR` rows of `k` elements at `a`, `k` rows of `NV` vectors at `b`, its gaps left out, and `MR` rows of `NV` vectors at `c` are valid.
 #[inline(always)]
 unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
-    let Tile { k, first, run, gap, mut a, a_stride, mut b, b_stride, c, c_stride, start, next } = *tile;
+    let Tile { k, first, run, gap, mut a, a_stride, mut b, b_stride, c, c_stride, start, next, next_step } = *tile;
     let mut ahead = next;
     let mut acc = [[s.splat(0.0); NV]; MR];
     // SAFETY: the caller's promise covers every access below.
@@ -174,7 +177,7 @@ unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
                 a = a.add(1);
                 b = b.wrapping_add(b_stride);
                 s.prefetch(ahead);
-                ahead = ahead.wrapping_add(LANES);
+                ahead = ahead.wrapping_add(next_step);
             }
             left -= steps;
             steps = left.min(run);
