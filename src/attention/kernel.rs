@@ -14,7 +14,7 @@ use crate::attention::tiles::{Call, Queries, ROWS, Tiles, Words};
 use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
-use crate::reduce::fold;
+use crate::reduce::{fold, four};
 use crate::simd::{LANES, Simd, Vector};
 use crate::softmax::exp_slots;
 use crate::view::{MatMut, MatRef};
@@ -358,14 +358,18 @@ fn exponentials<S: Simd>(
             &mut slots,
         );
         i += whole;
-        if let Some(seen) = seen.get(i) {
-            for (j, (slot, x)) in slots.iter_mut().zip(blocks[i].as_chunks_mut::<LANES>().0).enumerate() {
-                if seen.contains(&(j * LANES)) {
-                    let p = exp_nonpositive(s, s.load(x) * scale - m);
-                    let p = p.select(p.mask((words[i] >> (j * LANES)) as u16), zero);
-                    p.store(x);
-                    *slot = *slot + p;
-                }
+        if seen.get(i).is_some_and(|seen| seen.start < seen.end) {
+            let block = blocks[i].as_chunks_mut::<LANES>().0;
+            let p = four(
+                #[inline(always)]
+                |j| {
+                    let p = exp_nonpositive(s, s.load(&block[j]) * scale - m);
+                    p.select(p.mask((words[i] >> (j * LANES)) as u16), zero)
+                },
+            );
+            for ((slot, x), p) in slots.iter_mut().zip(block).zip(p) {
+                p.store(x);
+                *slot = *slot + p;
             }
         }
         i += 1;
