@@ -57,6 +57,15 @@ impl<'a> Epilogue<'a> {
     pub const fn with_residual(self, scale: f32, residual: MatRef<'a>) -> Self {
         Epilogue { residual: Some((scale, residual)), ..self }
     }
+
+    /// The residual of a tile.
+    #[inline(always)]
+    fn tile(&self, rows: Range<usize>, cols: Range<usize>) -> Residual<'a> {
+        match self.residual {
+            None => Residual::None,
+            Some((scale, r)) => Residual::Matrix(scale, r.block(rows, cols)),
+        }
+    }
 }
 
 /// Where a tile's residual is.
@@ -175,13 +184,94 @@ impl Linear {
     ) -> Result<(), Error> {
         check_size("x.cols", self.in_features(), x.cols())?;
         check_size("out.rows", x.rows(), out.rows())?;
+        self.check(epilogue, &out)?;
+        dispatch!(ctx.isa(), |s| self.run(ctx, s, x, epilogue, out));
+        Ok(())
+    }
+
+    /// [`forward`](Self::forward) of rows that are made where they are multiplied: `fill(rows, x)` writes some rows to `x`, `[rows, in]`, and the
+    /// core that called it takes them while they are in its cache. A convolution's patches need no matrix of their own then.
+    ///
+    /// # Shapes
+    /// There are as many rows as `out` has; each is asked for once, on any of the context's threads. `x` holds any values at first.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    ///
+    /// ```
+    /// use laneformer::{Context, Epilogue, Linear, MatMut, MatRef, PackedMatrix};
+    /// let linear = Linear::new(PackedMatrix::from_out_in(MatRef::contiguous(&[1.0, 10.0], 1, 2)?)?, None)?;
+    /// let (signal, mut y) = ([1.0, 2.0, 3.0, 4.0], [0.0; 3]);
+    /// let pairs = |rows: std::ops::Range<usize>, mut x: MatMut<'_>| {
+    ///     for (i, row) in rows.enumerate() {
+    ///         x.row_mut(i).copy_from_slice(&signal[row..row + 2]);
+    ///     }
+    /// };
+    /// linear.forward_filled(Context::serial(), pairs, &Epilogue::NONE, MatMut::contiguous(&mut y, 3, 1)?)?;
+    /// assert_eq!(y, [21.0, 32.0, 43.0]);
+    /// # Ok::<(), laneformer::Error>(())
+    /// ```
+    pub fn forward_filled(
+        &self,
+        ctx: Context<'_>,
+        fill: impl Fn(Range<usize>, MatMut<'_>) + Sync,
+        epilogue: &Epilogue<'_>,
+        out: MatMut<'_>,
+    ) -> Result<(), Error> {
+        self.check(epilogue, &out)?;
+        dispatch!(ctx.isa(), |s| self.run_filled(ctx, s, &fill, epilogue, out));
+        Ok(())
+    }
+
+    fn check(&self, epilogue: &Epilogue<'_>, out: &MatMut<'_>) -> Result<(), Error> {
         check_size("out.cols", self.out_features(), out.cols())?;
         if let Some((_, residual)) = epilogue.residual {
             check_size("residual.rows", out.rows(), residual.rows())?;
             check_size("residual.cols", out.cols(), residual.cols())?;
         }
-        dispatch!(ctx.isa(), |s| self.run(ctx, s, x, epilogue, out));
         Ok(())
+    }
+
+    /// Tiles of whole rows, no more than stay in L2 beside a block of the panel.
+    fn run_filled<S: Simd>(
+        &self,
+        ctx: Context<'_>,
+        s: S,
+        fill: &(impl Fn(Range<usize>, MatMut<'_>) + Sync),
+        epilogue: &Epilogue<'_>,
+        mut out: MatMut<'_>,
+    ) {
+        if out.rows() == 0 {
+            return;
+        }
+        let (k, stride) = (self.in_features(), padded_stride(self.in_features()));
+        let max_rows = (FILLED / stride).clamp(S::MR, MAX_ROWS);
+        let members = self.members(ctx, out.rows());
+        let rows = out.rows().div_ceil(out.rows().div_ceil(max_rows).next_multiple_of(members));
+        let tile = (rows, out.cols());
+        Team::new(members, rows * (PANEL + stride)).region(ctx.executor(), |crew| {
+            crew.blocks(
+                s,
+                &mut out,
+                tile,
+                #[inline(always)]
+                |row, _, mut block, scratch| {
+                    let (scratch, x) = scratch.split_at_mut(rows * PANEL);
+                    let rows = row..row + block.rows();
+                    fill(rows.clone(), MatMut::scratch(&mut *x, rows.len(), k, stride));
+                    let x = MatMut::scratch(x, rows.len(), k, stride).into_ref();
+                    let residual = epilogue.tile(rows, 0..block.cols());
+                    self.tile(s, x, 0, epilogue.activation, residual, &mut block, scratch);
+                },
+            );
+        });
+    }
+
+    /// Threads that are worth inviting for so many rows.
+    fn members(&self, ctx: Context<'_>, rows: usize) -> usize {
+        // One row takes as long as some four: it waits for the weights, not for the multipliers.
+        let flops = 2 * rows.max(4) * self.in_features() * self.out_features();
+        if flops < SERIAL_FLOPS { 1 } else { ctx.members() }
     }
 
     fn run<S: Simd>(
@@ -195,9 +285,7 @@ impl Linear {
         if x.rows() == 0 {
             return;
         }
-        // One row takes as long as some four: it waits for the weights, not for the multipliers.
-        let flops = 2 * x.rows().max(4) * self.in_features() * self.out_features();
-        let members = if flops < SERIAL_FLOPS { 1 } else { ctx.members() };
+        let members = self.members(ctx, x.rows());
         let split = Split::new(x.rows(), self.out_features(), MAX_ROWS, members);
         Team::new(members, split.rows * PANEL).region(ctx.executor(), |crew| {
             crew.blocks(
@@ -207,12 +295,7 @@ impl Linear {
                 #[inline(always)]
                 |row, col, mut block, scratch| {
                     let rows = row..row + block.rows();
-                    let residual = match epilogue.residual {
-                        None => Residual::None,
-                        Some((scale, r)) => {
-                            Residual::Matrix(scale, r.block(rows.clone(), col..col + block.cols()))
-                        }
-                    };
+                    let residual = epilogue.tile(rows.clone(), col..col + block.cols());
                     let x = x.block(rows, 0..x.cols());
                     self.tile(s, x, col, epilogue.activation, residual, &mut block, scratch);
                 },
@@ -411,6 +494,9 @@ const SERIAL_FLOPS: usize = 4_000_000;
 
 /// Rows of a tile at most: its sums (24 KiB) and a block of the panel (128 KiB) stay in L2 beside the rows of A.
 pub(crate) const MAX_ROWS: usize = 96;
+
+/// Elements of rows that are made for a tile: half of a 1 MiB L2.
+const FILLED: usize = 512 * 1024 / size_of::<f32>();
 
 /// How a product's output is cut into tiles.
 #[derive(Clone, Copy, Debug)]

@@ -3,6 +3,7 @@
 mod common;
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::compare::assert_bits;
 use common::data::Rng;
@@ -119,6 +120,32 @@ fn linear() {
                 y
             });
         }
+    }
+}
+
+#[test]
+fn linear_of_rows_made_in_place() {
+    let mut rng = Rng::new(30);
+    for (m, n, k) in [(0, 5, 3), (1, 1, 1), (5, 17, 600), (97, 130, 200), (200, 65, 4700), (9, 700, 400)] {
+        let linear = Map::new(n, k, &mut rng).packed();
+        let (x, residual) = (rng.vec(m * k, 1.0), rng.vec(m * n, 1.0));
+        let epilogue = Epilogue::activation(ACTIVATIONS[2]).with_residual(0.3, view(&residual, n));
+        everywhere(&format!("linear m{m} n{n} k{k}, filled"), |ctx| {
+            let (mut y, mut expected) = (vec![0.0; m * n], vec![0.0; m * n]);
+            let asked: Vec<AtomicUsize> = (0..m).map(|_| AtomicUsize::new(0)).collect();
+            let fill = |rows: std::ops::Range<usize>, mut tile: laneformer::MatMut<'_>| {
+                assert_eq!((tile.rows(), tile.cols()), (rows.len(), k));
+                for (i, row) in rows.enumerate() {
+                    asked[row].fetch_add(1, Ordering::Relaxed);
+                    tile.row_mut(i).copy_from_slice(&x[row * k..][..k]);
+                }
+            };
+            linear.forward_filled(ctx, fill, &epilogue, mat(&mut y, n)).unwrap();
+            assert!(asked.iter().all(|n| n.load(Ordering::Relaxed) == 1));
+            linear.forward(ctx, view(&x, k), &epilogue, mat(&mut expected, n)).unwrap();
+            assert_bits(&y, &expected, "the same as of rows that are there");
+            y
+        });
     }
 }
 

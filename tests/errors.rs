@@ -185,6 +185,9 @@ fn products() {
     wrong_size(linear.forward(ctx(), view(&x, 3, 3), &none, y.view_mut()), "out.rows", 3, 4);
     wrong_size(linear.forward(ctx(), view(&x, 4, 3), &none, wide.view_mut()), "out.cols", 2, 3);
     let with = |rows, cols| none.with_residual(1.0, view(&x, rows, cols));
+    let untouched = |_: std::ops::Range<usize>, _: MatMut<'_>| panic!("refused before");
+    wrong_size(linear.forward_filled(ctx(), untouched, &none, wide.view_mut()), "out.cols", 2, 3);
+    wrong_size(linear.forward_filled(ctx(), untouched, &with(4, 3), y.view_mut()), "residual.cols", 2, 3);
     wrong_size(linear.forward(ctx(), view(&x, 4, 3), &with(3, 2), y.view_mut()), "residual.rows", 4, 3);
     wrong_size(linear.forward(ctx(), view(&x, 4, 3), &with(4, 3), y.view_mut()), "residual.cols", 2, 3);
     y.assert_unset();
@@ -621,6 +624,11 @@ fn bits_that_do_not_fit_the_batch() {
         let term = SegmentTerm { s: &[0.0; 16], e: &[0.0; 32], same: &bits };
         let terms = Terms { segment: Some(term), ..Terms::default() };
         assert_eq!(attend_error(&Graph::full(), &terms, same), format!("segment bits: {message}"));
+    }
+    let of_queries = "graph columns: expected the same keys for all queries of a sequence";
+    for bits in [dense([1, 1, 5, 5]), dense([3, 1, 5, 5]), groups(8, &ends)] {
+        let graph = Graph::window(1, 1).with_columns(bits);
+        assert_eq!(attend_error(&graph, &Terms::default(), same), of_queries);
     }
     let zero = |arg| Error::ZeroDim { arg };
     let new = |dims| Bits::dense(dims, |_, _, _, _| true).unwrap_err();

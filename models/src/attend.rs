@@ -2,6 +2,7 @@
 //! second stream), with a memory before them (Transformer-XL), or from two sets of projections (Longformer).
 
 use std::borrow::Cow;
+use std::mem;
 
 use laneformer::{
     Context, Epilogue, Graph, Heads, KeyStore, Layer, Linear, MatMut, MatRef, Placement, QueryRows,
@@ -23,8 +24,19 @@ pub(crate) fn rows(x: &[f32], d: usize) -> Result<MatRef<'_>> {
 /// # Errors
 /// What the library says of the sizes.
 pub fn project(ctx: Context<'_>, linear: &Linear, x: &[f32], epilogue: &Epilogue<'_>) -> Result<Vec<f32>> {
+    project_with(ctx, linear, x, epilogue, &mut Scratch::default())
+}
+
+/// The same in rows of `scratch`.
+fn project_with(
+    ctx: Context<'_>,
+    linear: &Linear,
+    x: &[f32],
+    epilogue: &Epilogue<'_>,
+    scratch: &mut Scratch,
+) -> Result<Vec<f32>> {
     let (x, n) = (rows(x, linear.in_features())?, linear.out_features());
-    let mut y = vec![0.0; x.rows() * n];
+    let mut y = scratch.take(x.rows() * n);
     linear.forward(ctx, x, epilogue, MatMut::contiguous(&mut y, x.rows(), n)?)?;
     Ok(y)
 }
@@ -40,31 +52,48 @@ pub struct Projections {
 }
 
 impl Projections {
-    /// The keys of `k` and the values of `v`, rows of the same tokens.
+    /// The keys of `k` and the values of `v`, rows of the same tokens, in a store of `scratch`.
     ///
     /// # Errors
     /// What the library says of the sizes.
-    pub fn keys(&self, ctx: Context<'_>, k: &[f32], v: &[f32], offsets: &[usize]) -> Result<KeyStore> {
-        let k = project(ctx, &self.k, k, &Epilogue::NONE)?;
-        let v = project(ctx, &self.v, v, &Epilogue::NONE)?;
-        store(ctx, &self.heads, &k, &v, offsets)
+    pub(crate) fn keys(
+        &self,
+        ctx: Context<'_>,
+        k: &[f32],
+        v: &[f32],
+        offsets: &[usize],
+        scratch: &mut Scratch,
+    ) -> Result<KeyStore> {
+        let k = project_with(ctx, &self.k, k, &Epilogue::NONE, scratch)?;
+        let v = project_with(ctx, &self.v, v, &Epilogue::NONE, scratch)?;
+        let keys = store(ctx, &self.heads, &k, &v, offsets, scratch)?;
+        scratch.give(k);
+        scratch.give(v);
+        Ok(keys)
     }
 
-    /// What the queries of the rows of `x` gather, before the output projection.
+    /// What the queries of the rows of `x` gather, before the output projection, in rows of `scratch`.
     ///
     /// # Errors
     /// What the library says of the sizes.
-    pub fn attend(&self, ctx: Context<'_>, x: &[f32], seen: &Seen<'_>) -> Result<Vec<f32>> {
-        let q = project(ctx, &self.q, x, &Epilogue::NONE)?;
-        let q = rows(&q, self.heads.query_cols())?;
+    pub(crate) fn attend(
+        &self,
+        ctx: Context<'_>,
+        x: &[f32],
+        seen: &Seen<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<f32>> {
+        let projected = project_with(ctx, &self.q, x, &Epilogue::NONE, scratch)?;
+        let q = rows(&projected, self.heads.query_cols())?;
         let mut queries = QueryRows::new(q, seen.offsets);
         if let Some(positions) = seen.positions {
             queries = queries.at(positions);
         }
         let cols = self.heads.output_cols();
-        let mut y = vec![0.0; q.rows() * cols];
+        let mut y = scratch.take(q.rows() * cols);
         let out = MatMut::contiguous(&mut y, q.rows(), cols)?;
         seen.keys.attend(ctx, &self.heads, &queries, seen.graph, &seen.terms, out)?;
+        scratch.give(projected);
         Ok(y)
     }
 }
@@ -91,13 +120,20 @@ impl<'a> Seen<'a> {
     }
 }
 
-/// Projected keys and values, stored by head.
+/// Projected keys and values by head, in a store of `scratch`.
 ///
 /// # Errors
 /// What the library says of the sizes.
-pub fn store(ctx: Context<'_>, heads: &Heads, k: &[f32], v: &[f32], offsets: &[usize]) -> Result<KeyStore> {
+pub(crate) fn store(
+    ctx: Context<'_>,
+    heads: &Heads,
+    k: &[f32],
+    v: &[f32],
+    offsets: &[usize],
+    scratch: &mut Scratch,
+) -> Result<KeyStore> {
     let (k, v) = (rows(k, heads.key_cols())?, rows(v, heads.value_cols())?);
-    let mut keys = KeyStore::new(heads, k.rows(), offsets.len().saturating_sub(1))?;
+    let mut keys = scratch.take_store(heads, offsets)?;
     keys.set(ctx, k, v, offsets)?;
     Ok(keys)
 }
@@ -142,22 +178,23 @@ impl Block {
     ///
     /// # Errors
     /// What the library says of the sizes.
-    pub fn close(
+    pub(crate) fn close(
         &self,
         ctx: Context<'_>,
         x: &mut Vec<f32>,
-        attended: &[f32],
+        attended: Vec<f32>,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let alpha = if let Placement::Post { alpha, .. } = self.placement { alpha } else { 1.0 };
         let residual = Epilogue::NONE.with_residual(alpha, rows(x, self.out.out_features())?);
-        let mut y = project(ctx, &self.out, attended, &residual)?;
+        let mut y = project_with(ctx, &self.out, &attended, &residual, scratch)?;
+        scratch.give(attended);
         if let Placement::Post { norm, .. } = &self.placement {
             normalize_rows(ctx, norm, &mut y)?;
         }
         let tokens = y.len() / self.out.out_features().max(1);
         scratch.run(ctx, &self.ffn, &mut y, &[0, tokens], &Graph::full())?;
-        *x = y;
+        scratch.give(mem::replace(x, y));
         Ok(())
     }
 }

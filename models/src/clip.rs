@@ -216,7 +216,7 @@ impl Clip {
                 return Err(laneformer::Error::Size { arg, expected, actual }.into());
             }
         }
-        let patches = self.patches.forward(ctx, images, Activation::None, None)?;
+        let patches = self.patches.forward(ctx, images, Activation::None, None, scratch)?;
         let tokens = self.places.rows();
         let mut x = vec![];
         for patches in patches.pixels.chunks_exact((tokens - 1) * d) {

@@ -1,12 +1,12 @@
-//! Images and their convolutions: patches as the rows of a matrix (im2col), times a packed linear layer.
+//! Images and their convolutions: patches as the rows of a matrix (im2col), made a tile at a time, times a packed linear layer.
+
+use std::ops::Range;
 
 use laneformer::{Activation, Context, Epilogue, Linear, MatMut, MatRef};
 
 use crate::Result;
+use crate::ragged::Scratch;
 use crate::weights::{Weights, linear};
-
-/// Output pixels per product: enough for the threads to share, few enough for their patches to stay in the cache.
-const CHUNK_PIXELS: usize = 512;
 
 /// Images or feature maps of one size, channels last: a pixel is a row of a linear layer, and a token of a Transformer.
 #[derive(Clone, Debug)]
@@ -21,10 +21,6 @@ pub struct Images {
 }
 
 impl Images {
-    fn zeros(batch: usize, [height, width]: [usize; 2], channels: usize) -> Images {
-        Images { pixels: vec![0.0; batch * height * width * channels], batch, height, width, channels }
-    }
-
     /// Images from planes `[batch, channels, height, width]`.
     ///
     /// # Errors
@@ -49,9 +45,10 @@ impl Images {
     }
 
     /// The largest of each channel over windows; what lies outside of the image does not count.
-    pub fn max_pool(&self, window: Window) -> Images {
-        let size = [window.places(self.height), window.places(self.width)];
-        let mut out = Images::zeros(self.batch, size, self.channels);
+    pub(crate) fn max_pool(&self, window: Window, scratch: &mut Scratch) -> Images {
+        let [height, width] = [window.places(self.height), window.places(self.width)];
+        let pixels = scratch.take(self.batch * height * width * self.channels);
+        let mut out = Images { pixels, batch: self.batch, height, width, channels: self.channels };
         out.pixels.fill(f32::NEG_INFINITY);
         for (i, largest) in out.pixels.chunks_exact_mut(self.channels.max(1)).enumerate() {
             let (row, x) = (i / out.width, i % out.width);
@@ -91,7 +88,7 @@ impl Window {
     }
 
     /// The pixels of `0..len` under the window at `place`.
-    fn inside(self, place: usize, len: usize) -> std::ops::Range<usize> {
+    fn inside(self, place: usize, len: usize) -> Range<usize> {
         let start = place * self.stride;
         let end = (start + self.kernel).saturating_sub(self.padding).min(len);
         start.saturating_sub(self.padding).min(end)..end
@@ -146,60 +143,61 @@ impl Conv {
         Ok(Conv { linear: linear(&weight, area * channels, out, bias)?, channels, window })
     }
 
-    /// `activation(convolution + bias) + residual`.
+    /// `activation(convolution + bias) + residual`, in rows of `scratch`.
     ///
     /// # Errors
     /// The library's [`Size`](laneformer::Error::Size) for an input of other channels or a residual of another size.
-    pub fn forward(
+    pub(crate) fn forward(
         &self,
         ctx: Context<'_>,
         x: &Images,
         activation: Activation,
         residual: Option<&Images>,
+        scratch: &mut Scratch,
     ) -> Result<Images> {
         let (expected, n) = (self.channels, self.linear.out_features());
         if x.channels != expected {
             return Err(laneformer::Error::Size { arg: "channels", expected, actual: x.channels }.into());
         }
         let size = [x.height, x.width].map(|len| self.window.places(len));
-        let mut out = Images::zeros(x.batch, size, n);
-        let pixels = x.batch * size[0] * size[1];
-        let is_linear = matches!(self.window, Window { kernel: 1, stride: 1, padding: 0 });
-        let chunk = if is_linear { pixels.max(1) } else { CHUNK_PIXELS };
-        let mut patches = vec![];
-        for (i, out) in out.pixels.chunks_mut((chunk * n).max(1)).enumerate() {
-            let (first, rows) = (i * chunk, out.len() / n);
-            if !is_linear {
-                patches.clear();
-                (first..first + rows).for_each(|pixel| self.patch(x, size, pixel, &mut patches));
-            }
-            let patches = if is_linear { &x.pixels } else { &patches };
-            let mut epilogue = Epilogue::activation(activation);
-            if let Some(residual) = residual {
-                let rest = residual.pixels.get(first * n..).unwrap_or(&[]);
-                epilogue = epilogue.with_residual(1.0, MatRef::contiguous(rest, rows, n)?);
-            }
-            let patches = MatRef::contiguous(patches, rows, self.linear.in_features())?;
-            self.linear.forward(ctx, patches, &epilogue, MatMut::contiguous(out, rows, n)?)?;
+        let rows = x.batch * size[0] * size[1];
+        let mut pixels = scratch.take(rows * n);
+        let mut epilogue = Epilogue::activation(activation);
+        if let Some(residual) = residual {
+            epilogue = epilogue.with_residual(1.0, MatRef::contiguous(&residual.pixels, rows, n)?);
         }
-        Ok(out)
+        let out = MatMut::contiguous(&mut pixels, rows, n)?;
+        if matches!(self.window, Window { kernel: 1, stride: 1, padding: 0 }) {
+            self.linear.forward(ctx, MatRef::contiguous(&x.pixels, rows, x.channels)?, &epilogue, out)?;
+        } else {
+            let fill = |pixels: Range<usize>, mut patches: MatMut<'_>| {
+                for (i, pixel) in pixels.enumerate() {
+                    self.patch(x, size, pixel, patches.row_mut(i));
+                }
+            };
+            self.linear.forward_filled(ctx, fill, &epilogue, out)?;
+        }
+        Ok(Images { pixels, batch: x.batch, height: size[0], width: size[1], channels: n })
     }
 
-    /// Appends what the window sees at an output pixel: its rows one behind the other.
-    fn patch(&self, x: &Images, [height, width]: [usize; 2], pixel: usize, patches: &mut Vec<f32>) {
+    /// What the window sees at an output pixel: its rows one behind the other.
+    fn patch(&self, x: &Images, [height, width]: [usize; 2], pixel: usize, patch: &mut [f32]) {
         let Window { kernel, stride, padding } = self.window;
         let (row, column) = (pixel / width, pixel % width);
         let (image, top) = (row / height, row % height * stride);
         let inside = self.window.inside(column, x.width);
         let before = (inside.start + padding).saturating_sub(column * stride) * x.channels;
-        for y in top..top + kernel {
-            let end = patches.len() + kernel * x.channels;
-            if (padding..x.height + padding).contains(&y) && !inside.is_empty() {
-                patches.resize(patches.len() + before, 0.0);
+        let len = inside.len() * x.channels;
+        if inside.len() < kernel {
+            patch.fill(0.0);
+        }
+        for (y, line) in (top..).zip(patch.chunks_exact_mut((kernel * x.channels).max(1))) {
+            if (padding..x.height + padding).contains(&y) {
                 let start = ((image * x.height + y - padding) * x.width + inside.start) * x.channels;
-                patches.extend_from_slice(&x.pixels[start..][..inside.len() * x.channels]);
+                line[before..before + len].copy_from_slice(&x.pixels[start..start + len]);
+            } else {
+                line.fill(0.0);
             }
-            patches.resize(end, 0.0);
         }
     }
 }

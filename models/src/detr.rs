@@ -100,8 +100,8 @@ impl Detr {
     ///
     /// # Errors
     /// What the library says of the sizes.
-    pub fn features(&self, ctx: Context<'_>, images: &Images) -> Result<Images> {
-        self.backbone.forward(ctx, images)
+    pub fn features(&self, ctx: Context<'_>, images: &Images, scratch: &mut Scratch) -> Result<Images> {
+        self.backbone.forward(ctx, images, scratch)
     }
 
     /// The last hidden state of every token: the pixels of the feature map that `tokens` lists, at these `positions`, both
@@ -115,6 +115,7 @@ impl Detr {
         features: &Images,
         tokens: &Ragged,
         positions: &[f32],
+        scratch: &mut Scratch,
     ) -> Result<Vec<f32>> {
         let pixels = tokens.gather(&features.pixels, features.channels)?;
         let mut x = project(ctx, &self.projection, &pixels, &Epilogue::NONE)?;
@@ -123,7 +124,7 @@ impl Detr {
             position_embedding: Some(rows(positions, self.config.d_model)?),
             ..Inputs::new(tokens.offsets(), &graph)
         };
-        Scratch::default().run_with(ctx, &self.layers, &mut x, &mut inputs)?;
+        scratch.run_with(ctx, &self.layers, &mut x, &mut inputs)?;
         Ok(x)
     }
 }

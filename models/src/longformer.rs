@@ -180,8 +180,8 @@ impl Longformer {
         let everything = real(Graph::full());
         for layer in &self.layers {
             let local = real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()));
-            let attended = layer.attend(ctx, &x, batch.offsets, &local, &globals, &everything)?;
-            layer.block.close(ctx, &mut x, &attended, scratch)?;
+            let attended = layer.attend(ctx, &x, batch.offsets, &local, &globals, &everything, scratch)?;
+            layer.block.close(ctx, &mut x, attended, scratch)?;
         }
         Ok(x)
     }
@@ -217,18 +217,21 @@ impl Layer {
         local: &Graph,
         globals: &Globals,
         everything: &Graph,
+        scratch: &mut Scratch,
     ) -> Result<Vec<f32>> {
         let projections = &self.block.projections;
-        let keys = projections.keys(ctx, x, x, offsets)?;
-        let mut attended = projections.attend(ctx, x, &Seen::new(&keys, offsets, local))?;
+        let keys = projections.keys(ctx, x, x, offsets, scratch)?;
+        let mut attended = projections.attend(ctx, x, &Seen::new(&keys, offsets, local), scratch)?;
+        scratch.give_store(keys);
         if globals.rows.is_empty() {
             return Ok(attended);
         }
-        let keys = self.global.keys(ctx, x, x, offsets)?;
+        let keys = self.global.keys(ctx, x, x, offsets, scratch)?;
         let seen = Seen::new(&keys, &globals.offsets, everything);
         let d = self.global.q.in_features();
         let queries: Vec<f32> = globals.rows.iter().flat_map(|&row| &x[row * d..][..d]).copied().collect();
-        let global = self.global.attend(ctx, &queries, &seen)?;
+        let global = self.global.attend(ctx, &queries, &seen, scratch)?;
+        scratch.give_store(keys);
         for (result, &row) in global.chunks_exact(d).zip(&globals.rows) {
             attended[row * d..][..d].copy_from_slice(result);
         }

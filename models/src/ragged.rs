@@ -1,6 +1,6 @@
 //! Padded batches as packed ones: the tokens that are real, one sequence behind the other.
 
-use laneformer::{Context, Graph, Inputs, MatMut, Stack, Workspace};
+use laneformer::{Context, Graph, Heads, Inputs, KeyStore, MatMut, Stack, Workspace};
 
 use crate::{Error, Result};
 
@@ -83,16 +83,51 @@ impl Ragged {
     }
 }
 
-/// A workspace that grows with the batches it meets, for one model.
+/// A workspace that grows with the batches it meets, for one model, and the buffers that one layer leaves to the next: memory that
+/// the system has cleared already.
 #[derive(Debug, Default)]
 pub struct Scratch {
     workspace: Option<Workspace>,
+    rows: Vec<Vec<f32>>,
+    stores: Vec<KeyStore>,
     tokens: usize,
     segments: usize,
     members: usize,
 }
 
 impl Scratch {
+    /// `len` elements of any value.
+    pub(crate) fn take(&mut self, len: usize) -> Vec<f32> {
+        let fits = (0..self.rows.len()).filter(|&i| self.rows[i].capacity() >= len);
+        let fits = fits.min_by_key(|&i| self.rows[i].capacity());
+        // If none is large enough, a smaller one goes: the buffers do not become more.
+        let kept = fits.or(self.rows.len().checked_sub(1)).map(|i| self.rows.swap_remove(i));
+        let mut rows = kept.filter(|_| fits.is_some()).unwrap_or_default();
+        rows.resize(len, 0.0);
+        rows
+    }
+
+    /// What [`take`](Self::take) gave, or any other rows that nobody needs.
+    pub(crate) fn give(&mut self, rows: Vec<f32>) {
+        self.rows.push(rows);
+    }
+
+    /// A store for the keys and values of a batch.
+    pub(crate) fn take_store(&mut self, heads: &Heads, offsets: &[usize]) -> Result<KeyStore> {
+        let fits = self.stores.iter().position(|store| store.fits(heads, offsets));
+        let kept = fits.or(self.stores.len().checked_sub(1)).map(|i| self.stores.swap_remove(i));
+        if let Some(store) = kept.filter(|_| fits.is_some()) {
+            return Ok(store);
+        }
+        let tokens = offsets.last().copied().unwrap_or(0);
+        Ok(KeyStore::new(heads, tokens, offsets.len().saturating_sub(1))?)
+    }
+
+    /// What [`take_store`](Self::take_store) gave.
+    pub(crate) fn give_store(&mut self, store: KeyStore) {
+        self.stores.push(store);
+    }
+
     /// Runs the layers over packed tokens, in place.
     ///
     /// # Errors

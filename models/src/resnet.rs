@@ -1,6 +1,7 @@
 //! ResNet (He et al. 2015, <https://arxiv.org/abs/1512.03385>) as a backbone: a stem, then stages of residual blocks, every
 //! convolution with its batch norm folded in.
 
+use std::mem;
 use std::path::Path;
 
 use laneformer::{Activation, Context, Function, MatMut, elementwise};
@@ -8,6 +9,7 @@ use serde::Deserialize;
 
 use crate::config::activation;
 use crate::conv::{Conv, Images, Window};
+use crate::ragged::Scratch;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -108,10 +110,13 @@ impl ResNet {
     ///
     /// # Errors
     /// What the library says of the sizes.
-    pub fn forward(&self, ctx: Context<'_>, images: &Images) -> Result<Images> {
-        let mut x = self.stem.forward(ctx, images, self.activation.0, None)?.max_pool(POOL);
+    pub fn forward(&self, ctx: Context<'_>, images: &Images, scratch: &mut Scratch) -> Result<Images> {
+        let stem = self.stem.forward(ctx, images, self.activation.0, None, scratch)?;
+        let mut x = stem.max_pool(POOL, scratch);
+        scratch.give(stem.pixels);
         for block in &self.blocks {
-            x = block.forward(ctx, x)?;
+            let next = block.forward(ctx, &x, scratch)?;
+            scratch.give(mem::replace(&mut x, next).pixels);
             let (rows, channels) = (x.batch * x.height * x.width, x.channels);
             elementwise(ctx, self.activation.1, MatMut::contiguous(&mut x.pixels, rows, channels)?)?;
         }
@@ -139,16 +144,20 @@ impl Block {
         Ok(Block { convs, last, shortcut })
     }
 
-    fn forward(&self, ctx: Context<'_>, x: Images) -> Result<Images> {
-        let convolve = |conv: &Conv, x: &Images| conv.forward(ctx, x, Activation::None, None);
-        let residual = self.shortcut.as_ref().map(|shortcut| convolve(shortcut, &x)).transpose()?;
-        let mut y = None;
+    fn forward(&self, ctx: Context<'_>, x: &Images, scratch: &mut Scratch) -> Result<Images> {
+        let shortcut = self.shortcut.as_ref();
+        let residual =
+            shortcut.map(|conv| conv.forward(ctx, x, Activation::None, None, scratch)).transpose()?;
+        let mut y: Option<Images> = None;
         for conv in &self.convs {
             // Inside of a block it is always this one: as published, whatever the configuration has elsewhere.
-            y = Some(conv.forward(ctx, y.as_ref().unwrap_or(&x), Activation::Relu, None)?);
+            let next = conv.forward(ctx, y.as_ref().unwrap_or(x), Activation::Relu, None, scratch)?;
+            y.replace(next).into_iter().for_each(|y| scratch.give(y.pixels));
         }
-        let residual = residual.as_ref().unwrap_or(&x);
-        self.last.forward(ctx, y.as_ref().unwrap_or(&x), Activation::None, Some(residual))
+        let (input, shortcut) = (y.as_ref().unwrap_or(x), residual.as_ref().unwrap_or(x));
+        let out = self.last.forward(ctx, input, Activation::None, Some(shortcut), scratch)?;
+        y.into_iter().chain(residual).for_each(|images| scratch.give(images.pixels));
+        Ok(out)
     }
 }
 

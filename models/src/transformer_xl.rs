@@ -190,18 +190,19 @@ impl TransformerXl {
             let input = layer.block.input(ctx, &x)?;
             let keys = behind(&memory.keys, &project(ctx, k, &input, &Epilogue::NONE)?, n);
             let values = behind(&memory.values, &project(ctx, v, &input, &Epilogue::NONE)?, n);
-            let stored = store(ctx, heads, &keys, &values, &key_offsets)?;
+            let stored = store(ctx, heads, &keys, &values, &key_offsets, scratch)?;
             let terms =
                 Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
             let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };
-            let attended = layer.block.projections.attend(ctx, &input, &seen)?;
+            let attended = layer.block.projections.attend(ctx, &input, &seen, scratch)?;
+            scratch.give_store(stored);
             let last = |x: &[f32], cols| last_rows(x, n, cols, self.config.mem_len);
             *memory = LayerMemory {
                 inputs: last(&behind(&memory.inputs, &x, n), self.config.d_model),
                 keys: last(&keys, heads.key_cols()),
                 values: last(&values, heads.value_cols()),
             };
-            layer.block.close(ctx, &mut x, &attended, scratch)?;
+            layer.block.close(ctx, &mut x, attended, scratch)?;
         }
         memory.len = keys.min(self.config.mem_len);
         Ok(x)

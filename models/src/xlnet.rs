@@ -182,12 +182,13 @@ impl XlNet {
         for (i, layer) in self.layers.iter().enumerate() {
             // Both streams read the content as it enters the layer.
             let source = behind(batch.mems.get(i).map_or(&[], |mems| mems), &h, n);
-            let keys = layer.block.projections.keys(ctx, &source, &source, &key_offsets)?;
+            let keys = layer.block.projections.keys(ctx, &source, &source, &key_offsets, scratch)?;
             let table = distances.project(ctx, &layer.r, self.config.n_head)?;
             layer.advance(ctx, &mut h, &content, &keys, &table, scratch)?;
             if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
                 layer.advance(ctx, g, targets, &keys, &table, scratch)?;
             }
+            scratch.give_store(keys);
             mems.push(last_rows(&source, n, d, mem_len));
         }
         Ok(Output { content: h, queries: g, mems })
@@ -276,8 +277,8 @@ impl Layer {
         let terms = Terms { relative, segment, ..Terms::default() };
         let positions = stream.positions.as_deref();
         let seen = Seen { positions, terms, ..Seen::new(keys, &stream.offsets, &stream.graph) };
-        let attended = self.block.projections.attend(ctx, x, &seen)?;
-        self.block.close(ctx, x, &attended, scratch)
+        let attended = self.block.projections.attend(ctx, x, &seen, scratch)?;
+        self.block.close(ctx, x, attended, scratch)
     }
 }
 

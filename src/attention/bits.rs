@@ -123,6 +123,14 @@ impl Bits {
         Ok(())
     }
 
+    /// Whether queries of a sequence may have rows of their own.
+    pub(crate) fn differ_by_query(&self) -> bool {
+        match &self.select {
+            Select::Strided { strides, .. } => strides[2] != 0,
+            Select::Group { .. } => true,
+        }
+    }
+
     /// Whether the query has a row.
     pub(crate) fn has(&self, query: Query) -> bool {
         match &self.select {

@@ -50,7 +50,7 @@ impl Graph {
     }
 
     /// The same, and all tokens see the keys of `columns` ([`Bits::keys`]) as well: Longformer's global tokens, or the prefix of
-    /// a prefix-LM on a causal graph.
+    /// a prefix-LM on a causal graph. They may differ by sequence and head, not by query: attention refuses that.
     pub fn with_columns(self, columns: Bits) -> Graph {
         Graph { columns: Some(columns), ..self }
     }
@@ -80,6 +80,10 @@ impl Graph {
     ) -> Result<(), Error> {
         if let Some(columns) = &self.columns {
             columns.check("graph columns", segments, heads, longest_query, rows, longest_key)?;
+            if columns.differ_by_query() {
+                let expected = "the same keys for all queries of a sequence";
+                return Err(Error::Mismatch { arg: "graph columns", expected });
+            }
         }
         self.bits
             .iter()

@@ -170,7 +170,8 @@ fn attend_chunk<S: Simd>(
             chunk_max[row] = largest(s, scores, tiles.words(row)) * scale;
         }
         for row in group {
-            chunk_sum[row] = exponentials(s, score.row_mut(row), &tiles.seen, tiles.words(row), scale, chunk_max[row]);
+            chunk_sum[row] =
+                exponentials(s, score.row_mut(row), &tiles.seen, tiles.words(row), scale, chunk_max[row]);
         }
     }
     // The first chunk that any of the rows sees is the output so far, and needs no fold.

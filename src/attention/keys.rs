@@ -428,6 +428,14 @@ impl KeyStore {
         check_size("heads.value_dim", self.layout.value_dim, heads.value_dim)
     }
 
+    /// Whether the store is of these heads and has room for a batch of `offsets`.
+    pub fn fits(&self, heads: &Heads, offsets: &[usize]) -> bool {
+        let tokens = offsets.last().copied().unwrap_or(0);
+        self.check_heads(heads).is_ok()
+            && check_offsets("offsets", offsets, tokens).is_ok()
+            && self.check_batch(offsets).is_ok()
+    }
+
     /// Bytes of the store.
     pub fn bytes(&self) -> usize {
         self.data.len() * size_of::<f32>()

@@ -14,7 +14,8 @@ use crate::view::MatRef;
 
 /// Queries of a tile at most.
 pub(crate) const ROWS: usize = BLOCK;
-/// Rows that are taken together where not all see all: three register tiles.
+/// Rows that are taken together where not all see all: six register tiles. Fewer would compute less that is masked, and go through the
+/// chunk more often.
 const GROUP: usize = 32;
 
 /// What all tiles of a call share.

@@ -93,7 +93,8 @@ pub(crate) fn product<S: Simd>(
             let (a, b, c) = unsafe { (a.add(row * a_stride), b.add(col), c.add(row * c_stride + col)) };
             // Nothing left to fetch: a line that is there. An unmapped address would cost a page walk.
             let (next, next_step) = ahead.next().map_or((a, 0), |lines| (lines.as_ptr(), LANES));
-            let tile = Tile { k, first, run, gap, a, a_stride, b, b_stride, c, c_stride, start, next, next_step };
+            let tile =
+                Tile { k, first, run, gap, a, a_stride, b, b_stride, c, c_stride, start, next, next_step };
             // SAFETY: as above.
             unsafe { pick(s, height, vectors, &tile) };
             row += height;
@@ -149,7 +150,8 @@ unsafe fn pick<S: Simd>(s: S, height: usize, vectors: usize, tile: &Tile) {
 /// `MR` rows of `k` elements at `a`, `k` rows of `NV` vectors at `b`, its gaps left out, and `MR` rows of `NV` vectors at `c` are valid.
 #[inline(always)]
 unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
-    let Tile { k, first, run, gap, mut a, a_stride, mut b, b_stride, c, c_stride, start, next, next_step } = *tile;
+    let Tile { k, first, run, gap, mut a, a_stride, mut b, b_stride, c, c_stride, start, next, next_step } =
+        *tile;
     let mut ahead = next;
     let mut acc = [[s.splat(0.0); NV]; MR];
     // SAFETY: the caller's promise covers every access below.

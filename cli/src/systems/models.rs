@@ -112,25 +112,25 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
             let d = model.config().d_model;
             let channels = model.config().backbone_config.hidden_sizes.last().copied().unwrap_or(0);
             let mut placed = (vec![], [0, 0]);
-            image(channels, move |ctx, features, _| {
+            image(channels, move |ctx, features, scratch| {
                 let grid = [features.height, features.width];
                 let mask = vec![true; grid[0] * grid[1]];
                 if placed.1 != grid {
                     placed = (sine_positions(&mask, grid, d), grid);
                 }
-                Ok(model.encode(ctx, features, &Ragged::from_mask(&mask, mask.len()), &placed.0)?)
+                Ok(model.encode(ctx, features, &Ragged::from_mask(&mask, mask.len()), &placed.0, scratch)?)
             })
         }
         Kind::Detr => {
             let model = Detr::load(path, serde_json::from_value(config())?, checkpoint)?;
             let (d, channels) = (model.config().d_model, model.config().backbone_config.num_channels);
-            image(channels, move |ctx, pixels, _| {
-                let features = model.features(ctx, pixels)?;
+            image(channels, move |ctx, pixels, scratch| {
+                let features = model.features(ctx, pixels, scratch)?;
                 let grid = [features.height, features.width];
                 let mask = vec![true; grid[0] * grid[1]];
                 let (tokens, positions) =
                     (Ragged::from_mask(&mask, mask.len()), sine_positions(&mask, grid, d));
-                Ok(model.encode(ctx, &features, &tokens, &positions)?)
+                Ok(model.encode(ctx, &features, &tokens, &positions, scratch)?)
             })
         }
         Kind::Bart => {

@@ -6,7 +6,7 @@ use super::case::{Case, Outputs};
 use crate::Result;
 use crate::conv::Images;
 use crate::detr::{Detr, sine_positions, token_mask};
-use crate::ragged::Ragged;
+use crate::ragged::{Ragged, Scratch};
 
 pub(super) fn detr(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Detr::load(case.path(), case.config()?, case.weights())?;
@@ -19,12 +19,13 @@ pub(super) fn detr(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         return Err(case.error(format!("in.pixel_mask: expected the {batch}x{height}x{width} of the images")));
     }
 
-    let features = model.features(ctx, &images)?;
+    let mut scratch = Scratch::default();
+    let features = model.features(ctx, &images, &mut scratch)?;
     let size = [features.height, features.width];
     let mask = token_mask(&pixel_mask, [height, width], size);
     let tokens = Ragged::from_mask(&mask, size[0] * size[1]);
     let positions = sine_positions(&mask, size, d);
-    let hidden = model.encode(ctx, &features, &tokens, &tokens.gather(&positions, d)?)?;
+    let hidden = model.encode(ctx, &features, &tokens, &tokens.gather(&positions, d)?, &mut scratch)?;
     Ok(Outputs::from([
         ("feature_map".into(), features.to_planes()),
         ("token_mask".into(), mask.iter().map(|&real| f32::from(u8::from(real))).collect()),
