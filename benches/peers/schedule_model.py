@@ -1,7 +1,9 @@
 """The model of docs/performance.md: the time of a layer from the times of its parts.
 
-    laneformer compare --json > run.jsonl
+    (laneformer bench --threads 1 --json; laneformer bench --threads 2 --json) > run.jsonl
     python benches/peers/schedule_model.py run.jsonl
+
+The lines of `laneformer compare --json` do as well.
 
 Every rate comes from the run: the products from the rows gemm/f32/m1024*, scores and exponentials from the softmax row, gelu and norm from theirs.
 What is added for other core counts is the number of tiles of a phase, which `Split` in src/linear.rs decides, and the waits between phases.
@@ -113,8 +115,18 @@ DIMS = {"bert-base": (768, 12, 3072), "minilm": (384, 12, 1536)}
 CORES = (8, 16, 64)
 
 
+def read(path):
+    """Lines of `compare`, or of `bench` with its names changed."""
+    lines = [json.loads(line) for line in open(path)]
+    for line in lines:
+        line.setdefault("ns", line.get("median_ns"))
+        if line.get("ns_per_element"):
+            line["elements"] = line["ns"] / line["ns_per_element"]
+    return lines
+
+
 def main():
-    lines = [json.loads(line) for line in open(sys.argv[1])]
+    lines = read(sys.argv[1])
     rates = Rates(lines)
     print(f"peak {rates.peak:.0f} GFLOP/s, products {rates.wide:.0f} and {rates.deep:.0f}")
     layers = [line for line in lines if line["name"].startswith("layer/")]
