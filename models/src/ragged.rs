@@ -179,3 +179,32 @@ impl Scratch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_come_back_and_do_not_become_more() -> Result<()> {
+        let mut scratch = Scratch::default();
+        for len in [10, 1000, 100, 5000, 20, 0] {
+            let (a, b) = (scratch.take(len), scratch.take(len / 2));
+            assert_eq!((a.len(), b.len()), (len, len / 2));
+            scratch.give(a);
+            scratch.give(b);
+            assert!(scratch.rows.len() <= 2, "{len}");
+        }
+        assert!(scratch.take(5000).capacity() < 10_000 && scratch.rows.len() == 1);
+
+        let heads = Heads::new(2, 3)?;
+        for (heads, offsets) in
+            [(heads, &[0, 5][..]), (heads, &[0, 3, 4]), (heads, &[0, 70]), (Heads::new(1, 4)?, &[0])]
+        {
+            let store = scratch.take_store(&heads, offsets)?;
+            assert!(store.fits(&heads, offsets), "{offsets:?}");
+            scratch.give_store(store);
+            assert_eq!(scratch.stores.len(), 1);
+        }
+        Ok(())
+    }
+}
