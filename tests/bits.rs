@@ -133,7 +133,7 @@ fn linear_of_rows_made_in_place() {
         everywhere(&format!("linear m{m} n{n} k{k}, filled"), |ctx| {
             let (mut y, mut expected) = (vec![0.0; m * n], vec![0.0; m * n]);
             let asked: Vec<AtomicUsize> = (0..m).map(|_| AtomicUsize::new(0)).collect();
-            let fill = |rows: std::ops::Range<usize>, mut tile: laneformer::MatMut<'_>| {
+            let fill = |rows: std::ops::Range<usize>, mut tile: MatMut<'_>| {
                 assert_eq!((tile.rows(), tile.cols()), (rows.len(), k));
                 for (i, row) in rows.enumerate() {
                     asked[row].fetch_add(1, Ordering::Relaxed);

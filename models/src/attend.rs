@@ -56,7 +56,7 @@ impl Projections {
     ///
     /// # Errors
     /// What the library says of the sizes.
-    pub(crate) fn keys(
+    pub fn keys(
         &self,
         ctx: Context<'_>,
         k: &[f32],
@@ -76,7 +76,7 @@ impl Projections {
     ///
     /// # Errors
     /// What the library says of the sizes.
-    pub(crate) fn attend(
+    pub fn attend(
         &self,
         ctx: Context<'_>,
         x: &[f32],
@@ -124,7 +124,7 @@ impl<'a> Seen<'a> {
 ///
 /// # Errors
 /// What the library says of the sizes.
-pub(crate) fn store(
+pub fn store(
     ctx: Context<'_>,
     heads: &Heads,
     k: &[f32],
@@ -133,7 +133,7 @@ pub(crate) fn store(
     scratch: &mut Scratch,
 ) -> Result<KeyStore> {
     let (k, v) = (rows(k, heads.key_cols())?, rows(v, heads.value_cols())?);
-    let mut keys = scratch.take_store(heads, offsets)?;
+    let mut keys = scratch.take_store(heads, k.rows(), offsets)?;
     keys.set(ctx, k, v, offsets)?;
     Ok(keys)
 }
@@ -178,7 +178,7 @@ impl Block {
     ///
     /// # Errors
     /// What the library says of the sizes.
-    pub(crate) fn close(
+    pub fn close(
         &self,
         ctx: Context<'_>,
         x: &mut Vec<f32>,

@@ -45,7 +45,7 @@ impl Images {
     }
 
     /// The largest of each channel over windows; what lies outside of the image does not count.
-    pub(crate) fn max_pool(&self, window: Window, scratch: &mut Scratch) -> Images {
+    pub fn max_pool(&self, window: Window, scratch: &mut Scratch) -> Images {
         let [height, width] = [window.places(self.height), window.places(self.width)];
         let pixels = scratch.take(self.batch * height * width * self.channels);
         let mut out = Images { pixels, batch: self.batch, height, width, channels: self.channels };
@@ -147,7 +147,7 @@ impl Conv {
     ///
     /// # Errors
     /// The library's [`Size`](laneformer::Error::Size) for an input of other channels or a residual of another size.
-    pub(crate) fn forward(
+    pub fn forward(
         &self,
         ctx: Context<'_>,
         x: &Images,

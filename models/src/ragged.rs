@@ -97,7 +97,7 @@ pub struct Scratch {
 
 impl Scratch {
     /// `len` elements of any value.
-    pub(crate) fn take(&mut self, len: usize) -> Vec<f32> {
+    pub fn take(&mut self, len: usize) -> Vec<f32> {
         let fits = (0..self.rows.len()).filter(|&i| self.rows[i].capacity() >= len);
         let fits = fits.min_by_key(|&i| self.rows[i].capacity());
         // If none is large enough, a smaller one goes: the buffers do not become more.
@@ -108,23 +108,26 @@ impl Scratch {
     }
 
     /// What [`take`](Self::take) gave, or any other rows that nobody needs.
-    pub(crate) fn give(&mut self, rows: Vec<f32>) {
+    pub fn give(&mut self, rows: Vec<f32>) {
         self.rows.push(rows);
     }
 
-    /// A store for the keys and values of a batch.
-    pub(crate) fn take_store(&mut self, heads: &Heads, offsets: &[usize]) -> Result<KeyStore> {
+    /// A store for the keys and values of a batch of so many tokens.
+    ///
+    /// # Errors
+    /// What the library says of the sizes.
+    pub fn take_store(&mut self, heads: &Heads, tokens: usize, offsets: &[usize]) -> Result<KeyStore> {
         let fits = self.stores.iter().position(|store| store.fits(heads, offsets));
         let kept = fits.or(self.stores.len().checked_sub(1)).map(|i| self.stores.swap_remove(i));
         if let Some(store) = kept.filter(|_| fits.is_some()) {
             return Ok(store);
         }
-        let tokens = offsets.last().copied().unwrap_or(0);
+        // What the offsets say is not checked yet: it must not decide how much is allocated.
         Ok(KeyStore::new(heads, tokens, offsets.len().saturating_sub(1))?)
     }
 
     /// What [`take_store`](Self::take_store) gave.
-    pub(crate) fn give_store(&mut self, store: KeyStore) {
+    pub fn give_store(&mut self, store: KeyStore) {
         self.stores.push(store);
     }
 
@@ -200,11 +203,12 @@ mod tests {
         for (heads, offsets) in
             [(heads, &[0, 5][..]), (heads, &[0, 3, 4]), (heads, &[0, 70]), (Heads::new(1, 4)?, &[0])]
         {
-            let store = scratch.take_store(&heads, offsets)?;
+            let store = scratch.take_store(&heads, offsets[offsets.len() - 1], offsets)?;
             assert!(store.fits(&heads, offsets), "{offsets:?}");
             scratch.give_store(store);
             assert_eq!(scratch.stores.len(), 1);
         }
+        assert!(scratch.take_store(&heads, 5, &[0, usize::MAX / 4096]).is_ok());
         Ok(())
     }
 }

@@ -111,28 +111,27 @@ impl Graph {
         len: usize,
     ) -> Cover {
         // Both ends of the interval ascend with the position.
-        let (low_first, high_first) = self.interval(first, len);
-        let (low_last, high_last) = self.interval(last, len);
-        if low_last <= keys.0 && keys.1 <= high_first {
+        if self.interval(last, len).0 <= keys.0 && keys.1 <= self.interval(first, len).1 {
             return if self.bits.is_empty() { Cover::Full } else { Cover::Partial };
         }
-        let outside = keys.1 <= low_first || keys.0 >= high_last;
         let has_column =
             |columns: &Bits| (keys.0 / 64..keys.1.div_ceil(64)).any(|i| columns.word(query, i) != 0);
+        let outside = self.is_outside((first, last), keys, len);
         if outside && !self.columns.as_ref().is_some_and(has_column) { Cover::Empty } else { Cover::Partial }
     }
 
     /// Whether queries of one sequence, from position `first` to `last`, see of its keys `keys.0..keys.1` the global columns and nothing
     /// else: the same for each of them.
     #[inline(always)]
-    pub(crate) fn sees_columns_only(
-        &self,
-        (first, last): (isize, isize),
-        keys: (usize, usize),
-        len: usize,
-    ) -> bool {
+    pub(crate) fn sees_columns_only(&self, span: (isize, isize), keys: (usize, usize), len: usize) -> bool {
+        self.bits.is_empty() && self.is_outside(span, keys, len)
+    }
+
+    /// Whether the keys are in the interval of none of the queries.
+    #[inline(always)]
+    fn is_outside(&self, (first, last): (isize, isize), keys: (usize, usize), len: usize) -> bool {
         let (low, high) = (self.interval(first, len).0, self.interval(last, len).1);
-        self.bits.is_empty() && (keys.1 <= low || keys.0 >= high)
+        keys.1 <= low || keys.0 >= high
     }
 
     /// Bit `i` says whether a query at `p` sees key `64 * block + i` of a sequence of `len`.

@@ -153,7 +153,8 @@ fn attend_chunk<S: Simd>(
     let mut chunk_max = [f32::NEG_INFINITY; ROWS];
     let mut chunk_sum = [0.0; ROWS];
     // A score that only a positive scale finishes is scaled on its way through the passes.
-    let scale = if call.is_plain() { call.heads.scale } else { 1.0 };
+    let is_plain = call.is_plain();
+    let scale = if is_plain { call.heads.scale } else { 1.0 };
     // Some rows at a time, which stay in L1 between their two passes: a row's maximum is ready by the time it is needed.
     for first in (0..n).step_by(SOFTMAX_ROWS) {
         let group = first..n.min(first + SOFTMAX_ROWS);
@@ -163,7 +164,7 @@ fn attend_chunk<S: Simd>(
                 let (query, _) = queries.query(row);
                 add_segment(s, term, queries.q.row(row), query, &tiles, scores);
             }
-            if !call.is_plain() {
+            if !is_plain {
                 finish(s, scores, &tiles, call, queries.query(row).0);
             }
             // Rounding keeps the order of products with a positive scale, so the largest can be scaled alone.

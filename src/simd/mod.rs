@@ -54,7 +54,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `ptr` is valid for reading sixteen elements.
     unsafe fn load_ptr(self, ptr: *const f32) -> Self::V;
 
-    /// Asks for the cache line of `ptr` in L2; any address is allowed.
+    /// Asks for the cache line of `ptr` in L1; any address is allowed.
     #[inline(always)]
     fn prefetch(self, ptr: *const f32) {
         #[cfg(target_arch = "x86_64")]
