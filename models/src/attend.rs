@@ -20,9 +20,6 @@ pub(crate) fn rows(x: &[f32], d: usize) -> Result<MatRef<'_>> {
 }
 
 /// A linear layer over the rows of `x`.
-///
-/// # Errors
-/// What the library says of the sizes.
 pub fn project(ctx: Context<'_>, linear: &Linear, x: &[f32], epilogue: &Epilogue<'_>) -> Result<Vec<f32>> {
     project_with(ctx, linear, x, epilogue, &mut Scratch::default())
 }
@@ -53,9 +50,6 @@ pub struct Projections {
 
 impl Projections {
     /// The keys of `k` and the values of `v`, rows of the same tokens, in a store of `scratch`.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn keys(
         &self,
         ctx: Context<'_>,
@@ -73,9 +67,6 @@ impl Projections {
     }
 
     /// What the queries of the rows of `x` gather, before the output projection, in rows of `scratch`.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn attend(
         &self,
         ctx: Context<'_>,
@@ -121,9 +112,6 @@ impl<'a> Seen<'a> {
 }
 
 /// Projected keys and values by head, in a store of `scratch`.
-///
-/// # Errors
-/// What the library says of the sizes.
 pub fn store(
     ctx: Context<'_>,
     heads: &Heads,
@@ -151,9 +139,6 @@ pub struct Block {
 
 impl Block {
     /// A layer from its parts; `placement` is that of attention's norm.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn new(projections: Projections, out: Linear, placement: Placement, ffn: SubLayer) -> Result<Block> {
         if !matches!(placement, Placement::Post { .. } | Placement::Pre { .. }) {
             return Err(Error::NotBuilt("a norm on both sides of such an attention".into()));
@@ -163,9 +148,6 @@ impl Block {
     }
 
     /// What the projections read.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn input<'a>(&self, ctx: Context<'_>, x: &'a [f32]) -> Result<Cow<'a, [f32]>> {
         let mut x = Cow::Borrowed(x);
         if let Placement::Pre { norm } = &self.placement {
@@ -175,9 +157,6 @@ impl Block {
     }
 
     /// The rest of the layer, from what [`Projections::attend`] gathered.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn close(
         &self,
         ctx: Context<'_>,
@@ -218,9 +197,6 @@ impl Distances {
     }
 
     /// The distances as a layer sees them.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn project(&self, ctx: Context<'_>, r: &Linear, n_heads: usize) -> Result<RelativeTable> {
         let table = project(ctx, r, &self.sinusoids, &Epilogue::NONE)?;
         Ok(RelativeTable::new(rows(&table, r.out_features())?, self.first, n_heads)?)

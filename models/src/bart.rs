@@ -90,9 +90,6 @@ pub struct Decoding {
 
 impl Bart {
     /// Loads a directory with `config.json` and `model.safetensors`.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<Bart> {
         let path = dir.join("config.json");
         let json: serde_json::Value = read_json(&path)?;
@@ -105,9 +102,6 @@ impl Bart {
     }
 
     /// Packs the weights of a checkpoint, with or without `model.` before their names; `path` is for messages.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Shape`], [`Error::Dtype`], [`Error::Config`].
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Bart> {
         if config.normalize_before {
             return Err(Error::config(path, "normalize_before", "false", true));
@@ -137,9 +131,6 @@ impl Bart {
     }
 
     /// The memory that the decoder reads, [T, d_model].
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
     pub fn encode(&self, ctx: Context<'_>, batch: Batch<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
         let mut x = self.encoder.embed(ctx, &self.shared, self.scale(), batch)?;
         self.encoder.layers.forward(ctx, &mut x, batch.offsets, scratch)?;
@@ -148,9 +139,6 @@ impl Bart {
 
     /// What decoding with this memory begins with; `capacity` is the number of tokens that each cache has room for, 0 is
     /// without caches.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn begin(
         &self,
         ctx: Context<'_>,
@@ -165,9 +153,6 @@ impl Bart {
     }
 
     /// The last hidden state of the decoder, [T, d_model], for its next tokens.
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
     pub fn decode(
         &self,
         ctx: Context<'_>,
@@ -182,9 +167,6 @@ impl Bart {
     }
 
     /// The logits of the next token, [T, vocab_size], for any rows of the decoder's hidden state.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
         project(ctx, &self.head, hidden, &Epilogue::NONE)
     }

@@ -55,17 +55,11 @@ fn tiny() -> f32 {
 
 impl Config {
     /// Reads `path`, which must describe a BERT encoder.
-    ///
-    /// # Errors
-    /// [`Error::Io`], [`Error::Json`], and [`Error::Config`] for another architecture.
     pub fn open(path: &Path) -> Result<Config> {
         Config::from_json(path, read_json(path)?)
     }
 
     /// As [`Config::open`], from parsed JSON; `path` is for messages.
-    ///
-    /// # Errors
-    /// As [`Config::open`].
     pub fn from_json(path: &Path, json: serde_json::Value) -> Result<Config> {
         if let Some(model_type) = json.get("model_type").filter(|model_type| *model_type != "bert") {
             return Err(Error::config(path, "model_type", "\"bert\"", model_type));
@@ -111,9 +105,6 @@ pub struct Bert {
 
 impl Bert {
     /// Loads a directory with `config.json` and `model.safetensors`.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<Bert> {
         let config_path = dir.join("config.json");
         let config = Config::open(&config_path)?;
@@ -121,9 +112,6 @@ impl Bert {
     }
 
     /// Packs the weights of a checkpoint, with or without `bert.` before their names; `config_path` is for messages.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Shape`], [`Error::Dtype`], [`Error::Config`].
     pub fn load(config_path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Bert> {
         let w = checkpoint.root(&["", "bert."], "embeddings.word_embeddings.weight");
         let d = config.hidden_size;
@@ -146,17 +134,11 @@ impl Bert {
     }
 
     /// Every token and type is in its embedding table.
-    ///
-    /// # Errors
-    /// [`Error::Index`].
     pub fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
         self.embeddings.check(ids, type_ids)
     }
 
     /// The last hidden state of every token, [T, hidden_size].
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
     pub fn forward(&self, ctx: Context<'_>, batch: Batch<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
         let mut x = self.embeddings.forward(ctx, batch, self.config.hidden_size)?;
         scratch.run(ctx, &self.encoder, &mut x, batch.offsets, &Graph::full())?;
@@ -164,9 +146,6 @@ impl Bert {
     }
 
     /// The input of the first layer, and the output of every layer.
-    ///
-    /// # Errors
-    /// As [`Bert::forward`].
     pub fn hidden_states(&self, ctx: Context<'_>, batch: Batch<'_>) -> Result<Vec<Vec<f32>>> {
         let (tokens, d) = (batch.ids.len(), self.config.hidden_size);
         let segments = batch.offsets.len().saturating_sub(1);

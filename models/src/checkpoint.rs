@@ -38,9 +38,6 @@ enum Source {
 
 impl Checkpoint {
     /// Maps the file and reads its header.
-    ///
-    /// # Errors
-    /// [`Error::Io`], or [`Error::Safetensors`] if the header and the length of the file do not agree.
     pub fn open(path: &Path) -> Result<Checkpoint> {
         let map = File::open(path).and_then(|file| map(&file)).map_err(Error::io(path))?;
         let (header_len, metadata) = SafeTensors::read_metadata(&map)
@@ -91,17 +88,11 @@ impl Checkpoint {
     }
 
     /// The shape of a tensor of a file.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`].
     pub fn shape(&self, name: &str) -> Result<&[usize]> {
         Ok(&self.find(name)?.0.shape)
     }
 
     /// A tensor of floats, which must have this shape.
-    ///
-    /// # Errors
-    /// [`Error::Shape`], and as [`Checkpoint::f32`].
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [f32]>> {
         if let Source::Random { seed, asked } = &self.source {
             let tensor = random(*seed, name, shape)?;
@@ -118,9 +109,6 @@ impl Checkpoint {
     }
 
     /// A tensor of floats of a file; halves and bfloats are widened, which is exact.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Dtype`].
     pub fn f32(&self, name: &str) -> Result<Cow<'_, [f32]>> {
         let (info, bytes) = self.find(name)?;
         match info.dtype {
@@ -136,9 +124,6 @@ impl Checkpoint {
     }
 
     /// A tensor of integers of a file.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Dtype`].
     pub fn i64(&self, name: &str) -> Result<Cow<'_, [i64]>> {
         let (info, bytes) = self.find(name)?;
         match info.dtype {
@@ -148,9 +133,6 @@ impl Checkpoint {
     }
 
     /// A tensor of bytes of a file.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Dtype`].
     pub fn u8(&self, name: &str) -> Result<&[u8]> {
         let (info, bytes) = self.find(name)?;
         match info.dtype {

@@ -67,9 +67,6 @@ pub struct VisionConfig {
 
 impl Config {
     /// From parsed JSON; `path` is for messages. Fields that Hugging Face leaves out of a file are those of ViT-B/32.
-    ///
-    /// # Errors
-    /// [`Error::Json`], and [`Error::Config`] for another architecture.
     pub fn from_json(path: &Path, json: serde_json::Value) -> Result<Config> {
         if let Some(model_type) = json.get("model_type").filter(|model_type| *model_type != "clip") {
             return Err(Error::config(path, "model_type", "\"clip\"", model_type));
@@ -155,9 +152,6 @@ struct Tower {
 
 impl Clip {
     /// Loads a directory with `config.json` and `model.safetensors`.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<Clip> {
         let path = dir.join("config.json");
         let config = Config::from_json(&path, read_json(&path)?)?;
@@ -165,9 +159,6 @@ impl Clip {
     }
 
     /// Packs the weights of a checkpoint; `path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Clip> {
         let vision = &config.vision_config;
         let (d, size, side) = (vision.tower.hidden_size, vision.patch_size, vision.image_size);
@@ -206,9 +197,6 @@ impl Clip {
     }
 
     /// The last hidden state of every patch behind that of its image's class token, before any norm: [images * tokens, d].
-    ///
-    /// # Errors
-    /// What the library says of the sizes: images are as the configuration says.
     pub fn image_states(&self, ctx: Context<'_>, images: &Images, scratch: &mut Scratch) -> Result<Vec<f32>> {
         let (expected, d) = (self.config.vision_config.image_size, self.class.len());
         for (arg, actual) in [("image height", images.height), ("image width", images.width)] {
@@ -231,9 +219,6 @@ impl Clip {
     }
 
     /// The embeddings of images, of length 1, from [`Clip::image_states`]: [images, projection_dim].
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn embed_images(&self, ctx: Context<'_>, states: &[f32]) -> Result<Vec<f32>> {
         let image = self.places.rows() * self.class.len();
         let classes = states.chunks_exact(image).flat_map(|image| &image[..self.class.len()]);
@@ -243,9 +228,6 @@ impl Clip {
     }
 
     /// How well each text fits each image, as logits [images, texts].
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn logits_per_image(&self, ctx: Context<'_>, images: &[f32], texts: &[f32]) -> Result<Vec<f32>> {
         let d = self.config.projection_dim;
         let classifier = linear(texts, d, texts.len() / d.max(1), None)?;
@@ -255,9 +237,6 @@ impl Clip {
     }
 
     /// The probability of each text for each image, from [`Clip::logits_per_image`].
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn probabilities(&self, ctx: Context<'_>, mut logits: Vec<f32>, texts: usize) -> Result<Vec<f32>> {
         let images = logits.len() / texts.max(1);
         softmax(ctx, MatMut::contiguous(&mut logits, images, texts)?)?;
@@ -267,9 +246,6 @@ impl Clip {
 
 impl TextEncoder {
     /// Loads the texts' half of a CLIP directory, or a directory that has only that.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<TextEncoder> {
         let path = dir.join("config.json");
         let json: Value = read_json(&path)?;
@@ -282,9 +258,6 @@ impl TextEncoder {
     }
 
     /// Packs the weights of a checkpoint; `path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(path: &Path, config: TextConfig, checkpoint: &Checkpoint) -> Result<TextEncoder> {
         let (d, d_out) = (config.tower.hidden_size, config.projection_dim);
         let (w, projection) =
@@ -309,17 +282,11 @@ impl TextEncoder {
     }
 
     /// Every token is in the embedding table.
-    ///
-    /// # Errors
-    /// [`Error::Index`].
     pub fn check(&self, ids: &[u32]) -> Result<()> {
         self.words.check(ids)
     }
 
     /// The last hidden state of every token of texts, normed: [tokens, d].
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
     pub fn states(&self, ctx: Context<'_>, texts: Texts<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
         let mut x = sum([(&self.words, texts.ids), (&self.positions, texts.positions)])?;
         let graph = Graph::causal();

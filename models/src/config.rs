@@ -9,9 +9,6 @@ use serde::de::{DeserializeOwned, Error as _};
 use crate::{Error, Result};
 
 /// Reads a JSON file.
-///
-/// # Errors
-/// [`Error::Io`], [`Error::Json`].
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read(path).map_err(Error::io(path))?;
     let mut json = serde_json::Deserializer::from_slice(&text);
@@ -21,9 +18,6 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 }
 
 /// What parsed JSON says; `path` is for messages.
-///
-/// # Errors
-/// [`Error::Json`] with the field.
 pub fn from_value<T: DeserializeOwned>(path: &Path, json: serde_json::Value) -> Result<T> {
     from_json(path, json)
 }
@@ -43,26 +37,17 @@ fn from_json<'a, T: DeserializeOwned>(
 }
 
 /// As [`read_json`], but `None` if there is no such file.
-///
-/// # Errors
-/// As [`read_json`].
 pub fn read_json_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     if path.exists() { read_json(path).map(Some) } else { Ok(None) }
 }
 
 /// The `model_type` of the `config.json` in a directory, if it has one.
-///
-/// # Errors
-/// As [`read_json`].
 pub fn model_type(dir: &Path) -> Result<Option<String>> {
     let config: serde_json::Value = read_json(&dir.join("config.json"))?;
     Ok(config.get("model_type").and_then(|model_type| model_type.as_str()).map(String::from))
 }
 
 /// The activation that a configuration names.
-///
-/// # Errors
-/// [`Error::Config`] with the name, if it is unknown.
 pub fn activation(path: &Path, field: &'static str, name: &str) -> Result<Activation> {
     match name {
         "relu" => Ok(Activation::Relu),

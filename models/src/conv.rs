@@ -22,9 +22,6 @@ pub struct Images {
 
 impl Images {
     /// Images from planes `[batch, channels, height, width]`.
-    ///
-    /// # Errors
-    /// The library's [`Size`](laneformer::Error::Size) if `planes` has another length.
     pub fn from_planes(planes: &[f32], [batch, channels, height, width]: [usize; 4]) -> Result<Images> {
         let expected = batch * channels * height * width;
         if planes.len() != expected {
@@ -105,17 +102,11 @@ pub struct Conv {
 
 impl Conv {
     /// The convolution here: `weight` [out, in, kernel, kernel], without a bias.
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`].
     pub fn load(w: &Weights<'_>, channels: [usize; 2], window: Window) -> Result<Conv> {
         Conv::new(w, channels, window, |_| 1.0, None)
     }
 
     /// `convolution` with the running statistics of `normalization` folded into it.
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`].
     pub fn load_normalized(w: &Weights<'_>, channels: [usize; 2], window: Window, eps: f64) -> Result<Conv> {
         let of = |name| w.at("normalization").tensor(name, &channels[1..]);
         let (gain, bias) = (of("weight")?, of("bias")?);
@@ -144,9 +135,6 @@ impl Conv {
     }
 
     /// `activation(convolution + bias) + residual`, in rows of `scratch`.
-    ///
-    /// # Errors
-    /// The library's [`Size`](laneformer::Error::Size) for an input of other channels or a residual of another size.
     pub fn forward(
         &self,
         ctx: Context<'_>,

@@ -51,9 +51,6 @@ pub struct Detr {
 
 impl Detr {
     /// Packs the weights of a checkpoint, with or without `model.` before their names; `path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Detr> {
         let d = config.d_model;
         check_heads(path, "encoder_attention_heads", d, config.encoder_attention_heads)?;
@@ -97,18 +94,12 @@ impl Detr {
     }
 
     /// The feature map of images.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn features(&self, ctx: Context<'_>, images: &Images, scratch: &mut Scratch) -> Result<Images> {
         self.backbone.forward(ctx, images, scratch)
     }
 
     /// The last hidden state of every token: the pixels of the feature map that `tokens` lists, at these `positions`, both
     /// [T, d_model].
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn encode(
         &self,
         ctx: Context<'_>,

@@ -20,9 +20,6 @@ impl Embedding {
     }
 
     /// The table as a linear layer: the product of a vector with every row, which makes logits of tied weights.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn as_linear(&self, bias: Option<&[f32]>) -> Result<Linear> {
         linear(&self.table, self.d, self.rows(), bias)
     }
@@ -38,9 +35,6 @@ impl Embedding {
     }
 
     /// Every index is a row of the table.
-    ///
-    /// # Errors
-    /// [`Error::Index`].
     pub fn check(&self, indices: &[u32]) -> Result<()> {
         let rows = self.rows();
         match indices.iter().position(|&index| index as usize >= rows) {
@@ -59,9 +53,6 @@ impl Embedding {
 }
 
 /// The sum of a row of each table for every token; tables of the same width, with an index per token each.
-///
-/// # Errors
-/// [`Error::Index`]; the library's [`Size`](laneformer::Error::Size) if the indices are not as many for each.
 pub fn sum<const N: usize>(tables: [(&Embedding, &[u32]); N]) -> Result<Vec<f32>> {
     let mut x: Vec<f32> = vec![];
     for (i, &(table, indices)) in tables.iter().enumerate() {

@@ -37,9 +37,6 @@ pub struct Config {
 
 impl Config {
     /// What its layers have in common; `path` is for messages.
-    ///
-    /// # Errors
-    /// [`Error::Config`].
     pub fn layers(&self, path: &Path) -> Result<LayerSpec> {
         check_heads(path, "num_heads", self.d_model, self.num_heads)?;
         let placement = match (self.norm_placement.as_str(), self.alpha) {
@@ -126,9 +123,6 @@ pub struct LayerSpec {
 
 impl LayerSpec {
     /// Layers `layers.0` to `layers.{n - 1}` of these parts and, if asked for, the closing `norm`.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn stack(&self, w: &Weights<'_>, parts: &[Part], n: usize, final_norm: bool) -> Result<Layers> {
         let layers = w.at("layers").layers(n, |_, w| self.layer(&w, parts))?;
         let norm = final_norm.then(|| self.norm(&w.at("norm"))).transpose()?;
@@ -136,17 +130,11 @@ impl LayerSpec {
     }
 
     /// One layer alone.
-    ///
-    /// # Errors
-    /// As [`LayerSpec::stack`].
     pub fn single(&self, w: &Weights<'_>, parts: &[Part]) -> Result<Layers> {
         Ok(Layers { stack: Stack::new(vec![self.layer(w, parts)?])?, norm: None, heads: self.heads()? })
     }
 
     /// The norm here.
-    ///
-    /// # Errors
-    /// As [`LayerSpec::stack`].
     pub fn norm(&self, w: &Weights<'_>) -> Result<Norm> {
         match self.norm {
             NormKind::LayerNorm => w.layer_norm(self.d_model, self.eps),
@@ -222,9 +210,6 @@ pub struct Layers {
 
 impl Layers {
     /// Runs over packed features [T, d_model], in place; every token sees its whole sequence.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn forward(
         &self,
         ctx: Context<'_>,
@@ -236,9 +221,6 @@ impl Layers {
     }
 
     /// Runs over packed features with any graph, terms, caches and sources.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn forward_with(
         &self,
         ctx: Context<'_>,
@@ -252,9 +234,6 @@ impl Layers {
 
     /// A decoder's step or pass: tokens see what is before them, and all of the sources. With caches, the tokens continue
     /// those of earlier calls.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn decode(
         &self,
         ctx: Context<'_>,
@@ -268,17 +247,11 @@ impl Layers {
     }
 
     /// The keys and values of a source [T, d_model], for each cross-attention.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn sources(&self, ctx: Context<'_>, source: &[f32], offsets: &[usize]) -> Result<Vec<KeyStore>> {
         sources(ctx, &self.stack, source, offsets)
     }
 
     /// Empty caches of layers with one self-attention each, for sequences of up to `capacity` tokens.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn caches(&self, sequences: usize, capacity: usize) -> Result<Vec<KvCache>> {
         self.stack.layers().iter().map(|_| Ok(KvCache::new(&self.heads, sequences, capacity)?)).collect()
     }

@@ -8,114 +8,36 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why a model could not be loaded or run. The message is complete: it contains that of the cause.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages say what the variants and their fields are")]
 pub enum Error {
-    /// A file cannot be opened or read.
     #[error("{}: {reason}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        reason: std::io::Error,
-    },
-    /// A file is not in the safetensors format, or is cut short.
+    Io { path: PathBuf, reason: std::io::Error },
     #[error("{}: not a complete safetensors file: {reason}", path.display())]
-    Safetensors {
-        /// The file.
-        path: PathBuf,
-        /// What the parser says.
-        reason: safetensors::SafeTensorError,
-    },
-    /// A JSON file does not parse, or lacks a field.
+    Safetensors { path: PathBuf, reason: safetensors::SafeTensorError },
     #[error("{}: {reason}", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// What the parser says.
-        reason: serde_json::Error,
-    },
+    Json { path: PathBuf, reason: serde_json::Error },
     /// A field of a configuration has a value that this crate cannot follow.
     #[error("{}: {field}: expected {expected}, got {actual}", path.display())]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// The field.
-        field: &'static str,
-        /// What would have worked.
-        expected: String,
-        /// The value.
-        actual: String,
-    },
-    /// A tensor is not in the file.
+    Config { path: PathBuf, field: &'static str, expected: String, actual: String },
     #[error("{}: no tensor {name}", path.display())]
-    MissingTensor {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-    },
-    /// The file has layers beyond those of the configuration.
+    MissingTensor { path: PathBuf, name: String },
+    /// `name` is a tensor of the first layer that is too many.
     #[error("{}: tensor {name}, but the configuration has {layers} such layers", path.display())]
-    MoreLayers {
-        /// The file.
-        path: PathBuf,
-        /// A tensor of the first layer that is too many.
-        name: String,
-        /// Layers of the configuration.
-        layers: usize,
-    },
+    MoreLayers { path: PathBuf, name: String, layers: usize },
     /// A tensor has another shape than the configuration implies.
     #[error("{}: tensor {name}: expected shape {expected:?}, got {actual:?}", path.display())]
-    Shape {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// The shape that the configuration implies.
-        expected: Vec<usize>,
-        /// The shape in the file.
-        actual: Vec<usize>,
-    },
-    /// A tensor has an element type that is not read here.
+    Shape { path: PathBuf, name: String, expected: Vec<usize>, actual: Vec<usize> },
     #[error("{}: tensor {name}: expected elements of type {expected}, got {actual}", path.display())]
-    Dtype {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// The element types that are read.
-        expected: &'static str,
-        /// The element type in the file.
-        actual: safetensors::Dtype,
-    },
+    Dtype { path: PathBuf, name: String, expected: &'static str, actual: safetensors::Dtype },
     /// The tokenizer file does not load, or refuses a text.
     #[error("{}: {message}", path.display())]
-    Tokenizer {
-        /// The file.
-        path: PathBuf,
-        /// What the tokenizer says.
-        message: String,
-    },
-    /// A token, type or position is outside its embedding table.
+    Tokenizer { path: PathBuf, message: String },
+    /// A token, type or position is outside its embedding table; `at` says which of the batch.
     #[error("{table}: index {index} at token {at} is outside the table of {rows} rows")]
-    Index {
-        /// The table.
-        table: &'static str,
-        /// The index.
-        index: u32,
-        /// Which token of the batch.
-        at: usize,
-        /// Rows of the table.
-        rows: usize,
-    },
-    /// A text has more tokens than the model has positions.
+    Index { table: &'static str, index: u32, at: usize, rows: usize },
+    /// Special tokens count.
     #[error("{tokens} tokens, but the model has {positions} positions")]
-    TooLong {
-        /// Tokens of the text, special ones included.
-        tokens: usize,
-        /// Positions of the model.
-        positions: usize,
-    },
-    /// A prompt without a token, and a model without one to begin with.
+    TooLong { tokens: usize, positions: usize },
     #[error("the prompt is empty, and the model has no bos_token_id or eos_token_id to begin with")]
     EmptyPrompt,
     /// A part of the survey that this version does not have.
@@ -123,12 +45,7 @@ pub enum Error {
     NotBuilt(String),
     /// A golden case contradicts itself.
     #[error("{}: {message}", path.display())]
-    Case {
-        /// The case.
-        path: PathBuf,
-        /// How.
-        message: String,
-    },
+    Case { path: PathBuf, message: String },
     /// The library refused a call.
     #[error(transparent)]
     Kernel(#[from] laneformer::Error),

@@ -79,9 +79,6 @@ const CROSS: &[Part] =
 
 impl Fusion {
     /// Packs the weights; `config_path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(config_path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<Fusion> {
         let (spec, n, d) =
             (config.layers.layers(config_path)?, config.layers.num_layers, config.layers.d_model);
@@ -120,9 +117,6 @@ impl Fusion {
 
     /// Runs over two streams of as many sequences, in place. Summation makes `a` the fused stream and leaves `b` alone; its
     /// streams have the same lengths. The bottleneck tokens [sequences, n, d_model] are returned where there are any.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn forward(&self, ctx: Context<'_>, a: &mut Stream, b: &mut Stream) -> Result<Option<Vec<f32>>> {
         let d = self.d_model;
         check_size("sequences of b", a.offsets.len(), b.offsets.len())?;

@@ -99,9 +99,6 @@ impl Special {
 impl Generator {
     /// Loads a directory with `config.json`, `model.safetensors`, `tokenizer.json` and, if it is there,
     /// `generation_config.json`. The `model_type` of `config.json` says which model it is.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<Generator> {
         let load = match model_type(dir)?.as_deref() {
             Some("gpt2" | "openai-gpt") => |dir: &Path| Gpt::open(dir).map(Model::Gpt),
@@ -139,9 +136,6 @@ impl Generator {
 
     /// The beginning of a generation of up to `max_tokens` tokens. BART reads the prompt here; GPT does so with the first
     /// token.
-    ///
-    /// # Errors
-    /// [`Error::Index`] for a token that the model does not have, and what the library says of the sizes.
     pub fn begin(&self, ctx: Context<'_>, prompt: &[u32], max_tokens: usize) -> Result<Generation<'_>> {
         let mut scratch = Scratch::default();
         let room = |first: usize| first.saturating_add(max_tokens).min(self.positions());
@@ -200,9 +194,6 @@ enum State<'a> {
 impl Generation<'_> {
     /// The next token; `None` behind the last: at one that ends texts, which is not returned, after `max_tokens`, or where
     /// the model has no more positions.
-    ///
-    /// # Errors
-    /// [`Error::Index`] for a token that the model does not have, and what the library says of the sizes.
     pub fn next(&mut self, ctx: Context<'_>, sampler: &mut Sampler) -> Result<Option<u32>> {
         if self.left == 0 || self.is_full() {
             return Ok(None);

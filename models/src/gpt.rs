@@ -84,9 +84,6 @@ pub struct Gpt {
 
 impl Gpt {
     /// Loads a directory with `config.json` and `model.safetensors`.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<Gpt> {
         let path = dir.join("config.json");
         let json: serde_json::Value = read_json(&path)?;
@@ -103,9 +100,6 @@ impl Gpt {
     }
 
     /// Packs the weights of a checkpoint, with or without `transformer.` before their names; `path` is for messages.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Shape`], [`Error::Dtype`], [`Error::Config`].
     pub fn load(path: &Path, version: Version, config: Config, checkpoint: &Checkpoint) -> Result<Gpt> {
         let (d, eps) = (config.n_embd, config.layer_norm_epsilon);
         check_heads(path, "n_head", d, config.n_head)?;
@@ -143,9 +137,6 @@ impl Gpt {
     }
 
     /// Empty caches for sequences of up to `capacity` tokens.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn caches(&self, sequences: usize, capacity: usize) -> Result<Vec<KvCache>> {
         let heads = Heads::new(self.config.n_head, self.config.n_embd / self.config.n_head)?;
         let cache = |_| KvCache::new(&heads, sequences, capacity).map_err(Error::from);
@@ -154,9 +145,6 @@ impl Gpt {
 
     /// The last hidden state of every token, [T, n_embd]. With [`caches`](Gpt::caches), which grow by these tokens, they
     /// see those of earlier calls; without (an empty slice), only one another.
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
     pub fn forward(
         &self,
         ctx: Context<'_>,
@@ -175,9 +163,6 @@ impl Gpt {
     }
 
     /// The logits of the next token, [T, vocab_size], for any rows of the last hidden state.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
         project(ctx, &self.head, hidden, &Epilogue::NONE)
     }

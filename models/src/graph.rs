@@ -24,9 +24,6 @@ pub struct Edges<'a> {
 
 impl Edges<'_> {
     /// The graph of a batch of sequences of the same length.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn graph(&self, sequences: usize, seq_len: usize) -> Result<Graph> {
         let mut graph = Graph::full();
         let edges = seq_len * seq_len;
@@ -61,9 +58,6 @@ pub struct GraphLayer {
 
 impl GraphLayer {
     /// Packs the weights below `layer`; `config_path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(config_path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<GraphLayer> {
         let layer = config.layers(config_path)?.single(&Weights::new(checkpoint, "layer"), ENCODER)?;
         Ok(GraphLayer { layer, d_model: config.d_model })
@@ -71,9 +65,6 @@ impl GraphLayer {
 
     /// Runs over `x`, [sequences, seq_len, d_model], in place; `edge_bias`, [seq_len, seq_len], is added to the scores of
     /// every head.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn forward(
         &self,
         ctx: Context<'_>,

@@ -68,9 +68,6 @@ pub struct Lavit {
 
 impl Lavit {
     /// Packs the weights of a checkpoint; `path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Lavit> {
         config.bert.check(path)?;
         let (d, eps) = (config.bert.hidden_size, config.bert.layer_norm_eps);
@@ -118,9 +115,6 @@ impl Lavit {
     }
 
     /// The last hidden states of language, audio and video.
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
     pub fn forward(&self, ctx: Context<'_>, batch: &Batch<'_>) -> Result<[Vec<f32>; 3]> {
         let (mut scratch, full) = (Scratch::default(), Graph::full());
         let l = self.language.forward(ctx, batch.language, &mut scratch)?;

@@ -9,6 +9,11 @@
 //!   [`clip`], [`detr`], [`lavit`], [`fusion`], [`graph`], [`norms`]: the models.
 //! - [`tokens`], [`sentence`], [`generate`]: text to tokens, to embeddings, and to more text.
 //! - [`verify`]: golden cases, computed by independent implementations, run through the models.
+//!
+//! # Errors
+//! Nothing here panics on bad input. Loading fails with the file and what of it is missing or disagrees: the tensor and both
+//! shapes or types, or the field, what would have worked, and its value. Running fails with the table and the index of a token
+//! outside of it, or with what the library says of sizes that do not fit one another. Functions name only what they add to this.
 
 #![deny(unsafe_code)]
 

@@ -49,17 +49,11 @@ const MOST_LAYERS: usize = 1 << 16;
 
 impl Config {
     /// Reads `path`, which must describe a Longformer.
-    ///
-    /// # Errors
-    /// [`Error::Io`], [`Error::Json`], and [`Error::Config`] for another architecture.
     pub fn open(path: &Path) -> Result<Config> {
         Config::from_json(path, read_json(path)?)
     }
 
     /// As [`Config::open`], from parsed JSON; `path` is for messages.
-    ///
-    /// # Errors
-    /// As [`Config::open`].
     pub fn from_json(path: &Path, mut json: serde_json::Value) -> Result<Config> {
         let model_type = json.as_object_mut().and_then(|fields| fields.remove("model_type"));
         if let Some(model_type) = model_type.filter(|model_type| model_type != "longformer") {
@@ -101,18 +95,12 @@ struct Layer {
 
 impl Longformer {
     /// Loads a directory with `config.json` and `model.safetensors`.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<Longformer> {
         let path = dir.join("config.json");
         Longformer::load(&path, Config::open(&path)?, &Checkpoint::open(&dir.join("model.safetensors"))?)
     }
 
     /// Packs the weights of a checkpoint, with or without `longformer.` before their names; `path` is for messages.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Shape`], [`Error::Dtype`], [`Error::Config`].
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Longformer> {
         let w = checkpoint.root(&["", "longformer."], "embeddings.word_embeddings.weight");
         let (bert, d) = (&config.bert, config.bert.hidden_size);
@@ -137,9 +125,6 @@ impl Longformer {
     }
 
     /// Every token and type is in its embedding table.
-    ///
-    /// # Errors
-    /// [`Error::Index`].
     pub fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
         self.embeddings.check(ids, type_ids)
     }
@@ -157,9 +142,6 @@ impl Longformer {
 
     /// The last hidden state of every token, [T, hidden_size]. `is_global` tokens see and are seen by all of their
     /// sequence; those that are not `is_real`, padding between the others, are not seen.
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
     pub fn forward(
         &self,
         ctx: Context<'_>,

@@ -8,9 +8,6 @@ use crate::encoder::{Config, ENCODER, Layers};
 use crate::weights::Weights;
 
 /// Packs the weights of the stack; `config_path` is for messages.
-///
-/// # Errors
-/// What is missing or disagrees, with its file and tensor.
 pub fn load(config_path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<Layers> {
     let spec = config.layers(config_path)?;
     spec.stack(&Weights::new(checkpoint, ""), ENCODER, config.num_layers, config.final_norm)

@@ -54,9 +54,6 @@ impl Ragged {
     }
 
     /// The rows of `padded` [B * T, d] that are real.
-    ///
-    /// # Errors
-    /// The library's [`Size`](laneformer::Error::Size) if `padded` has another length.
     pub fn gather<T: Copy>(&self, padded: &[T], d: usize) -> Result<Vec<T>> {
         let expected = self.padded_tokens * d;
         if padded.len() != expected {
@@ -113,9 +110,6 @@ impl Scratch {
     }
 
     /// A store for the keys and values of a batch of so many tokens.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn take_store(&mut self, heads: &Heads, tokens: usize, offsets: &[usize]) -> Result<KeyStore> {
         let fits = self.stores.iter().position(|store| store.fits(heads, offsets));
         let kept = fits.or(self.stores.len().checked_sub(1)).map(|i| self.stores.swap_remove(i));
@@ -132,9 +126,6 @@ impl Scratch {
     }
 
     /// Runs the layers over packed tokens, in place.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn run(
         &mut self,
         ctx: Context<'_>,
@@ -147,9 +138,6 @@ impl Scratch {
     }
 
     /// The same with caches, sources and terms.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn run_with(
         &mut self,
         ctx: Context<'_>,

@@ -75,9 +75,6 @@ struct Block {
 
 impl ResNet {
     /// The network here; `path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(path: &Path, w: &Weights<'_>, config: &Config) -> Result<ResNet> {
         if config.depths.len() != config.hidden_sizes.len() {
             let expected = format!("{} numbers, as hidden_sizes has", config.hidden_sizes.len());
@@ -107,9 +104,6 @@ impl ResNet {
     }
 
     /// The last feature map.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn forward(&self, ctx: Context<'_>, images: &Images, scratch: &mut Scratch) -> Result<Images> {
         let stem = self.stem.forward(ctx, images, self.activation.0, None, scratch)?;
         let mut x = stem.max_pool(POOL, scratch);

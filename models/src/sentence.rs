@@ -52,9 +52,6 @@ impl SentenceEncoder {
     /// `sentence_bert_config.json`. The `model_type` of `config.json` says which model it is, none is BERT.
     ///
     /// Sentences are cut off at `max_seq_length`; CLIP's at its positions, as its tokenizer does.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn open(dir: &Path) -> Result<SentenceEncoder> {
         let load = match model_type(dir)?.as_deref() {
             None | Some("bert") => |dir: &Path| Bert::open(dir).map(Model::Bert),
@@ -118,9 +115,6 @@ impl SentenceEncoder {
 
     /// The embeddings of a batch of sentences, [sentences, dim], each of length 1. The batch is packed, so sentences of
     /// any lengths go together; an embedding does not depend on the sentences around it.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn embed(&self, ctx: Context<'_>, sentences: &[Tokens], buffers: &mut Buffers) -> Result<Vec<f32>> {
         let Buffers { packed, scratch } = buffers;
         packed.set(sentences);

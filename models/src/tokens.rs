@@ -42,9 +42,6 @@ pub struct TextTokenizer {
 impl TextTokenizer {
     /// Reads `tokenizer.json`. The file's own truncation and padding belong to whoever wrote it, not to the model: texts
     /// are as long as they are.
-    ///
-    /// # Errors
-    /// [`Error::Io`], [`Error::Tokenizer`].
     pub fn open(dir: &Path) -> Result<TextTokenizer> {
         let path = dir.join("tokenizer.json");
         let text = std::fs::read(&path).map_err(Error::io(&path))?;
@@ -68,9 +65,6 @@ impl TextTokenizer {
     }
 
     /// The tokens of a text, with the special ones.
-    ///
-    /// # Errors
-    /// [`Error::Tokenizer`].
     pub fn encode(&self, text: &str) -> Result<Tokens> {
         let encoding = self.tokenizer.encode_fast(text, true).map_err(error(&self.path))?;
         Ok(Tokens {

@@ -118,9 +118,6 @@ impl Memory {
 
 impl TransformerXl {
     /// Packs the weights; `path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<TransformerXl> {
         config.check(path)?;
         let w = Weights::new(checkpoint, "");
@@ -142,9 +139,6 @@ impl TransformerXl {
     }
 
     /// A memory of inputs from elsewhere: those of each layer, [sequences, rows, d_model], as [`Memory::inputs`] has them.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn memory_of(&self, ctx: Context<'_>, inputs: &[Vec<f32>], sequences: usize) -> Result<Memory> {
         check_size("memory layers", self.layers.len(), inputs.len())?;
         let (d, mem_len) = (self.config.d_model, self.config.mem_len);
@@ -163,9 +157,6 @@ impl TransformerXl {
     }
 
     /// The last hidden state of every token of the next segment, [sequences, T, d_model], of ids [sequences, T].
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
     pub fn forward(
         &self,
         ctx: Context<'_>,
@@ -209,9 +200,6 @@ impl TransformerXl {
     }
 
     /// The logits of the next token, [T, vocab_size], for any rows of the last hidden state.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
         project(ctx, &self.head, hidden, &Epilogue::NONE)
     }

@@ -48,9 +48,6 @@ pub struct Vanilla {
 
 impl Vanilla {
     /// Packs the weights; `config_path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(config_path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<Vanilla> {
         check_heads(config_path, "nhead", config.d_model, config.nhead)?;
         let spec = LayerSpec {
@@ -92,9 +89,6 @@ impl Vocabulary {
     }
 
     /// The input of the encoder: `E[id] sqrt(d) + sinusoid(position)`, `[T, d_model]`.
-    ///
-    /// # Errors
-    /// [`Error::Index`].
     pub fn source(&self, ids: &[u32], positions: &[u32]) -> Result<Vec<f32>> {
         self.embed(&self.src, ids, positions)
     }

@@ -39,9 +39,6 @@ pub struct VideoBert {
 
 impl VideoBert {
     /// Packs the weights of a checkpoint; `path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<VideoBert> {
         config.bert.check(path)?;
         let (d, n, n_features) = (config.bert.hidden_size, config.num_centroids, config.video_feature_dim);
@@ -74,9 +71,6 @@ impl VideoBert {
     }
 
     /// The nearest centroid of every clip, from its features [clips, video_feature_dim].
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn video_ids(&self, ctx: Context<'_>, features: &[f32]) -> Result<Vec<u32>> {
         let scores = project(ctx, &self.centroids, features, &Epilogue::NONE)?;
         Ok(scores
@@ -109,9 +103,6 @@ impl VideoBert {
     }
 
     /// The logits over words, then centroids, for rows of the last hidden state.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
         let (dense, norm) = &self.transform;
         let mut x = project(ctx, dense, hidden, &Epilogue::activation(Activation::GeluErf))?;
@@ -120,9 +111,6 @@ impl VideoBert {
     }
 
     /// Whether text and video belong together, as two logits per row of the pooler's output.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn alignment_logits(&self, ctx: Context<'_>, pooled: &[f32]) -> Result<Vec<f32>> {
         project(ctx, &self.alignment, pooled, &Epilogue::NONE)
     }

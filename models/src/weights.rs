@@ -37,9 +37,6 @@ impl<'a> Weights<'a> {
     }
 
     /// The layers `0` to `n - 1` here. There must not be more: then the configuration is that of another checkpoint.
-    ///
-    /// # Errors
-    /// [`Error::MoreLayers`], and those of `load`.
     pub fn layers<T>(&self, n: usize, load: impl Fn(usize, Weights<'a>) -> Result<T>) -> Result<Vec<T>> {
         if let Some(name) = self.checkpoint.first_below(&self.name(n)) {
             return Err(Error::MoreLayers { path: self.checkpoint.path().into(), name, layers: n });
@@ -48,34 +45,22 @@ impl<'a> Weights<'a> {
     }
 
     /// The tensor `name`, which must have this shape.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Shape`], [`Error::Dtype`].
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Cow<'a, [f32]>> {
         self.checkpoint.tensor(&self.name(name), shape)
     }
 
     /// The linear layer here: `weight`, `[out, in]`, and `bias`, `[out]`.
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`].
     pub fn linear(&self, in_features: usize, out_features: usize) -> Result<Linear> {
         let weight = self.tensor("weight", &[out_features, in_features])?;
         linear(&weight, in_features, out_features, Some(&self.tensor("bias", &[out_features])?))
     }
 
     /// The same without a bias.
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`].
     pub fn linear_without_bias(&self, in_features: usize, out_features: usize) -> Result<Linear> {
         linear(&self.tensor("weight", &[out_features, in_features])?, in_features, out_features, None)
     }
 
     /// The columns `part` of GPT's linear layer here, a convolution of width one: `weight`, `[in, out]`, and `bias`, `[out]`.
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`].
     pub fn conv1d(&self, in_features: usize, out_features: usize, part: Range<usize>) -> Result<Linear> {
         let weight = self.tensor("weight", &[in_features, out_features])?;
         let bias = self.tensor("bias", &[out_features])?;
@@ -85,9 +70,6 @@ impl<'a> Weights<'a> {
     }
 
     /// The LayerNorm here: `weight` and `bias`, which old checkpoints call `gamma` and `beta`.
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`].
     pub fn layer_norm(&self, d: usize, eps: f32) -> Result<Norm> {
         let (gain, bias) = if self.has("gamma") { ("gamma", "beta") } else { ("weight", "bias") };
         let gain = self.tensor(gain, &[d])?.into_owned();
@@ -96,18 +78,12 @@ impl<'a> Weights<'a> {
     }
 
     /// The RMSNorm here: `weight`.
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`].
     pub fn rms_norm(&self, d: usize, eps: f32) -> Result<Norm> {
         check_eps(eps)?;
         Ok(Norm::RmsNorm { gain: self.tensor("weight", &[d])?.into_owned(), eps })
     }
 
     /// The BatchNorm here with its running statistics, as one scale and shift per channel.
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`].
     pub fn batch_norm(&self, d: usize, eps: f32) -> Result<Norm> {
         let of = |name| self.tensor(name, &[d]);
         check_eps(eps)?;
@@ -122,9 +98,6 @@ impl<'a> Weights<'a> {
     }
 
     /// The embedding table here: `weight` [rows, d].
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`].
     pub fn embedding(&self, name: &'static str, rows: usize, d: usize) -> Result<Embedding> {
         Ok(Embedding::new(name, self.at(name).tensor("weight", &[rows, d])?.into_owned(), d))
     }
@@ -143,9 +116,6 @@ fn check_eps(eps: f32) -> Result<()> {
 }
 
 /// A linear layer of a weight [out, in].
-///
-/// # Errors
-/// What the library says of the sizes.
 pub fn linear(
     weight: &[f32],
     in_features: usize,
@@ -157,18 +127,12 @@ pub fn linear(
 }
 
 /// Self-attention of `n_heads` heads from its projections.
-///
-/// # Errors
-/// What the library says of the sizes.
 pub fn self_attention([q, k, v]: [Linear; 3], out: Linear, n_heads: usize) -> Result<SelfAttention> {
     let heads = Heads::new(n_heads, q.out_features().checked_div(n_heads).unwrap_or(0))?;
     Ok(SelfAttention::new(QkvProjection::new(q, k, v, heads)?, out)?)
 }
 
 /// Applies a norm that stands outside a layer: behind the embeddings, or at the end of a pre-norm stack.
-///
-/// # Errors
-/// What the library says of the sizes.
 pub fn normalize(ctx: Context<'_>, norm: &Norm, x: MatMut<'_>) -> Result<()> {
     match norm {
         Norm::LayerNorm { gain, bias, eps } => layernorm(ctx, x, gain, bias.as_deref(), *eps)?,
@@ -180,9 +144,6 @@ pub fn normalize(ctx: Context<'_>, norm: &Norm, x: MatMut<'_>) -> Result<()> {
 }
 
 /// [`normalize`] of rows that follow one another.
-///
-/// # Errors
-/// What the library says of the sizes.
 pub fn normalize_rows(ctx: Context<'_>, norm: &Norm, x: &mut [f32]) -> Result<()> {
     let d = norm.channels();
     let rows = x.len().checked_div(d).unwrap_or(0);

@@ -138,9 +138,6 @@ struct Layer {
 
 impl XlNet {
     /// Packs the weights; `path` is for messages.
-    ///
-    /// # Errors
-    /// What is missing or disagrees, with its file and tensor.
     pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<XlNet> {
         config.check(path)?;
         let act = activation(path, "ff_activation", &config.ff_activation)?;
@@ -159,9 +156,6 @@ impl XlNet {
     }
 
     /// Runs the content stream and, if there are targets, the query stream.
-    ///
-    /// # Errors
-    /// [`Error::Index`], and what the library says of the sizes.
     pub fn forward(&self, ctx: Context<'_>, batch: &Batch<'_>, scratch: &mut Scratch) -> Result<Output> {
         self.tokens.check(batch.ids)?;
         let sizes = self.sizes(batch)?;
@@ -195,9 +189,6 @@ impl XlNet {
     }
 
     /// The logits of tokens, [T, vocab_size], for any rows of a stream.
-    ///
-    /// # Errors
-    /// What the library says of the sizes.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
         project(ctx, &self.head, hidden, &Epilogue::NONE)
     }
