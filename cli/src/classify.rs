@@ -9,8 +9,8 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use laneformer::Context;
 use laneformer_models::Error;
-use laneformer_models::clip::{Clip, Texts};
-use laneformer_models::config::model_type;
+use laneformer_models::clip::Clip;
+use laneformer_models::config::{self, model_type};
 use laneformer_models::ragged::Scratch;
 use laneformer_models::tokens::{Packed, TextTokenizer};
 use serde::Serialize;
@@ -66,7 +66,7 @@ pub fn run(args: ClassifyArgs) -> anyhow::Result<()> {
         File::open(image).with_context(|| image.display().to_string())?;
     }
     let model = open(&args.model)?;
-    let preprocessor = Preprocessor::open(&args.model, model.config().vision_config.image_size)?;
+    let preprocessor = Preprocessor::open(&args.model, model.config.vision_config.image_size)?;
     let texts = labels.iter().map(|label| args.template.replace("{}", label));
     let texts = embed_texts(ctx, &model, &TextTokenizer::open(&args.model)?, texts)?;
 
@@ -88,7 +88,7 @@ pub fn run(args: ClassifyArgs) -> anyhow::Result<()> {
 
 fn open(dir: &Path) -> anyhow::Result<Clip> {
     match model_type(dir)? {
-        Some(model_type) if model_type == "clip" => Ok(Clip::open(dir)?),
+        Some(model_type) if model_type == "clip" => Ok(config::open(dir, Clip::load)?),
         other => {
             let (path, actual) = (dir.join("config.json"), other.unwrap_or("none".into()));
             Err(Error::Config { path, field: "model_type", expected: "\"clip\"".into(), actual }.into())
@@ -102,7 +102,7 @@ fn embed_texts(
     tokenizer: &TextTokenizer,
     texts: impl Iterator<Item = String>,
 ) -> anyhow::Result<Vec<f32>> {
-    let positions = model.text.config().max_position_embeddings;
+    let positions = model.text.config.max_position_embeddings;
     let tokens = |text: String| {
         let tokens = tokenizer.encode(&text)?;
         if tokens.len() > positions {
@@ -113,9 +113,8 @@ fn embed_texts(
     };
     let mut packed = Packed::default();
     packed.set(&texts.map(tokens).collect::<anyhow::Result<Vec<_>>>()?);
-    let texts = Texts { ids: &packed.ids, positions: &packed.positions, offsets: &packed.offsets };
-    let states = model.text.states(ctx, texts, &mut Scratch::default())?;
-    Ok(model.text.embed(ctx, texts, &states)?)
+    let states = model.text.states(ctx, packed.batch(), &mut Scratch::default())?;
+    Ok(model.text.embed(ctx, packed.batch(), &states)?)
 }
 
 fn table(record: &Record<'_>) -> Table {

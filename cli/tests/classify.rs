@@ -8,9 +8,11 @@ use std::path::PathBuf;
 use common::{Model, laneformer, parts, refused, words};
 use image::{Rgb, RgbImage};
 use laneformer::Context;
-use laneformer_models::clip::{Clip, Texts};
+use laneformer_models::clip::Clip;
+use laneformer_models::config::open;
 use laneformer_models::conv::Images;
 use laneformer_models::ragged::Scratch;
+use laneformer_models::tokens::Batch;
 use serde_json::{Value, json};
 
 /// A CLIP of 20 x 20 pixels, which it takes as they are.
@@ -67,11 +69,11 @@ fn scores_are_those_of_the_model_and_sorted() {
     let (status, stdout, stderr) = parts(&laneformer(&all, b""));
     assert_eq!(status, 0, "{stderr}");
 
-    let clip = Clip::open(model.path()).unwrap();
+    let clip = open(model.path(), Clip::load).unwrap();
     let (ctx, mut scratch) = (Context::serial(), Scratch::default());
     let ids = [38, 5, 39, 38, 7, 8, 39, 38, 30, 39, 38, 2, 39];
     let positions = [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 0, 1, 2];
-    let texts = Texts { ids: &ids, positions: &positions, offsets: &[0, 3, 7, 10, 13] };
+    let texts = Batch { ids: &ids, type_ids: &[], positions: &positions, offsets: &[0, 3, 7, 10, 13] };
     let states = clip.text.states(ctx, texts, &mut scratch).unwrap();
     let texts = clip.text.embed(ctx, texts, &states).unwrap();
     let all_scores = scores(&stdout);

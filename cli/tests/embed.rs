@@ -8,6 +8,7 @@ use common::{Model, golden, laneformer, parts, words};
 use laneformer::Context;
 use laneformer_models::bert::Batch;
 use laneformer_models::checkpoint::Checkpoint;
+use laneformer_models::config::open;
 use laneformer_models::longformer::Longformer;
 use laneformer_models::ragged::Scratch;
 use safetensors::{Dtype, SafeTensors};
@@ -294,7 +295,7 @@ fn longformer_embeds_with_its_windows_alone() {
     let ids = [12u32, 8, 37, 19, 25, 1, 27, 30, 39, 29, 4, 19, 11, 7, 20, 7, 16, 16, 18, 30, 11, 31];
     let (embeddings, _) = embed(&model, &format!("{}\n{}", words(ids), words(&ids[..3])));
 
-    let longformer = Longformer::open(model.path()).unwrap();
+    let longformer = open(model.path(), Longformer::load).unwrap();
     for (embedding, ids) in embeddings.iter().zip([&ids[..], &ids[..3]]) {
         let (n, types, positions) = (ids.len(), vec![0; ids.len()], longformer.positions(ids));
         let batch = Batch { ids, type_ids: &types, positions: &positions, offsets: &[0, n] };

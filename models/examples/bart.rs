@@ -2,8 +2,7 @@
 
 mod common;
 
-use laneformer_models::bart::Bart;
-use laneformer_models::gpt::Batch;
+use laneformer_models::bart::{Bart, Batch};
 use laneformer_models::ragged::Scratch;
 use serde_json::json;
 
@@ -13,19 +12,23 @@ fn main() -> common::Result {
         "encoder_attention_heads": 12, "decoder_attention_heads": 12, "encoder_ffn_dim": 3072,
         "decoder_ffn_dim": 3072, "max_position_embeddings": 1024,
     }))?;
-    let config = serde_json::from_value(config)?;
-    let bart = common::timed("load", || Bart::load(&path, config, &checkpoint))?;
+    let bart = common::timed("load", || Bart::load(&path, &config, &checkpoint))?;
     let ctx = common::context();
 
-    let (ids, positions) = common::tokens(128, bart.config().vocab_size);
-    let text = Batch { ids: &ids, positions: &positions, offsets: &[0, 128] };
+    let (ids, positions) = common::tokens(128, bart.config.vocab_size);
+    let text = Batch { ids: &ids, positions: &positions, offsets: &[0, 128], ..Batch::default() };
     let memory = common::timed("encode", || bart.encode(ctx, text, &mut Scratch::default()))?;
-    common::show("memory", &memory, bart.config().d_model);
+    common::show("memory", &memory, bart.config.d_model);
 
     let mut decoding = common::timed("keys of the memory", || bart.begin(ctx, &memory, text.offsets, 8))?;
-    let (mut written, mut scratch) = (vec![bart.config().decoder_start_token_id], Scratch::default());
+    let (mut written, mut scratch) = (vec![bart.config.decoder_start_token_id], Scratch::default());
     for position in 0..8 {
-        let batch = Batch { ids: &written[position..], positions: &[position as u32], offsets: &[0, 1] };
+        let batch = Batch {
+            ids: &written[position..],
+            positions: &[position as u32],
+            offsets: &[0, 1],
+            ..Batch::default()
+        };
         let logits = common::timed("a token", || {
             let hidden = bart.decode(ctx, &mut decoding, batch, &mut scratch)?;
             bart.logits(ctx, &hidden)

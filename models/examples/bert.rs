@@ -2,7 +2,7 @@
 
 mod common;
 
-use laneformer_models::bert::{Batch, Bert, Config};
+use laneformer_models::bert::{Batch, Bert};
 use laneformer_models::ragged::Scratch;
 use serde_json::json;
 
@@ -11,11 +11,10 @@ fn main() -> common::Result {
         "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072, "max_position_embeddings": 512,
     }))?;
-    let config = Config::from_json(&path, config)?;
-    let bert = common::timed("load", || Bert::load(&path, config, &checkpoint))?;
-    let (ctx, d) = (common::context(), bert.config().hidden_size);
+    let bert = common::timed("load", || Bert::load(&path, &config, &checkpoint))?;
+    let (ctx, d) = (common::context(), bert.config.hidden_size);
 
-    let (ids, positions) = common::tokens(128, bert.config().vocab_size);
+    let (ids, positions) = common::tokens(128, bert.config.vocab_size);
     let batch = Batch { ids: &ids, type_ids: &[0; 128], positions: &positions, offsets: &[0, 128] };
     let hidden = common::timed("encode", || bert.forward(ctx, batch, &mut Scratch::default()))?;
     common::show("hidden states", &hidden, d);

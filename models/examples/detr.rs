@@ -16,11 +16,10 @@ fn main() -> common::Result {
             "layer_type": "bottleneck",
         },
     }))?;
-    let config = serde_json::from_value(config)?;
-    let detr = common::timed("load", || Detr::load(&path, config, &checkpoint))?;
-    let (ctx, d) = (common::context(), detr.config().d_model);
+    let detr = common::timed("load", || Detr::load(&path, &config, &checkpoint))?;
+    let (ctx, d) = (common::context(), detr.config.d_model);
 
-    let channels = detr.config().backbone_config.num_channels;
+    let channels = detr.config.backbone_config.num_channels;
     let pixels = common::features(channels, 800 * 1066)?;
     let image = Images::from_planes(&pixels, [1, channels, 800, 1066])?;
     let mut scratch = Scratch::default();

@@ -2,7 +2,7 @@
 
 mod common;
 
-use laneformer_models::gpt::{Batch, Gpt, Version};
+use laneformer_models::gpt::{Batch, Gpt};
 use laneformer_models::ragged::Scratch;
 use serde_json::json;
 
@@ -10,15 +10,14 @@ fn main() -> common::Result {
     let (path, config, checkpoint) = common::model(json!({
         "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
     }))?;
-    let config = serde_json::from_value(config)?;
-    let gpt = common::timed("load", || Gpt::load(&path, Version::Gpt2, config, &checkpoint))?;
-    let (ctx, d) = (common::context(), gpt.config().n_embd);
+    let gpt = common::timed("load", || Gpt::load(&path, &config, &checkpoint))?;
+    let (ctx, d) = (common::context(), gpt.config.n_embd);
 
-    let (mut ids, mut positions) = common::tokens(64, gpt.config().vocab_size);
+    let (mut ids, mut positions) = common::tokens(64, gpt.config.vocab_size);
     let (mut caches, mut scratch) = (gpt.caches(1, 64 + 8)?, Scratch::default());
     let mut written = vec![];
     while written.len() < 8 {
-        let batch = Batch { ids: &ids, positions: &positions, offsets: &[0, ids.len()] };
+        let batch = Batch { ids: &ids, positions: &positions, offsets: &[0, ids.len()], ..Batch::default() };
         let logits = common::timed(&format!("{} tokens", ids.len()), || {
             let hidden = gpt.forward(ctx, batch, &mut caches, &mut scratch)?;
             gpt.logits(ctx, &hidden[hidden.len() - d..])

@@ -12,9 +12,8 @@ fn main() -> common::Result {
         "max_position_embeddings": 512, "a_layers": 5, "v_layers": 5, "x_layers": 5, "audio_encoder": "stereo",
         "audio_feat_dim": 2048, "visual_feat_dim": 2048, "visual_coord_dim": 6, "num_answers": 2020,
     }))?;
-    let config = serde_json::from_value(config)?;
-    let model = common::timed("load", || Lavit::load(&path, config, &checkpoint))?;
-    let (ctx, config) = (common::context(), model.config());
+    let model = common::timed("load", || Lavit::load(&path, &config, &checkpoint))?;
+    let (ctx, config) = (common::context(), &model.config);
 
     let (ids, positions) = common::tokens(20, config.bert.vocab_size);
     let sound = common::features(3, config.audio_feat_dim)?;

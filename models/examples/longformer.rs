@@ -3,7 +3,7 @@
 mod common;
 
 use laneformer_models::bert::Batch;
-use laneformer_models::longformer::{Config, Longformer};
+use laneformer_models::longformer::Longformer;
 use laneformer_models::ragged::Scratch;
 use serde_json::json;
 
@@ -13,11 +13,10 @@ fn main() -> common::Result {
         "intermediate_size": 3072, "max_position_embeddings": 4098, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
         "attention_window": 512,
     }))?;
-    let config = Config::from_json(&path, config)?;
-    let longformer = common::timed("load", || Longformer::load(&path, config, &checkpoint))?;
+    let longformer = common::timed("load", || Longformer::load(&path, &config, &checkpoint))?;
 
     let n = longformer.max_tokens();
-    let (ids, _) = common::tokens(n, longformer.config().bert.vocab_size);
+    let (ids, _) = common::tokens(n, longformer.config.bert.vocab_size);
     let (positions, type_ids) = (longformer.positions(&ids), vec![0; n]);
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets: &[0, n] };
     let (is_real, mut is_global) = (vec![true; n], vec![false; n]);
@@ -25,6 +24,6 @@ fn main() -> common::Result {
     let hidden = common::timed("encode", || {
         longformer.forward(common::context(), batch, &is_global, &is_real, &mut Scratch::default())
     })?;
-    common::show("hidden states", &hidden, longformer.config().bert.hidden_size);
+    common::show("hidden states", &hidden, longformer.config.bert.hidden_size);
     Ok(())
 }

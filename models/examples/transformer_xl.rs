@@ -10,17 +10,16 @@ fn main() -> common::Result {
     let (path, config, checkpoint) = common::model(json!({
         "vocab_size": 204, "d_model": 512, "n_head": 8, "d_head": 64, "d_inner": 2048, "n_layer": 12, "mem_len": 512,
     }))?;
-    let config = serde_json::from_value(config)?;
-    let model = common::timed("load", || TransformerXl::load(&path, config, &checkpoint))?;
+    let model = common::timed("load", || TransformerXl::load(&path, &config, &checkpoint))?;
     let ctx = common::context();
 
-    let (ids, _) = common::tokens(5 * 128, model.config().vocab_size);
+    let (ids, _) = common::tokens(5 * 128, model.config.vocab_size);
     let (mut memory, mut scratch) = (model.memory(1), Scratch::default());
     for (i, segment) in ids.chunks(128).enumerate() {
         let hidden = common::timed(&format!("segment {i}"), || {
             model.forward(ctx, segment, &mut memory, &mut scratch)
         })?;
-        common::show("logits", &model.logits(ctx, &hidden)?, model.config().vocab_size);
+        common::show("logits", &model.logits(ctx, &hidden)?, model.config.vocab_size);
     }
     Ok(())
 }

@@ -22,7 +22,7 @@ fn main() -> common::Result {
 
     let (ids, positions) = common::tokens(64, config.vocab_size);
     let mut memory = vocabulary.source(&ids, &positions)?;
-    common::timed("encode", || model.encoder.forward(ctx, &mut memory, &offsets, &mut Scratch::default()))?;
+    common::timed("encode", || model.encoder.encode(ctx, &mut memory, &offsets, &mut Scratch::default()))?;
     common::show("memory", &memory, config.d_model);
 
     let mut x = vocabulary.target(&ids, &positions)?;

@@ -14,9 +14,8 @@ fn main() -> common::Result {
         "intermediate_size": 4096, "max_position_embeddings": 512,
         "num_centroids": 20736, "video_feature_dim": 1024, "sep_token_id": 102, "mask_token_id": 103,
     }))?;
-    let config = serde_json::from_value(config)?;
-    let model = common::timed("load", || VideoBert::load(&path, config, &checkpoint))?;
-    let (ctx, config) = (common::context(), model.config());
+    let model = common::timed("load", || VideoBert::load(&path, &config, &checkpoint))?;
+    let (ctx, config) = (common::context(), &model.config);
 
     let (text, _) = common::tokens(32, config.bert.vocab_size);
     let clips = common::features(64, config.video_feature_dim)?;

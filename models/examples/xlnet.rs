@@ -10,11 +10,10 @@ fn main() -> common::Result {
     let (path, config, checkpoint) = common::model(json!({
         "vocab_size": 32000, "d_model": 768, "n_head": 12, "d_inner": 3072, "n_layer": 12,
     }))?;
-    let config = serde_json::from_value(config)?;
-    let model = common::timed("load", || XlNet::load(&path, config, &checkpoint))?;
+    let model = common::timed("load", || XlNet::load(&path, &config, &checkpoint))?;
     let ctx = common::context();
 
-    let (ids, _) = common::tokens(512, model.config().vocab_size);
+    let (ids, _) = common::tokens(512, model.config.vocab_size);
     let targets: Vec<_> = (0..85).map(|i| 6 * i).collect();
     // Nobody sees the targets.
     let is_hidden: Vec<_> = (0..512 * 512).map(|i| targets.contains(&(i % 512))).collect();
@@ -27,8 +26,8 @@ fn main() -> common::Result {
         ..Batch::default()
     };
     let output = common::timed("both streams", || model.forward(ctx, &batch, &mut Scratch::default()))?;
-    common::show("content", &output.content, model.config().d_model);
+    common::show("content", &output.content, model.config.d_model);
     let logits = model.logits(ctx, &output.queries.unwrap_or_default())?;
-    common::show("logits of the targets", &logits, model.config().vocab_size);
+    common::show("logits of the targets", &logits, model.config.vocab_size);
     Ok(())
 }

@@ -1,17 +1,17 @@
-//! Attention whose queries, keys and values a model brings together itself: from another input than the rows (DETR, XLNet's
-//! second stream), with a memory before them (Transformer-XL), or from two sets of projections (Longformer).
+//! Attention whose queries, keys and values a model brings together itself: from another input than the rows (XLNet's second
+//! stream), with a memory before them (Transformer-XL), or from two sets of projections (Longformer).
 
 use std::borrow::Cow;
 use std::mem;
 
 use laneformer::{
-    Context, Epilogue, Graph, Heads, KeyStore, Layer, Linear, MatMut, MatRef, Placement, QueryRows,
+    Context, Epilogue, Graph, Heads, Inputs, KeyStore, Layer, Linear, MatMut, MatRef, Placement, QueryRows,
     RelativeTable, Stack, SubLayer, Terms,
 };
 
 use crate::embedding::Sinusoid;
 use crate::ragged::Scratch;
-use crate::weights::normalize_rows;
+use crate::weights::normalize;
 use crate::{Error, Result};
 
 /// The rows of `x`, of `d` columns.
@@ -49,8 +49,24 @@ pub struct Projections {
 }
 
 impl Projections {
-    /// The keys of `k` and the values of `v`, rows of the same tokens, in a store of `scratch`.
+    /// The keys and values of the rows of `x`, in a store of `scratch`.
     pub fn keys(
+        &self,
+        ctx: Context<'_>,
+        x: &[f32],
+        offsets: &[usize],
+        scratch: &mut Scratch,
+    ) -> Result<KeyStore> {
+        let k = project_with(ctx, &self.k, x, &Epilogue::NONE, scratch)?;
+        let v = project_with(ctx, &self.v, x, &Epilogue::NONE, scratch)?;
+        let keys = self.store(ctx, &k, &v, offsets, scratch)?;
+        scratch.give(k);
+        scratch.give(v);
+        Ok(keys)
+    }
+
+    /// Keys and values that are projected already, in a store of `scratch`.
+    pub fn store(
         &self,
         ctx: Context<'_>,
         k: &[f32],
@@ -58,11 +74,9 @@ impl Projections {
         offsets: &[usize],
         scratch: &mut Scratch,
     ) -> Result<KeyStore> {
-        let k = project_with(ctx, &self.k, k, &Epilogue::NONE, scratch)?;
-        let v = project_with(ctx, &self.v, v, &Epilogue::NONE, scratch)?;
-        let keys = store(ctx, &self.heads, &k, &v, offsets, scratch)?;
-        scratch.give(k);
-        scratch.give(v);
+        let (k, v) = (rows(k, self.heads.key_cols())?, rows(v, self.heads.value_cols())?);
+        let mut keys = scratch.take_store(&self.heads, k.rows(), offsets)?;
+        keys.set(ctx, k, v, offsets)?;
         Ok(keys)
     }
 
@@ -76,10 +90,8 @@ impl Projections {
     ) -> Result<Vec<f32>> {
         let projected = project_with(ctx, &self.q, x, &Epilogue::NONE, scratch)?;
         let q = rows(&projected, self.heads.query_cols())?;
-        let mut queries = QueryRows::new(q, seen.offsets);
-        if let Some(positions) = seen.positions {
-            queries = queries.at(positions);
-        }
+        let queries = QueryRows::new(q, seen.offsets);
+        let queries = seen.positions.map_or(queries, |positions| queries.at(positions));
         let cols = self.heads.output_cols();
         let mut y = scratch.take(q.rows() * cols);
         let out = MatMut::contiguous(&mut y, q.rows(), cols)?;
@@ -111,21 +123,6 @@ impl<'a> Seen<'a> {
     }
 }
 
-/// Projected keys and values by head, in a store of `scratch`.
-pub fn store(
-    ctx: Context<'_>,
-    heads: &Heads,
-    k: &[f32],
-    v: &[f32],
-    offsets: &[usize],
-    scratch: &mut Scratch,
-) -> Result<KeyStore> {
-    let (k, v) = (rows(k, heads.key_cols())?, rows(v, heads.value_cols())?);
-    let mut keys = scratch.take_store(heads, k.rows(), offsets)?;
-    keys.set(ctx, k, v, offsets)?;
-    Ok(keys)
-}
-
 /// A layer around such an attention: `x = norm(x + attention(x))`, or with the norm first `x = x + attention(norm(x))`,
 /// then the feed-forward network.
 #[derive(Debug)]
@@ -151,7 +148,7 @@ impl Block {
     pub fn input<'a>(&self, ctx: Context<'_>, x: &'a [f32]) -> Result<Cow<'a, [f32]>> {
         let mut x = Cow::Borrowed(x);
         if let Placement::Pre { norm } = &self.placement {
-            normalize_rows(ctx, norm, x.to_mut())?;
+            normalize(ctx, norm, x.to_mut())?;
         }
         Ok(x)
     }
@@ -169,10 +166,10 @@ impl Block {
         let mut y = project_with(ctx, &self.out, &attended, &residual, scratch)?;
         scratch.give(attended);
         if let Placement::Post { norm, .. } = &self.placement {
-            normalize_rows(ctx, norm, &mut y)?;
+            normalize(ctx, norm, &mut y)?;
         }
         let tokens = y.len() / self.out.out_features().max(1);
-        scratch.run(ctx, &self.ffn, &mut y, &[0, tokens], &Graph::full())?;
+        scratch.run(ctx, &self.ffn, &mut y, &mut Inputs::new(&[0, tokens], &Graph::full()))?;
         scratch.give(mem::replace(x, y));
         Ok(())
     }
@@ -201,6 +198,11 @@ impl Distances {
         let table = project(ctx, r, &self.sinusoids, &Epilogue::NONE)?;
         Ok(RelativeTable::new(rows(&table, r.out_features())?, self.first, n_heads)?)
     }
+}
+
+/// Where each of `n` sequences of the same length begins, and the end.
+pub(crate) fn offsets(n: usize, len: usize) -> Vec<usize> {
+    (0..=n).map(|sequence| sequence * len).collect()
 }
 
 /// The length of each of `n` sequences of the same length, with `total` tokens.

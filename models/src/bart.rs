@@ -3,19 +3,19 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Epilogue, KeyStore, KvCache, Linear, Norm};
+use laneformer::{Context, Epilogue, KeyStore, KvCache, Linear};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
+use crate::Result;
 use crate::attend::project;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads, from_value, read_json};
-use crate::embedding::Embedding;
-use crate::encoder::{LayerSpec, Layers, NormKind, NormPlacement, Part};
-use crate::error::check_size;
-use crate::gpt::Batch;
+use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
+use crate::embedding::Embeddings;
+use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Transformer};
 use crate::ragged::Scratch;
-use crate::weights::{Weights, normalize_rows};
-use crate::{Error, Result};
+pub use crate::tokens::Batch;
+use crate::weights::Weights;
 
 /// Rows of the position tables before that of position 0.
 const POSITION_OFFSET: u32 = 2;
@@ -34,49 +34,33 @@ pub struct Config {
     pub encoder_ffn_dim: usize,
     pub decoder_ffn_dim: usize,
     pub max_position_embeddings: usize,
-    #[serde(default = "gelu")]
     pub activation_function: String,
-    #[serde(default)]
     pub scale_embedding: bool,
-    #[serde(default = "two")]
     pub decoder_start_token_id: u32,
-    #[serde(default)]
     pub normalize_before: bool,
-    #[serde(default = "yes")]
     pub tie_word_embeddings: bool,
 }
 
-fn yes() -> bool {
-    true
+fn defaults() -> Value {
+    json!({
+        "activation_function": "gelu", "scale_embedding": false, "decoder_start_token_id": 2,
+        "normalize_before": false, "tie_word_embeddings": true,
+    })
 }
 
-fn gelu() -> String {
-    "gelu".into()
-}
-
-fn two() -> u32 {
-    2
-}
-
-const ENCODER: &[Part] = &[
-    Part::SelfAttention("self_attn", "self_attn_layer_norm"),
-    Part::Ffn(["fc1", "fc2"], "final_layer_norm"),
-];
-
-const DECODER: &[Part] = &[
-    Part::SelfAttention("self_attn", "self_attn_layer_norm"),
-    Part::CrossAttention("encoder_attn", "encoder_attn_layer_norm"),
-    Part::Ffn(["fc1", "fc2"], "final_layer_norm"),
-];
+const SELF_ATTENTION: Part = Part::SelfAttention(Attention::proj("self_attn", "self_attn_layer_norm"));
+const CROSS_ATTENTION: Part =
+    Part::CrossAttention(Attention::proj("encoder_attn", "encoder_attn_layer_norm"));
+const FFN: Part = Part::Ffn(["fc1", "fc2"], "final_layer_norm");
 
 /// Encoder, decoder and language-model head.
 #[derive(Debug)]
+#[allow(missing_docs, reason = "see above")]
 pub struct Bart {
-    config: Config,
-    shared: Embedding,
-    encoder: Side,
-    decoder: Side,
-    head: Linear,
+    pub config: Config,
+    pub encoder: Transformer,
+    pub decoder: Transformer,
+    pub head: Linear,
 }
 
 /// What a decoder has of a batch: the keys and values of the memory, and those of its own tokens so far. Without caches (an
@@ -89,52 +73,44 @@ pub struct Decoding {
 }
 
 impl Bart {
-    /// Loads a directory with `config.json` and `model.safetensors`.
-    pub fn open(dir: &Path) -> Result<Bart> {
-        let path = dir.join("config.json");
-        let json: serde_json::Value = read_json(&path)?;
-        match json.get("model_type").and_then(|model_type| model_type.as_str()) {
-            Some("bart") => {}
-            other => return Err(Error::config(&path, "model_type", "\"bart\"", other.unwrap_or("none"))),
-        }
-        let config = from_value(&path, json)?;
-        Bart::load(&path, config, &Checkpoint::open(&dir.join("model.safetensors"))?)
-    }
-
     /// Packs the weights of a checkpoint, with or without `model.` before their names; `path` is for messages.
-    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Bart> {
-        if config.normalize_before {
-            return Err(Error::config(path, "normalize_before", "false", true));
-        }
-        if !config.tie_word_embeddings {
-            return Err(Error::config(path, "tie_word_embeddings", "true, one table", false));
-        }
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Bart> {
+        check_model_type(path, json, "bart")?;
+        let config: Config = from_value(path, with_defaults(Some(json), defaults()))?;
+        check(path, "normalize_before", config.normalize_before, !config.normalize_before, "false")?;
+        let is_tied = config.tie_word_embeddings;
+        check(path, "tie_word_embeddings", is_tied, is_tied, "true, one table")?;
         let (d, vocab_size) = (config.d_model, config.vocab_size);
+        let act = activation(path, "activation_function", &config.activation_function)?;
         let w = checkpoint.root(&["model.", ""], "shared.weight");
         let shared = w.embedding("shared", vocab_size, d)?;
+        let side = |name, parts: &[Part], (field, n_heads, d_ff, n)| {
+            let (w, heads) = (w.at(name), heads(path, field, d, n_heads)?);
+            let rows = config.max_position_embeddings.saturating_add(POSITION_OFFSET as usize);
+            let embeddings = Embeddings {
+                scale: if config.scale_embedding { (d as f32).sqrt() } else { 1.0 },
+                first_position: POSITION_OFFSET,
+                norm: Some(w.at("layernorm_embedding").layer_norm(d, EPS)?),
+                ..Embeddings::new(shared.clone(), w.embedding("embed_positions", rows, d)?)
+            };
+            let spec = LayerSpec::new(heads, d_ff, act, NormPlacement::Post, EPS);
+            Ok::<_, crate::Error>(Transformer { embeddings, layers: spec.stack(&w.at("layers"), parts, n)? })
+        };
+        let n_heads = config.encoder_attention_heads;
+        let shape = ("encoder_attention_heads", n_heads, config.encoder_ffn_dim, config.encoder_layers);
+        let encoder = side("encoder", &[SELF_ATTENTION, FFN], shape)?;
+        let n_heads = config.decoder_attention_heads;
+        let shape = ("decoder_attention_heads", n_heads, config.decoder_ffn_dim, config.decoder_layers);
+        let decoder = side("decoder", &[SELF_ATTENTION, CROSS_ATTENTION, FFN], shape)?;
         let bias = Weights::new(checkpoint, "");
         let has_bias = bias.has("final_logits_bias");
         let bias = has_bias.then(|| bias.tensor("final_logits_bias", &[1, vocab_size])).transpose()?;
-        let head = shared.as_linear(bias.as_deref())?;
-        let n_heads = config.encoder_attention_heads;
-        let shape = ("encoder_attention_heads", n_heads, config.encoder_ffn_dim, config.encoder_layers);
-        let encoder = Side::load(path, &w.at("encoder"), &config, ENCODER, shape)?;
-        let n_heads = config.decoder_attention_heads;
-        let shape = ("decoder_attention_heads", n_heads, config.decoder_ffn_dim, config.decoder_layers);
-        let decoder = Side::load(path, &w.at("decoder"), &config, DECODER, shape)?;
-        Ok(Bart { config, shared, encoder, decoder, head })
-    }
-
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
+        Ok(Bart { head: shared.as_linear(bias.as_deref())?, config, encoder, decoder })
     }
 
     /// The memory that the decoder reads, [T, d_model].
     pub fn encode(&self, ctx: Context<'_>, batch: Batch<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
-        let mut x = self.encoder.embed(ctx, &self.shared, self.scale(), batch)?;
-        self.encoder.layers.forward(ctx, &mut x, batch.offsets, scratch)?;
-        Ok(x)
+        self.encoder.encode(ctx, batch, scratch)
     }
 
     /// What decoding with this memory begins with; `capacity` is the number of tokens that each cache has room for, 0 is
@@ -160,62 +136,11 @@ impl Bart {
         batch: Batch<'_>,
         scratch: &mut Scratch,
     ) -> Result<Vec<f32>> {
-        let mut x = self.decoder.embed(ctx, &self.shared, self.scale(), batch)?;
-        let state = (&decoding.sources[..], &mut decoding.caches[..]);
-        self.decoder.layers.decode(ctx, &mut x, batch.offsets, state, scratch)?;
-        Ok(x)
+        self.decoder.decode(ctx, batch, (&decoding.sources, &mut decoding.caches), scratch)
     }
 
     /// The logits of the next token, [T, vocab_size], for any rows of the decoder's hidden state.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
         project(ctx, &self.head, hidden, &Epilogue::NONE)
-    }
-
-    fn scale(&self) -> f32 {
-        if self.config.scale_embedding { (self.config.d_model as f32).sqrt() } else { 1.0 }
-    }
-}
-
-/// Encoder or decoder: positions, the norm behind the embeddings, layers.
-#[derive(Debug)]
-struct Side {
-    positions: Embedding,
-    norm: Norm,
-    layers: Layers,
-}
-
-impl Side {
-    /// `field` is what the configuration calls the number of heads.
-    fn load(
-        path: &Path,
-        w: &Weights<'_>,
-        config: &Config,
-        parts: &[Part],
-        (field, n_heads, d_ff, n): (&'static str, usize, usize, usize),
-    ) -> Result<Side> {
-        let d = config.d_model;
-        check_heads(path, field, d, n_heads)?;
-        let activation = activation(path, "activation_function", &config.activation_function)?;
-        let (norm, placement) = (NormKind::LayerNorm, NormPlacement::Post);
-        let spec = LayerSpec { d_model: d, n_heads, d_ff, activation, norm, placement, eps: EPS };
-        let rows = config.max_position_embeddings.saturating_add(POSITION_OFFSET as usize);
-        Ok(Side {
-            positions: w.embedding("embed_positions", rows, d)?,
-            norm: w.at("layernorm_embedding").layer_norm(d, EPS)?,
-            layers: spec.stack(w, parts, n, false)?,
-        })
-    }
-
-    /// LN(scale * token + position).
-    fn embed(&self, ctx: Context<'_>, shared: &Embedding, scale: f32, batch: Batch<'_>) -> Result<Vec<f32>> {
-        check_size("positions", batch.ids.len(), batch.positions.len())?;
-        let positions: Vec<u32> = batch.positions.iter().map(|p| p.saturating_add(POSITION_OFFSET)).collect();
-        shared.check(batch.ids)?;
-        self.positions.check(&positions)?;
-        let rows = batch.ids.iter().zip(&positions);
-        let pairs = rows.flat_map(|(&id, &p)| shared.row(id).iter().zip(self.positions.row(p)));
-        let mut x: Vec<f32> = pairs.map(|(e, p)| scale * e + p).collect();
-        normalize_rows(ctx, &self.norm, &mut x)?;
-        Ok(x)
     }
 }

@@ -3,20 +3,19 @@
 
 use std::path::Path;
 
-use laneformer::{
-    Activation, Context, CrossAttention, Epilogue, Ffn, Graph, Heads, Layer, Linear, MatMut, Norm, Placement,
-    Stack, SubLayer,
-};
+use laneformer::{Context, Graph, Linear, MatMut};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
-use crate::attend::project;
+use crate::Result;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads, from_value, read_json};
-use crate::embedding::{Embedding, sum};
-use crate::error::check_size;
+use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
+use crate::embedding::Embeddings;
+use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
+use crate::head;
 use crate::ragged::Scratch;
-use crate::weights::{Weights, normalize, self_attention};
-use crate::{Error, Result};
+pub use crate::tokens::Batch;
+use crate::weights::Weights;
 
 /// `config.json` of a BERT directory.
 #[derive(Clone, Debug, Deserialize)]
@@ -29,231 +28,105 @@ pub struct Config {
     pub num_attention_heads: usize,
     pub intermediate_size: usize,
     pub max_position_embeddings: usize,
-    #[serde(default = "gelu")]
     pub hidden_act: String,
-    #[serde(default = "two")]
     pub type_vocab_size: usize,
-    #[serde(default = "tiny")]
     pub layer_norm_eps: f32,
-    #[serde(default)]
     pub position_embedding_type: Option<String>,
-    #[serde(default)]
     pub is_decoder: bool,
 }
 
-fn gelu() -> String {
-    "gelu".into()
-}
-
-fn two() -> usize {
-    2
-}
-
-fn tiny() -> f32 {
-    1e-12
+pub(crate) fn defaults() -> Value {
+    json!({ "hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12, "is_decoder": false })
 }
 
 impl Config {
-    /// Reads `path`, which must describe a BERT encoder.
-    pub fn open(path: &Path) -> Result<Config> {
-        Config::from_json(path, read_json(path)?)
+    /// From parsed JSON, which may name no other model; `path` is for messages.
+    pub fn from_json(path: &Path, json: &Value) -> Result<Config> {
+        check_model_type(path, json, "bert")?;
+        from_value(path, with_defaults(Some(json), defaults()))
     }
 
-    /// As [`Config::open`], from parsed JSON; `path` is for messages.
-    pub fn from_json(path: &Path, json: serde_json::Value) -> Result<Config> {
-        if let Some(model_type) = json.get("model_type").filter(|model_type| *model_type != "bert") {
-            return Err(Error::config(path, "model_type", "\"bert\"", model_type));
-        }
-        let config: Config = from_value(path, json)?;
-        config.check(path)?;
-        Ok(config)
+    /// What the layers have in common, if this crate can follow the configuration.
+    pub(crate) fn layers(&self, path: &Path) -> Result<LayerSpec> {
+        let act = activation(path, "hidden_act", &self.hidden_act)?;
+        let heads = heads(path, "num_attention_heads", self.hidden_size, self.num_attention_heads)?;
+        let positions = self.position_embedding_type.as_deref().unwrap_or("absolute");
+        check(path, "position_embedding_type", positions, positions == "absolute", "\"absolute\"")?;
+        check(path, "is_decoder", self.is_decoder, !self.is_decoder, "false")?;
+        Ok(LayerSpec::new(heads, self.intermediate_size, act, NormPlacement::Post, self.layer_norm_eps))
     }
 
-    /// The fields agree, and this crate can follow them.
-    pub(crate) fn check(&self, path: &Path) -> Result<()> {
-        activation(path, "hidden_act", &self.hidden_act)?;
-        check_heads(path, "num_attention_heads", self.hidden_size, self.num_attention_heads)?;
-        match self.position_embedding_type.as_deref() {
-            None | Some("absolute") => {}
-            Some(other) => return Err(Error::config(path, "position_embedding_type", "\"absolute\"", other)),
-        }
-        if self.is_decoder {
-            return Err(Error::config(path, "is_decoder", "false", true));
-        }
-        Ok(())
+    /// LN(word + type + position)
+    pub(crate) fn embeddings(&self, w: &Weights<'_>) -> Result<Embeddings> {
+        let d = self.hidden_size;
+        let words = w.embedding("word_embeddings", self.vocab_size, d)?;
+        let types = w.embedding("token_type_embeddings", self.type_vocab_size, d)?;
+        let positions = w.embedding("position_embeddings", self.max_position_embeddings, d)?;
+        let norm = w.at("LayerNorm").layer_norm(d, self.layer_norm_eps)?;
+        Ok(Embeddings { types: Some(types), norm: Some(norm), ..Embeddings::new(words, positions) })
     }
 }
 
-/// Packed tokens of a batch; sequence `i` is tokens `offsets[i]..offsets[i + 1]`.
-#[derive(Clone, Copy, Debug)]
-#[allow(missing_docs, reason = "one entry per token each")]
-pub struct Batch<'a> {
-    pub ids: &'a [u32],
-    pub type_ids: &'a [u32],
-    pub positions: &'a [u32],
-    pub offsets: &'a [usize],
+/// The names of attention below `at`.
+pub(crate) const fn attention(at: &'static str, norm: &'static str) -> Attention {
+    Attention { at, qkv: Qkv::Each(["self.query", "self.key", "self.value"]), out: "output.dense", norm }
 }
 
-/// The encoder with its embeddings and, if the checkpoint has one, its pooler.
+pub(crate) const ATTENTION: Attention = attention("attention", "attention.output.LayerNorm");
+pub(crate) const FFN: ([&str; 2], &str) = (["intermediate.dense", "output.dense"], "output.LayerNorm");
+pub(crate) const LAYER: &[Part] = &[Part::SelfAttention(ATTENTION), Part::Ffn(FFN.0, FFN.1)];
+
+/// The encoder and, if the checkpoint has one, its pooler.
 #[derive(Debug)]
+#[allow(missing_docs, reason = "see above")]
 pub struct Bert {
-    config: Config,
-    embeddings: Embeddings,
-    encoder: Stack,
-    pooler: Option<Linear>,
+    pub config: Config,
+    pub encoder: Transformer,
+    pub pooler: Option<Linear>,
 }
 
 impl Bert {
-    /// Loads a directory with `config.json` and `model.safetensors`.
-    pub fn open(dir: &Path) -> Result<Bert> {
-        let config_path = dir.join("config.json");
-        let config = Config::open(&config_path)?;
-        Bert::load(&config_path, config, &Checkpoint::open(&dir.join("model.safetensors"))?)
+    /// Packs the weights of a checkpoint, with or without `bert.` before their names; `path` is for messages.
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Bert> {
+        Bert::new(path, Config::from_json(path, json)?, checkpoint)
     }
 
-    /// Packs the weights of a checkpoint, with or without `bert.` before their names; `config_path` is for messages.
-    pub fn load(config_path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Bert> {
+    pub(crate) fn new(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Bert> {
+        let spec = config.layers(path)?;
         let w = checkpoint.root(&["", "bert."], "embeddings.word_embeddings.weight");
-        let d = config.hidden_size;
-        let act = activation(config_path, "hidden_act", &config.hidden_act)?;
-        let embeddings = Embeddings::load(&w.at("embeddings"), &config)?;
-        let encoder = stack(&w.at("encoder.layer"), config.num_hidden_layers, &config, act)?;
-        let pooler = w.at("pooler.dense");
-        let pooler = if pooler.has("weight") { Some(pooler.linear(d, d)?) } else { None };
-        Ok(Bert { config, embeddings, encoder, pooler })
-    }
-
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
-    /// The embeddings of the tokens, to which other tokens can be added behind the words.
-    pub(crate) fn vocabulary(&mut self) -> &mut Embedding {
-        &mut self.embeddings.word
-    }
-
-    /// Every token and type is in its embedding table.
-    pub fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
-        self.embeddings.check(ids, type_ids)
+        let embeddings = config.embeddings(&w.at("embeddings"))?;
+        let layers = spec.stack(&w.at("encoder.layer"), LAYER, config.num_hidden_layers)?;
+        let pooler = pooler(&w, config.hidden_size)?;
+        Ok(Bert { config, encoder: Transformer { embeddings, layers }, pooler })
     }
 
     /// The last hidden state of every token, [T, hidden_size].
     pub fn forward(&self, ctx: Context<'_>, batch: Batch<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
-        let mut x = self.embeddings.forward(ctx, batch, self.config.hidden_size)?;
-        scratch.run(ctx, &self.encoder, &mut x, batch.offsets, &Graph::full())?;
-        Ok(x)
+        self.encoder.encode(ctx, batch, scratch)
     }
 
     /// The input of the first layer, and the output of every layer.
     pub fn hidden_states(&self, ctx: Context<'_>, batch: Batch<'_>) -> Result<Vec<Vec<f32>>> {
-        let (tokens, d) = (batch.ids.len(), self.config.hidden_size);
-        let segments = batch.offsets.len().saturating_sub(1);
-        let mut workspace = self.encoder.workspace(tokens, segments, ctx.members())?;
-        let mut x = self.embeddings.forward(ctx, batch, d)?;
-        let mut states = vec![x.clone()];
-        for layer in self.encoder.layers() {
-            let rows = MatMut::contiguous(&mut x, tokens, d)?;
+        let Transformer { embeddings, layers } = &self.encoder;
+        let (tokens, segments) = (batch.ids.len(), batch.offsets.len().saturating_sub(1));
+        let mut workspace = layers.stack.workspace(tokens, segments, ctx.members())?;
+        let mut states = vec![embeddings.forward(ctx, batch)?];
+        for layer in layers.stack.layers() {
+            let mut x = states[states.len() - 1].clone();
+            let rows = MatMut::contiguous(&mut x, tokens, self.config.hidden_size)?;
             layer.forward(ctx, rows, batch.offsets, &Graph::full(), &mut workspace)?;
-            states.push(x.clone());
+            states.push(x);
         }
         Ok(states)
     }
 
     /// The pooler over the first token of every sequence, [sequences, hidden_size]; `None` without a pooler.
-    ///
-    /// # Errors
-    /// What the library says of the sizes, and its [`ZeroDim`](laneformer::Error::ZeroDim) for a sequence without tokens.
     pub fn pool(&self, ctx: Context<'_>, hidden: &[f32], offsets: &[usize]) -> Result<Option<Vec<f32>>> {
-        self.pooler.as_ref().map(|pooler| pool(ctx, pooler, hidden, offsets)).transpose()
+        self.pooler.as_ref().map(|pooler| head::pool(ctx, pooler, hidden, offsets)).transpose()
     }
 }
 
-/// tanh(pooler(first token)) of every sequence.
-pub(crate) fn pool(ctx: Context<'_>, pooler: &Linear, hidden: &[f32], offsets: &[usize]) -> Result<Vec<f32>> {
-    let mut first = vec![];
-    for ends in offsets.windows(2) {
-        let is_empty = ends[0] >= ends[1];
-        let row = hidden.chunks_exact(pooler.in_features().max(1)).nth(ends[0]).filter(|_| !is_empty);
-        first.extend(row.ok_or(laneformer::Error::ZeroDim { arg: "tokens of a sequence" })?);
-    }
-    project(ctx, pooler, &first, &Epilogue::activation(Activation::Tanh))
-}
-
-/// Layers `0` to `n - 1`: x = LN(x + attention(x)), x = LN(x + ffn(x)).
-pub(crate) fn stack(w: &Weights<'_>, n: usize, config: &Config, act: Activation) -> Result<Stack> {
-    let layer = |_, w: Weights<'_>| {
-        let attention = attention(&w.at("attention"), config)?;
-        Ok(Layer::new(vec![attention, ffn(&w.at("intermediate"), &w.at("output"), config, act)?])?)
-    };
-    Ok(Stack::new(w.layers(n, layer)?)?)
-}
-
-/// x = LN(x + attention(x))
-pub(crate) fn attention(w: &Weights<'_>, config: &Config) -> Result<SubLayer> {
-    let ([q, k, v], out, placement) = attention_parts(w, config)?;
-    Ok(SubLayer::self_attention(self_attention([q, k, v], out, config.num_attention_heads)?, placement)?)
-}
-
-/// x = LN(x + attention(x over another stream))
-pub(crate) fn cross_attention(w: &Weights<'_>, config: &Config) -> Result<SubLayer> {
-    let ([q, k, v], out, placement) = attention_parts(w, config)?;
-    let heads = Heads::new(config.num_attention_heads, config.hidden_size / config.num_attention_heads)?;
-    Ok(SubLayer::cross_attention(CrossAttention::new(q, k, v, out, heads)?, placement)?)
-}
-
-pub(crate) fn attention_parts(w: &Weights<'_>, config: &Config) -> Result<([Linear; 3], Linear, Placement)> {
-    let d = config.hidden_size;
-    let [q, k, v] = ["query", "key", "value"].map(|name| w.at("self").at(name).linear(d, d));
-    let (qkv, out) = ([q?, k?, v?], w.at("output.dense").linear(d, d)?);
-    let norm = w.at("output.LayerNorm").layer_norm(d, config.layer_norm_eps)?;
-    Ok((qkv, out, Placement::post(norm)))
-}
-
-/// x = LN(x + ffn(x))
-pub(crate) fn ffn(
-    inner: &Weights<'_>,
-    outer: &Weights<'_>,
-    config: &Config,
-    act: Activation,
-) -> Result<SubLayer> {
-    let (d, d_ff) = (config.hidden_size, config.intermediate_size);
-    let norm = outer.at("LayerNorm").layer_norm(d, config.layer_norm_eps)?;
-    let ffn = Ffn::new(inner.at("dense").linear(d, d_ff)?, act, outer.at("dense").linear(d_ff, d)?)?;
-    Ok(SubLayer::ffn(ffn, Placement::post(norm))?)
-}
-
-/// LN(word + type + position).
-#[derive(Debug)]
-pub(crate) struct Embeddings {
-    word: Embedding,
-    token_type: Embedding,
-    position: Embedding,
-    norm: Norm,
-}
-
-impl Embeddings {
-    pub(crate) fn load(w: &Weights<'_>, config: &Config) -> Result<Embeddings> {
-        let d = config.hidden_size;
-        Ok(Embeddings {
-            word: w.embedding("word_embeddings", config.vocab_size, d)?,
-            token_type: w.embedding("token_type_embeddings", config.type_vocab_size, d)?,
-            position: w.embedding("position_embeddings", config.max_position_embeddings, d)?,
-            norm: w.at("LayerNorm").layer_norm(d, config.layer_norm_eps)?,
-        })
-    }
-
-    pub(crate) fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
-        self.word.check(ids)?;
-        self.token_type.check(type_ids)
-    }
-
-    pub(crate) fn forward(&self, ctx: Context<'_>, batch: Batch<'_>, d: usize) -> Result<Vec<f32>> {
-        let Batch { ids, type_ids, positions, .. } = batch;
-        check_size("type_ids", ids.len(), type_ids.len())?;
-        check_size("positions", ids.len(), positions.len())?;
-        let mut x = sum([(&self.word, ids), (&self.token_type, type_ids), (&self.position, positions)])?;
-        normalize(ctx, &self.norm, MatMut::contiguous(&mut x, ids.len(), d)?)?;
-        Ok(x)
-    }
+pub(crate) fn pooler(w: &Weights<'_>, d: usize) -> Result<Option<Linear>> {
+    let w = w.at("pooler.dense");
+    w.has("weight").then(|| w.linear(d, d)).transpose()
 }

@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use laneformer::Activation;
+use laneformer::{Activation, Heads};
 use serde::Deserializer;
 use serde::de::{DeserializeOwned, Error as _};
+use serde_json::Value;
 
+use crate::checkpoint::Checkpoint;
 use crate::{Error, Result};
 
 /// Reads a JSON file.
@@ -17,8 +19,13 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     Ok(read)
 }
 
-/// What parsed JSON says; `path` is for messages.
-pub fn from_value<T: DeserializeOwned>(path: &Path, json: serde_json::Value) -> Result<T> {
+/// As [`read_json`], but `None` if there is no such file.
+pub fn read_json_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    if path.exists() { read_json(path).map(Some) } else { Ok(None) }
+}
+
+/// What parsed JSON says; `path` is for messages, which name the field.
+pub fn from_value<T: DeserializeOwned>(path: &Path, json: Value) -> Result<T> {
     from_json(path, json)
 }
 
@@ -36,15 +43,47 @@ fn from_json<'a, T: DeserializeOwned>(
     })
 }
 
-/// As [`read_json`], but `None` if there is no such file.
-pub fn read_json_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    if path.exists() { read_json(path).map(Some) } else { Ok(None) }
+/// A model from the `config.json` and the `model.safetensors` of a directory.
+pub fn open<M>(dir: &Path, load: impl FnOnce(&Path, &Value, &Checkpoint) -> Result<M>) -> Result<M> {
+    let path = dir.join("config.json");
+    load(&path, &read_json(&path)?, &Checkpoint::open(&dir.join("model.safetensors"))?)
 }
 
-/// The `model_type` of the `config.json` in a directory, if it has one.
+/// The `model_type` of the `config.json` of a directory, if it has one.
 pub fn model_type(dir: &Path) -> Result<Option<String>> {
-    let config: serde_json::Value = read_json(&dir.join("config.json"))?;
-    Ok(config.get("model_type").and_then(|model_type| model_type.as_str()).map(String::from))
+    let json: Value = read_json(&dir.join("config.json"))?;
+    Ok(json.get("model_type").and_then(Value::as_str).map(String::from))
+}
+
+/// A configuration with defaults for what it does not have: what Hugging Face leaves out of a file is as its classes have it.
+pub(crate) fn with_defaults(json: Option<&Value>, mut defaults: Value) -> Value {
+    match (json, &mut defaults) {
+        (None | Some(Value::Null), _) => defaults,
+        (Some(Value::Object(fields)), Value::Object(all)) => {
+            all.extend(fields.clone());
+            defaults
+        }
+        (Some(other), _) => other.clone(),
+    }
+}
+
+/// A configuration that names a model names this one.
+pub(crate) fn check_model_type(path: &Path, json: &Value, expected: &str) -> Result<()> {
+    match json.get("model_type").filter(|model_type| *model_type != expected) {
+        None => Ok(()),
+        Some(other) => Err(Error::config(path, "model_type", format!("{expected:?}"), other)),
+    }
+}
+
+/// What has to hold of a field's value.
+pub(crate) fn check(
+    path: &Path,
+    field: &'static str,
+    actual: impl ToString,
+    holds: bool,
+    expected: impl Into<String>,
+) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::config(path, field, expected, actual)) }
 }
 
 /// The activation that a configuration names.
@@ -59,10 +98,9 @@ pub fn activation(path: &Path, field: &'static str, name: &str) -> Result<Activa
     }
 }
 
-/// `n_heads` divides `d_model`, and neither is zero.
-pub(crate) fn check_heads(path: &Path, field: &'static str, d_model: usize, n_heads: usize) -> Result<()> {
-    if d_model > 0 && n_heads > 0 && d_model.is_multiple_of(n_heads) {
-        return Ok(());
-    }
-    Err(Error::config(path, field, format!("a divisor of the model size {d_model}"), n_heads))
+/// `n_heads` heads that share the width of the model between them.
+pub(crate) fn heads(path: &Path, field: &'static str, d_model: usize, n_heads: usize) -> Result<Heads> {
+    let divides = d_model > 0 && n_heads > 0 && d_model.is_multiple_of(n_heads);
+    check(path, field, n_heads, divides, format!("a divisor of the model size {d_model}"))?;
+    Ok(Heads::new(n_heads, d_model / n_heads)?)
 }

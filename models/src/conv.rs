@@ -5,6 +5,7 @@ use std::ops::Range;
 use laneformer::{Activation, Context, Epilogue, Linear, MatMut, MatRef};
 
 use crate::Result;
+use crate::error::check_size;
 use crate::ragged::Scratch;
 use crate::weights::{Weights, linear};
 
@@ -23,10 +24,7 @@ pub struct Images {
 impl Images {
     /// Images from planes `[batch, channels, height, width]`.
     pub fn from_planes(planes: &[f32], [batch, channels, height, width]: [usize; 4]) -> Result<Images> {
-        let expected = batch * channels * height * width;
-        if planes.len() != expected {
-            return Err(laneformer::Error::Size { arg: "pixels", expected, actual: planes.len() }.into());
-        }
+        check_size("pixels", batch * channels * height * width, planes.len())?;
         let pixels = transposed(planes, channels, height * width);
         Ok(Images { pixels, batch, height, width, channels })
     }
@@ -143,10 +141,8 @@ impl Conv {
         residual: Option<&Images>,
         scratch: &mut Scratch,
     ) -> Result<Images> {
-        let (expected, n) = (self.channels, self.linear.out_features());
-        if x.channels != expected {
-            return Err(laneformer::Error::Size { arg: "channels", expected, actual: x.channels }.into());
-        }
+        check_size("channels", self.channels, x.channels)?;
+        let n = self.linear.out_features();
         let size = [x.height, x.width].map(|len| self.window.places(len));
         let rows = x.batch * size[0] * size[1];
         let mut pixels = scratch.take(rows * n);

@@ -4,18 +4,19 @@
 use std::f64::consts::TAU;
 use std::path::Path;
 
-use laneformer::{Context, Epilogue, Graph, Inputs, Layer, Linear, Stack, SubLayer};
+use laneformer::{Context, Epilogue, Graph, Inputs, Linear};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
+use crate::Result;
 use crate::attend::{project, rows};
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads};
+use crate::config::{activation, check, from_value, heads, with_defaults};
 use crate::conv::Images;
-use crate::encoder::{LayerSpec, NormKind, NormPlacement, Part};
+use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part};
 use crate::ragged::{Ragged, Scratch};
 use crate::resnet::{self, ResNet};
-use crate::weights::{Weights, linear, self_attention};
-use crate::{Error, Result};
+use crate::weights::linear;
 
 /// `config.json` of a DETR directory.
 #[derive(Clone, Debug, Deserialize)]
@@ -25,72 +26,51 @@ pub struct Config {
     pub encoder_layers: usize,
     pub encoder_attention_heads: usize,
     pub encoder_ffn_dim: usize,
-    #[serde(default = "relu")]
     pub activation_function: String,
-    #[serde(default = "sine")]
     pub position_embedding_type: String,
     pub backbone_config: resnet::Config,
 }
 
-fn relu() -> String {
-    "relu".into()
-}
-
-fn sine() -> String {
-    "sine".into()
-}
+const LAYER: &[Part] = &[
+    Part::SelfAttention(Attention { out: "o_proj", ..Attention::proj("self_attn", "self_attn_layer_norm") }),
+    Part::Ffn(["mlp.fc1", "mlp.fc2"], "final_layer_norm"),
+];
 
 /// Backbone, projection and encoder.
 #[derive(Debug)]
 pub struct Detr {
-    config: Config,
+    /// The configuration.
+    pub config: Config,
     backbone: ResNet,
     projection: Linear,
-    layers: Stack,
+    layers: Layers,
 }
 
 impl Detr {
     /// Packs the weights of a checkpoint, with or without `model.` before their names; `path` is for messages.
-    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Detr> {
-        let d = config.d_model;
-        check_heads(path, "encoder_attention_heads", d, config.encoder_attention_heads)?;
-        if config.position_embedding_type != "sine" {
-            let actual = &config.position_embedding_type;
-            return Err(Error::config(path, "position_embedding_type", "\"sine\"", actual));
-        }
-        if !d.is_multiple_of(4) {
-            return Err(Error::config(
-                path,
-                "d_model",
-                "a multiple of 4, for sines and cosines of y and x",
-                d,
-            ));
-        }
-        let spec = LayerSpec {
-            d_model: d,
-            n_heads: config.encoder_attention_heads,
-            d_ff: config.encoder_ffn_dim,
-            activation: activation(path, "activation_function", &config.activation_function)?,
-            norm: NormKind::LayerNorm,
-            placement: NormPlacement::Post,
-            eps: 1e-5,
-        };
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Detr> {
+        let backbone = with_defaults(json.get("backbone_config"), resnet::defaults());
+        let json = with_defaults(
+            Some(json),
+            json!({ "activation_function": "relu", "position_embedding_type": "sine" }),
+        );
+        let config: Config =
+            from_value(path, with_defaults(Some(&json!({ "backbone_config": backbone })), json))?;
+        let (d, positions) = (config.d_model, &config.position_embedding_type);
+        check(path, "position_embedding_type", positions, positions == "sine", "\"sine\"")?;
+        let expected = "a multiple of 4, for sines and cosines of y and x";
+        check(path, "d_model", d, d.is_multiple_of(4), expected)?;
+        let heads = heads(path, "encoder_attention_heads", d, config.encoder_attention_heads)?;
+        let act = activation(path, "activation_function", &config.activation_function)?;
+        let spec = LayerSpec::new(heads, config.encoder_ffn_dim, act, NormPlacement::Post, 1e-5);
         let w = checkpoint.root(&["", "model."], "input_projection.weight");
-        let layers = w.at("encoder.layers").layers(config.encoder_layers, |_, w| layer(&w, &spec))?;
+        let layers = spec.stack(&w.at("encoder.layers"), LAYER, config.encoder_layers)?;
         let channels = config.backbone_config.hidden_sizes.last().copied().unwrap_or(0);
         let weight = w.at("input_projection").tensor("weight", &[d, channels, 1, 1])?;
         let bias = w.at("input_projection").tensor("bias", &[d])?;
-        Ok(Detr {
-            backbone: ResNet::load(path, &w.at("backbone.model"), &config.backbone_config)?,
-            projection: linear(&weight, channels, d, Some(&bias))?,
-            layers: Stack::new(layers)?,
-            config,
-        })
-    }
-
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
+        let projection = linear(&weight, channels, d, Some(&bias))?;
+        let backbone = ResNet::load(path, &w.at("backbone.model"), &config.backbone_config)?;
+        Ok(Detr { config, backbone, projection, layers })
     }
 
     /// The feature map of images.
@@ -115,7 +95,7 @@ impl Detr {
             position_embedding: Some(rows(positions, self.config.d_model)?),
             ..Inputs::new(tokens.offsets(), &graph)
         };
-        scratch.run_with(ctx, &self.layers, &mut x, &mut inputs)?;
+        self.layers.forward(ctx, &mut x, &mut inputs, scratch)?;
         Ok(x)
     }
 }
@@ -158,14 +138,4 @@ pub fn sine_positions(mask: &[bool], [rows, columns]: [usize; 2], d: usize) -> V
         }
     }
     positions
-}
-
-fn layer(w: &Weights<'_>, spec: &LayerSpec) -> Result<Layer> {
-    let attention = w.at("self_attn");
-    let projection = |name| attention.at(name).linear(spec.d_model, spec.d_model);
-    let qkv = [projection("q_proj")?, projection("k_proj")?, projection("v_proj")?];
-    let attention = self_attention(qkv, projection("o_proj")?, spec.n_heads)?;
-    let placement = spec.placement(w, "self_attn_layer_norm")?;
-    let ffn = spec.part(w, Part::Ffn(["mlp.fc1", "mlp.fc2"], "final_layer_norm"))?;
-    Ok(Layer::new(vec![SubLayer::self_attention(attention, placement)?, ffn])?)
 }

@@ -1,22 +1,26 @@
 //! Embedding tables, and the sinusoids that stand for positions where there is no table.
 
-use laneformer::Linear;
+use std::sync::Arc;
 
-use crate::weights::linear;
+use laneformer::{Context, Linear, Norm};
+
+use crate::error::check_size;
+use crate::tokens::Batch;
+use crate::weights::{linear, normalize};
 use crate::{Error, Result};
 
-/// A table of vectors, one per index.
+/// A table of vectors, one per index; clones share it.
 #[derive(Clone, Debug)]
 pub struct Embedding {
     name: &'static str,
-    table: Vec<f32>,
+    table: Arc<Vec<f32>>,
     d: usize,
 }
 
 impl Embedding {
     /// A table of rows of `d` elements; `name` is for messages.
     pub(crate) fn new(name: &'static str, table: Vec<f32>, d: usize) -> Embedding {
-        Embedding { name, table, d }
+        Embedding { name, table: Arc::new(table), d }
     }
 
     /// The table as a linear layer: the product of a vector with every row, which makes logits of tied weights.
@@ -26,7 +30,7 @@ impl Embedding {
 
     /// Appends rows.
     pub(crate) fn extend(&mut self, rows: &[f32]) {
-        self.table.extend_from_slice(rows);
+        Arc::make_mut(&mut self.table).extend_from_slice(rows);
     }
 
     /// Number of rows.
@@ -43,32 +47,64 @@ impl Embedding {
         }
     }
 
-    /// The vector of an index.
-    ///
-    /// # Panics
-    /// If there is none, see [`Embedding::check`].
-    pub fn row(&self, index: u32) -> &[f32] {
+    /// The vector of an index, which is [checked](Embedding::check).
+    pub(crate) fn row(&self, index: u32) -> &[f32] {
         &self.table[index as usize * self.d..][..self.d]
+    }
+
+    /// The vectors of indices, one behind the other and scaled.
+    pub fn gather(&self, indices: &[u32], scale: f32) -> Result<Vec<f32>> {
+        self.check(indices)?;
+        Ok(indices.iter().flat_map(|&index| self.row(index)).map(|e| e * scale).collect())
+    }
+
+    /// Adds the vectors of indices to `rows` rows; `arg` is what the indices are.
+    fn add(&self, x: &mut [f32], rows: usize, arg: &'static str, indices: &[u32]) -> Result<()> {
+        check_size(arg, rows, indices.len())?;
+        self.check(indices)?;
+        let elements = indices.iter().flat_map(|&index| self.row(index));
+        x.iter_mut().zip(elements).for_each(|(x, e)| *x += e);
+        Ok(())
     }
 }
 
-/// The sum of a row of each table for every token; tables of the same width, with an index per token each.
-pub fn sum<const N: usize>(tables: [(&Embedding, &[u32]); N]) -> Result<Vec<f32>> {
-    let mut x: Vec<f32> = vec![];
-    for (i, &(table, indices)) in tables.iter().enumerate() {
-        table.check(indices)?;
-        let elements = indices.iter().flat_map(|&index| table.row(index));
-        if i == 0 {
-            x.extend(elements);
-            continue;
-        }
-        let (expected, actual) = (tables[0].1.len(), indices.len());
-        if actual != expected {
-            return Err(laneformer::Error::Size { arg: table.name, expected, actual }.into());
-        }
-        x.iter_mut().zip(elements).for_each(|(x, e)| *x += e);
+/// What stands before the layers: `norm(scale * word + type + position)`, without what a model does not have.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "see above")]
+pub struct Embeddings {
+    pub words: Embedding,
+    pub scale: f32,
+    pub types: Option<Embedding>,
+    pub positions: Embedding,
+    /// The row of the first position.
+    pub first_position: u32,
+    pub norm: Option<Norm>,
+}
+
+impl Embeddings {
+    /// Words and positions.
+    pub fn new(words: Embedding, positions: Embedding) -> Embeddings {
+        Embeddings { words, scale: 1.0, types: None, positions, first_position: 0, norm: None }
     }
-    Ok(x)
+
+    /// Every token and type is in its table.
+    pub fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
+        self.words.check(ids)?;
+        self.types.as_ref().map_or(Ok(()), |types| types.check(type_ids))
+    }
+
+    /// The embedding of every token, [T, d].
+    pub fn forward(&self, ctx: Context<'_>, batch: Batch<'_>) -> Result<Vec<f32>> {
+        let (tokens, first) = (batch.ids.len(), self.first_position);
+        let positions: Vec<u32> = batch.positions.iter().map(|p| p.saturating_add(first)).collect();
+        let mut x = self.words.gather(batch.ids, self.scale)?;
+        if let Some(types) = &self.types {
+            types.add(&mut x, tokens, "type_ids", batch.type_ids)?;
+        }
+        self.positions.add(&mut x, tokens, "positions", &positions)?;
+        self.norm.as_ref().map_or(Ok(()), |norm| normalize(ctx, norm, &mut x))?;
+        Ok(x)
+    }
 }
 
 /// How sines and cosines are laid out along a vector.

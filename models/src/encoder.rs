@@ -4,14 +4,17 @@ use std::path::Path;
 
 use laneformer::{
     Activation, Context, CrossAttention, Ffn, Graph, Heads, Inputs, KeyStore, KvCache, Layer, Linear, Norm,
-    Placement, Stack, SubLayer,
+    Placement, QkvProjection, SelfAttention, Stack, SubLayer,
 };
 use serde::Deserialize;
 
-use crate::attend::rows;
-use crate::config::{activation, check_heads};
+use crate::attend::{Block, Projections, rows};
+use crate::checkpoint::Checkpoint;
+use crate::config::{activation, heads};
+use crate::embedding::Embeddings;
 use crate::ragged::Scratch;
-use crate::weights::{Weights, linear, normalize_rows, self_attention};
+use crate::tokens::Batch;
+use crate::weights::{NormKind, Weights, normalize};
 use crate::{Error, Result};
 
 /// What a stack is made of.
@@ -31,14 +34,12 @@ pub struct Config {
     pub activation: String,
     #[serde(default)]
     pub final_norm: bool,
-    #[serde(default)]
     pub alpha: Option<f32>,
 }
 
 impl Config {
     /// What its layers have in common; `path` is for messages.
     pub fn layers(&self, path: &Path) -> Result<LayerSpec> {
-        check_heads(path, "num_heads", self.d_model, self.num_heads)?;
         let placement = match (self.norm_placement.as_str(), self.alpha) {
             ("post", _) => NormPlacement::Post,
             ("pre", _) => NormPlacement::Pre,
@@ -50,29 +51,18 @@ impl Config {
                 return Err(Error::config(path, "norm_placement", known, other));
             }
         };
-        Ok(LayerSpec {
-            d_model: self.d_model,
-            n_heads: self.num_heads,
-            d_ff: self.d_ff,
-            activation: activation(path, "activation", &self.activation)?,
-            norm: self.norm,
-            placement,
-            eps: self.eps,
-        })
+        let heads = heads(path, "num_heads", self.d_model, self.num_heads)?;
+        let activation = activation(path, "activation", &self.activation)?;
+        let spec = LayerSpec::new(heads, self.d_ff, activation, placement, self.eps);
+        Ok(LayerSpec { norm: self.norm, ..spec })
     }
-}
 
-/// Which norm the layers have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NormKind {
-    /// LayerNorm with gain and bias.
-    #[default]
-    LayerNorm,
-    /// RMSNorm with a gain.
-    RmsNorm,
-    /// BatchNorm with running statistics.
-    BatchNorm,
+    /// The layers `layers.N` of a checkpoint and, if asked for, the closing `norm`; `path` is for messages.
+    pub fn load(&self, path: &Path, checkpoint: &Checkpoint) -> Result<Layers> {
+        let (spec, w) = (self.layers(path)?, Weights::new(checkpoint, ""));
+        let norm = self.final_norm.then(|| spec.norm(&w.at("norm"))).transpose()?;
+        Ok(spec.stack(&w.at("layers"), ENCODER, self.num_layers)?.with_norm(norm))
+    }
 }
 
 /// Where the norms stand.
@@ -88,32 +78,51 @@ pub enum NormPlacement {
     DeepNorm(f32),
 }
 
-/// A sub-layer by the names of its tensors, those of its norm last.
+/// A sub-layer by the names of its tensors.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs, reason = "the field's own terms")]
 pub enum Part {
-    SelfAttention(&'static str, &'static str),
-    CrossAttention(&'static str, &'static str),
+    SelfAttention(Attention),
+    CrossAttention(Attention),
     Ffn([&'static str; 2], &'static str),
 }
 
-/// PyTorch's `nn.TransformerEncoderLayer`.
-pub const ENCODER: &[Part] =
-    &[Part::SelfAttention("self_attn", "norm1"), Part::Ffn(["linear1", "linear2"], "norm2")];
+/// The names of an attention's tensors: its projections below `at`, its norm beside that.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "see above")]
+pub struct Attention {
+    pub at: &'static str,
+    pub qkv: Qkv,
+    pub out: &'static str,
+    pub norm: &'static str,
+}
 
-/// PyTorch's `nn.TransformerDecoderLayer`.
-pub const DECODER: &[Part] = &[
-    Part::SelfAttention("self_attn", "norm1"),
-    Part::CrossAttention("multihead_attn", "norm2"),
-    Part::Ffn(["linear1", "linear2"], "norm3"),
-];
+/// The projections to queries, keys and values.
+#[derive(Clone, Copy, Debug)]
+pub enum Qkv {
+    /// A linear layer each.
+    Each([&'static str; 3]),
+    /// One weight and one bias, side by side.
+    Joined([&'static str; 2]),
+}
+
+impl Attention {
+    /// `q_proj`, `k_proj`, `v_proj` and `out_proj`.
+    pub const fn proj(at: &'static str, norm: &'static str) -> Attention {
+        Attention { at, qkv: Qkv::Each(["q_proj", "k_proj", "v_proj"]), out: "out_proj", norm }
+    }
+}
+
+/// PyTorch's names of an encoder's layer, with a projection each for queries, keys and values.
+pub const ENCODER: &[Part] =
+    &[Part::SelfAttention(Attention::proj("self_attn", "norm1")), Part::Ffn(["linear1", "linear2"], "norm2")];
 
 /// What the layers of a stack have in common.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs, reason = "the field's own terms")]
 pub struct LayerSpec {
     pub d_model: usize,
-    pub n_heads: usize,
+    pub heads: Heads,
     pub d_ff: usize,
     pub activation: Activation,
     pub norm: NormKind,
@@ -122,69 +131,72 @@ pub struct LayerSpec {
 }
 
 impl LayerSpec {
-    /// Layers `layers.0` to `layers.{n - 1}` of these parts and, if asked for, the closing `norm`.
-    pub fn stack(&self, w: &Weights<'_>, parts: &[Part], n: usize, final_norm: bool) -> Result<Layers> {
-        let layers = w.at("layers").layers(n, |_, w| self.layer(&w, parts))?;
-        let norm = final_norm.then(|| self.norm(&w.at("norm"))).transpose()?;
-        Ok(Layers { stack: Stack::new(layers)?, norm, heads: self.heads()? })
+    /// Layers as wide as their heads together, with LayerNorms.
+    pub fn new(
+        heads: Heads,
+        d_ff: usize,
+        activation: Activation,
+        placement: NormPlacement,
+        eps: f32,
+    ) -> LayerSpec {
+        let (d_model, norm) = (heads.query_cols(), NormKind::LayerNorm);
+        LayerSpec { d_model, heads, d_ff, activation, norm, placement, eps }
     }
 
-    /// One layer alone.
+    /// The layers `0` to `n - 1` here.
+    pub fn stack(&self, w: &Weights<'_>, parts: &[Part], n: usize) -> Result<Layers> {
+        self.layers(w.layers(n, |_, w| self.layer(&w, parts))?)
+    }
+
+    /// The layer here, alone.
     pub fn single(&self, w: &Weights<'_>, parts: &[Part]) -> Result<Layers> {
-        Ok(Layers { stack: Stack::new(vec![self.layer(w, parts)?])?, norm: None, heads: self.heads()? })
+        self.layers(vec![self.layer(w, parts)?])
     }
 
-    /// The norm here.
-    pub fn norm(&self, w: &Weights<'_>) -> Result<Norm> {
-        match self.norm {
-            NormKind::LayerNorm => w.layer_norm(self.d_model, self.eps),
-            NormKind::RmsNorm => w.rms_norm(self.d_model, self.eps),
-            NormKind::BatchNorm => w.batch_norm(self.d_model, self.eps),
-        }
+    /// A stack of such layers.
+    pub(crate) fn layers(&self, layers: Vec<Layer>) -> Result<Layers> {
+        Ok(Layers { stack: Stack::new(layers)?, norm: None, heads: self.heads })
     }
 
-    fn heads(&self) -> Result<Heads> {
-        Ok(Heads::new(self.n_heads, self.d_model.checked_div(self.n_heads).unwrap_or(0))?)
+    /// One layer.
+    pub(crate) fn layer(&self, w: &Weights<'_>, parts: &[Part]) -> Result<Layer> {
+        Ok(Layer::new(parts.iter().map(|part| self.part(w, part)).collect::<Result<_>>()?)?)
     }
 
-    fn layer(&self, w: &Weights<'_>, parts: &[Part]) -> Result<Layer> {
-        Ok(Layer::new(parts.iter().map(|&part| self.part(w, part)).collect::<Result<_>>()?)?)
-    }
-
-    pub(crate) fn part(&self, w: &Weights<'_>, part: Part) -> Result<SubLayer> {
-        let (d, d_ff) = (self.d_model, self.d_ff);
+    fn part(&self, w: &Weights<'_>, part: &Part) -> Result<SubLayer> {
         Ok(match part {
-            Part::SelfAttention(name, norm) => {
-                let (w, placement) = (w.at(name), self.placement(w, norm)?);
-                let out = w.at("out_proj").linear(d, d)?;
-                SubLayer::self_attention(self_attention(self.qkv(&w)?, out, self.n_heads)?, placement)?
+            Part::SelfAttention(names) => {
+                let (Projections { q, k, v, heads }, out, placement) = self.attention(w, names)?;
+                let attention = SelfAttention::new(QkvProjection::new(q, k, v, heads)?, out)?;
+                SubLayer::self_attention(attention, placement)?
             }
-            Part::CrossAttention(name, norm) => {
-                let (w, placement) = (w.at(name), self.placement(w, norm)?);
-                let ([q, k, v], out) = (self.qkv(&w)?, w.at("out_proj").linear(d, d)?);
-                SubLayer::cross_attention(CrossAttention::new(q, k, v, out, self.heads()?)?, placement)?
+            Part::CrossAttention(names) => {
+                let (Projections { q, k, v, heads }, out, placement) = self.attention(w, names)?;
+                SubLayer::cross_attention(CrossAttention::new(q, k, v, out, heads)?, placement)?
             }
-            Part::Ffn([w1, w2], norm) => {
-                let (w1, w2) = (w.at(w1).linear(d, d_ff)?, w.at(w2).linear(d_ff, d)?);
-                SubLayer::ffn(Ffn::new(w1, self.activation, w2)?, self.placement(w, norm)?)?
-            }
+            Part::Ffn(names, norm) => self.ffn(w, *names, norm)?,
         })
     }
 
-    /// One projection each, or `in_proj` with the rows of queries, keys and values one behind the other.
-    fn qkv(&self, w: &Weights<'_>) -> Result<[Linear; 3]> {
-        let d = self.d_model;
-        if !w.has("in_proj_weight") {
-            return Ok([
-                w.at("q_proj").linear(d, d)?,
-                w.at("k_proj").linear(d, d)?,
-                w.at("v_proj").linear(d, d)?,
-            ]);
-        }
-        let rows = d.saturating_mul(3);
-        let (weight, bias) = (w.tensor("in_proj_weight", &[rows, d])?, w.tensor("in_proj_bias", &[rows])?);
-        let part = |i| linear(&weight[i * d * d..][..d * d], d, d, Some(&bias[i * d..][..d]));
-        Ok([part(0)?, part(1)?, part(2)?])
+    /// A layer whose attention the model runs itself.
+    pub(crate) fn block(&self, w: &Weights<'_>, names: &Attention, ffn: SubLayer) -> Result<Block> {
+        let (projections, out, placement) = self.attention(w, names)?;
+        Block::new(projections, out, placement, ffn)
+    }
+
+    fn attention(&self, w: &Weights<'_>, names: &Attention) -> Result<(Projections, Linear, Placement)> {
+        let (d, heads, at) = (self.d_model, self.heads, w.at(names.at));
+        let each = |name| at.at(name).linear(d, d);
+        let [q, k, v] = match names.qkv {
+            Qkv::Each([q, k, v]) => [each(q)?, each(k)?, each(v)?],
+            Qkv::Joined([weight, bias]) => at.qkv(weight, Some(bias), d, d)?,
+        };
+        Ok((Projections { q, k, v, heads }, each(names.out)?, self.placement(w, names.norm)?))
+    }
+
+    pub(crate) fn ffn(&self, w: &Weights<'_>, [w1, w2]: [&str; 2], norm: &str) -> Result<SubLayer> {
+        let (w1, w2) = (w.at(w1).linear(self.d_model, self.d_ff)?, w.at(w2).linear(self.d_ff, self.d_model)?);
+        Ok(SubLayer::ffn(Ffn::new(w1, self.activation, w2)?, self.placement(w, norm)?)?)
     }
 
     pub(crate) fn placement(&self, w: &Weights<'_>, name: &str) -> Result<Placement> {
@@ -198,38 +210,48 @@ impl LayerSpec {
             }
         })
     }
+
+    /// The norm here.
+    pub fn norm(&self, w: &Weights<'_>) -> Result<Norm> {
+        w.norm(self.norm, self.d_model, self.eps)
+    }
 }
 
 /// A stack of layers and, with pre-norm layers as a rule, a closing norm.
 #[derive(Debug)]
 pub struct Layers {
-    stack: Stack,
+    pub(crate) stack: Stack,
     norm: Option<Norm>,
     heads: Heads,
 }
 
 impl Layers {
-    /// Runs over packed features [T, d_model], in place; every token sees its whole sequence.
-    pub fn forward(
-        &self,
-        ctx: Context<'_>,
-        x: &mut [f32],
-        offsets: &[usize],
-        scratch: &mut Scratch,
-    ) -> Result<()> {
-        self.forward_with(ctx, x, &mut Inputs::new(offsets, &Graph::full()), scratch)
+    /// The same layers, closed by a norm.
+    pub fn with_norm(self, norm: Option<Norm>) -> Layers {
+        Layers { norm, ..self }
     }
 
-    /// Runs over packed features with any graph, terms, caches and sources.
-    pub fn forward_with(
+    /// Runs over packed features [T, d_model], in place.
+    pub fn forward(
         &self,
         ctx: Context<'_>,
         x: &mut [f32],
         inputs: &mut Inputs<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        scratch.run_with(ctx, &self.stack, x, inputs)?;
-        self.norm.as_ref().map_or(Ok(()), |norm| normalize_rows(ctx, norm, x))
+        scratch.run(ctx, &self.stack, x, inputs)?;
+        self.norm.as_ref().map_or(Ok(()), |norm| normalize(ctx, norm, x))
+    }
+
+    /// An encoder's pass: tokens see their whole sequence.
+    pub fn encode(
+        &self,
+        ctx: Context<'_>,
+        x: &mut [f32],
+        offsets: &[usize],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        self.forward(ctx, x, &mut Inputs::new(offsets, &Graph::full()), scratch)
     }
 
     /// A decoder's step or pass: tokens see what is before them, and all of the sources. With caches, the tokens continue
@@ -243,12 +265,15 @@ impl Layers {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let graph = Graph::causal();
-        self.forward_with(ctx, x, &mut Inputs { sources, caches, ..Inputs::new(offsets, &graph) }, scratch)
+        self.forward(ctx, x, &mut Inputs { sources, caches, ..Inputs::new(offsets, &graph) }, scratch)
     }
 
     /// The keys and values of a source [T, d_model], for each cross-attention.
     pub fn sources(&self, ctx: Context<'_>, source: &[f32], offsets: &[usize]) -> Result<Vec<KeyStore>> {
-        sources(ctx, &self.stack, source, offsets)
+        let source = rows(source, self.stack.d_model())?;
+        let sub_layers = self.stack.layers().iter().flat_map(|layer| layer.sub_layers());
+        let cross = sub_layers.filter_map(|sub_layer| sub_layer.as_cross_attention());
+        cross.map(|cross| Ok(cross.keys(ctx, source, offsets)?)).collect()
     }
 
     /// Empty caches of layers with one self-attention each, for sequences of up to `capacity` tokens.
@@ -257,15 +282,32 @@ impl Layers {
     }
 }
 
-/// The keys and values of a source [T, d_model], for each cross-attention of the layers.
-pub(crate) fn sources(
-    ctx: Context<'_>,
-    stack: &Stack,
-    source: &[f32],
-    offsets: &[usize],
-) -> Result<Vec<KeyStore>> {
-    let source = rows(source, stack.d_model())?;
-    let sub_layers = stack.layers().iter().flat_map(|layer| layer.sub_layers());
-    let cross = sub_layers.filter_map(|sub_layer| sub_layer.as_cross_attention());
-    cross.map(|cross| Ok(cross.keys(ctx, source, offsets)?)).collect()
+/// Layers over tokens.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "their types")]
+pub struct Transformer {
+    pub embeddings: Embeddings,
+    pub layers: Layers,
+}
+
+impl Transformer {
+    /// The last hidden state of every token, [T, d_model], as [`Layers::encode`] makes it.
+    pub fn encode(&self, ctx: Context<'_>, batch: Batch<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
+        let mut x = self.embeddings.forward(ctx, batch)?;
+        self.layers.encode(ctx, &mut x, batch.offsets, scratch)?;
+        Ok(x)
+    }
+
+    /// The last hidden state of every token, [T, d_model], as [`Layers::decode`] makes it.
+    pub fn decode(
+        &self,
+        ctx: Context<'_>,
+        batch: Batch<'_>,
+        state: (&[KeyStore], &mut [KvCache]),
+        scratch: &mut Scratch,
+    ) -> Result<Vec<f32>> {
+        let mut x = self.embeddings.forward(ctx, batch)?;
+        self.layers.decode(ctx, &mut x, batch.offsets, state, scratch)?;
+        Ok(x)
+    }
 }

@@ -7,12 +7,13 @@ use std::path::Path;
 use laneformer::{Context, Graph, Inputs, Norm};
 use serde::Deserialize;
 
+use crate::attend::offsets;
 use crate::checkpoint::Checkpoint;
 use crate::embedding::Embedding;
-use crate::encoder::{self, ENCODER, LayerSpec, Layers, NormPlacement, Part};
+use crate::encoder::{self, Attention, ENCODER, LayerSpec, Layers, NormPlacement, Part};
 use crate::error::check_size;
 use crate::ragged::Scratch;
-use crate::weights::{Weights, normalize_rows};
+use crate::weights::{Weights, normalize};
 use crate::{Error, Result};
 
 /// Which variant, and what its layers are made of.
@@ -22,18 +23,12 @@ pub struct Config {
     pub fusion: String,
     #[serde(flatten)]
     pub layers: encoder::Config,
-    #[serde(default = "one")]
-    pub alpha: f32,
-    #[serde(default = "one")]
-    pub beta: f32,
+    pub alpha: Option<f32>,
+    pub beta: Option<f32>,
     #[serde(default)]
     pub fusion_layer: usize,
     #[serde(default)]
     pub num_bottlenecks: usize,
-}
-
-fn one() -> f32 {
-    1.0
 }
 
 /// Packed tokens, [T, d_model]; sequence `i` is tokens `offsets[i]..offsets[i + 1]`.
@@ -74,22 +69,31 @@ struct Cross {
     norm_kv: Option<Norm>,
 }
 
-const CROSS: &[Part] =
-    &[Part::CrossAttention("cross_attn", "norm1"), Part::Ffn(["linear1", "linear2"], "norm2")];
+const CROSS: &[Part] = &[
+    Part::CrossAttention(Attention::proj("cross_attn", "norm1")),
+    Part::Ffn(["linear1", "linear2"], "norm2"),
+];
 
 impl Fusion {
-    /// Packs the weights; `config_path` is for messages.
-    pub fn load(config_path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<Fusion> {
-        let (spec, n, d) =
-            (config.layers.layers(config_path)?, config.layers.num_layers, config.layers.d_model);
+    /// Packs the weights; `path` is for messages.
+    pub fn load(path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<Fusion> {
+        let (spec, n, d) = (config.layers.layers(path)?, config.layers.num_layers, config.layers.d_model);
         let w = Weights::new(checkpoint, "");
         let is_pre = spec.placement == NormPlacement::Pre;
-        let tf = |name| spec.stack(&w.at(name), ENCODER, n, is_pre);
+        let tf = |name| {
+            let w = w.at(name);
+            let norm = is_pre.then(|| spec.norm(&w.at("norm"))).transpose()?;
+            Ok::<_, Error>(spec.stack(&w.at("layers"), ENCODER, n)?.with_norm(norm))
+        };
         let cross = |name| w.at(name).at("layers").layers(n, |_, w| Cross::load(&w, &spec, is_pre));
         let both = || Ok::<_, Error>(pairs(cross("cross_a")?, cross("cross_b")?));
         let with_bottleneck = |name| w.at(name).at("layers").layers(n, |_, w| spec.single(&w, ENCODER));
         let variant = match config.fusion.as_str() {
-            "early_sum" => Variant::EarlySum { tf: tf("tf")?, alpha: config.alpha, beta: config.beta },
+            "early_sum" => Variant::EarlySum {
+                tf: tf("tf")?,
+                alpha: config.alpha.unwrap_or(1.0),
+                beta: config.beta.unwrap_or(1.0),
+            },
             "early_concat" => {
                 Variant::EarlyConcat { tf: tf("tf")?, modality: w.embedding("modality_embeddings", 2, d)? }
             }
@@ -109,7 +113,7 @@ impl Fusion {
             },
             other => {
                 let known = "early_sum, early_concat, hier_multi_to_one, hier_one_to_multi, cross, cross_concat or mbt";
-                return Err(Error::config(config_path, "fusion", known, other));
+                return Err(Error::config(path, "fusion", known, other));
             }
         };
         Ok(Fusion { variant, d_model: d })
@@ -121,11 +125,8 @@ impl Fusion {
         let d = self.d_model;
         check_size("sequences of b", a.offsets.len(), b.offsets.len())?;
         for (arg, stream) in [("a", &*a), ("b", &*b)] {
-            check_size(
-                arg,
-                stream.offsets.last().map_or(0, |tokens| tokens.saturating_mul(d)),
-                stream.x.len(),
-            )?;
+            let elements = stream.offsets.last().map_or(0, |tokens| tokens.saturating_mul(d));
+            check_size(arg, elements, stream.x.len())?;
             if let Some(i) = stream.offsets.windows(2).position(|ends| ends[0] > ends[1]) {
                 return Err(laneformer::Error::NotAscending { arg: "offsets", at: i + 1 }.into());
             }
@@ -165,8 +166,7 @@ impl Fusion {
             }
             Variant::Bottleneck { layers, first, tokens, norm } => {
                 let (sequences, n) = (a.offsets.len().saturating_sub(1), tokens.len() / d);
-                let offsets = (0..=sequences).map(|sequence| sequence * n).collect();
-                let mut bottleneck = Stream { x: tokens.repeat(sequences), offsets };
+                let mut bottleneck = Stream { x: tokens.repeat(sequences), offsets: offsets(sequences, n) };
                 for (i, [layer_a, layer_b]) in layers.iter().enumerate() {
                     if i < *first {
                         run(ctx, layer_a, a)?;
@@ -178,8 +178,8 @@ impl Fusion {
                     together(ctx, layer_b, b, &mut of_b, d)?;
                     bottleneck.x.iter_mut().zip(&of_b.x).for_each(|(a, b)| *a = 0.5 * (*a + b));
                 }
-                normalize_rows(ctx, norm, &mut a.x)?;
-                normalize_rows(ctx, norm, &mut b.x)?;
+                normalize(ctx, norm, &mut a.x)?;
+                normalize(ctx, norm, &mut b.x)?;
                 return Ok(Some(bottleneck.x));
             }
         }
@@ -201,17 +201,17 @@ impl Cross {
     fn forward(&self, ctx: Context<'_>, queries: &mut Stream, source: &Stream) -> Result<()> {
         let mut x = source.x.clone();
         if let Some(norm) = &self.norm_kv {
-            normalize_rows(ctx, norm, &mut x)?;
+            normalize(ctx, norm, &mut x)?;
         }
         let sources = self.layer.sources(ctx, &x, &source.offsets)?;
         let graph = Graph::full();
         let mut inputs = Inputs { sources: &sources, ..Inputs::new(&queries.offsets, &graph) };
-        self.layer.forward_with(ctx, &mut queries.x, &mut inputs, &mut Scratch::default())
+        self.layer.forward(ctx, &mut queries.x, &mut inputs, &mut Scratch::default())
     }
 }
 
 fn run(ctx: Context<'_>, layers: &Layers, stream: &mut Stream) -> Result<()> {
-    layers.forward(ctx, &mut stream.x, &stream.offsets, &mut Scratch::default())
+    layers.encode(ctx, &mut stream.x, &stream.offsets, &mut Scratch::default())
 }
 
 /// Runs over C(a, b) and cuts it into a and b again.

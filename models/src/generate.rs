@@ -6,17 +6,19 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use laneformer::{Context, KvCache, MatMut, softmax};
+use laneformer::{Context, Epilogue, MatMut, softmax};
 use rand_pcg::Pcg32;
 use rand_pcg::rand_core::{Rng, SeedableRng};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::attend::project;
 use crate::bart::{Bart, Decoding};
-use crate::config::{from_value, model_type, read_json, read_json_if_there};
-use crate::gpt::{Batch, Gpt};
+use crate::config::{check, from_value, model_type, open, read_json, read_json_if_there, with_defaults};
+use crate::gpt::Gpt;
+use crate::head::argmax;
 use crate::ragged::Scratch;
-use crate::tokens::TextTokenizer;
+use crate::tokens::{Batch, TextTokenizer};
 use crate::{Error, Result};
 
 /// A language model with its tokenizer.
@@ -51,40 +53,33 @@ enum OneOrMany {
 }
 
 impl Special {
+    /// With the file that they are from.
     fn open(dir: &Path) -> Result<(PathBuf, Special)> {
         let path = dir.join("generation_config.json");
         if let Some(special) = read_json_if_there(&path)? {
             return Ok((path, special));
         }
         let path = dir.join("config.json");
-        let mut config: Value = read_json(&path)?;
-        // What Hugging Face leaves out is as its classes have it.
-        let defaults: &[_] = match config["model_type"].as_str() {
-            Some("gpt2") => &[("bos_token_id", 50256), ("eos_token_id", 50256)],
-            Some("bart") => &[("bos_token_id", 0), ("eos_token_id", 2), ("decoder_start_token_id", 2)],
-            _ => &[],
+        let config: Value = read_json(&path)?;
+        let defaults = match config["model_type"].as_str() {
+            Some("gpt2") => json!({ "bos_token_id": 50256, "eos_token_id": 50256 }),
+            Some("bart") => json!({ "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2 }),
+            _ => json!({}),
         };
-        if let Some(fields) = config.as_object_mut() {
-            for &(field, id) in defaults {
-                fields.entry(field).or_insert(id.into());
-            }
-        }
-        let special = from_value(&path, config)?;
+        let special = from_value(&path, with_defaults(Some(&config), defaults))?;
         Ok((path, special))
     }
 
     /// What the decoder is given without being asked are tokens.
     fn check(&self, path: &Path, vocab_size: usize) -> Result<()> {
-        let given = [
+        for (field, id) in [
             ("decoder_start_token_id", self.decoder_start_token_id),
             ("forced_bos_token_id", self.forced_bos_token_id),
-        ];
-        match given.into_iter().find(|(_, id)| id.is_some_and(|id| id as usize >= vocab_size)) {
-            Some((field, Some(id))) => {
-                Err(Error::config(path, field, format!("a token below {vocab_size}"), id))
-            }
-            _ => Ok(()),
+        ] {
+            let id = id.unwrap_or(0);
+            check(path, field, id, (id as usize) < vocab_size, format!("a token below {vocab_size}"))?;
         }
+        Ok(())
     }
 
     fn eos(&self) -> &[u32] {
@@ -101,26 +96,28 @@ impl Generator {
     /// `generation_config.json`. The `model_type` of `config.json` says which model it is.
     pub fn open(dir: &Path) -> Result<Generator> {
         let load = match model_type(dir)?.as_deref() {
-            Some("gpt2" | "openai-gpt") => |dir: &Path| Gpt::open(dir).map(Model::Gpt),
-            Some("bart") => |dir: &Path| Bart::open(dir).map(Model::Bart),
+            Some("gpt2" | "openai-gpt") => |dir: &Path| open(dir, Gpt::load).map(Model::Gpt),
+            Some("bart") => |dir: &Path| open(dir, Bart::load).map(Model::Bart),
             other => {
                 let served = "\"gpt2\", \"openai-gpt\" or \"bart\"";
-                let path = dir.join("config.json");
-                return Err(Error::config(&path, "model_type", served, other.unwrap_or("none")));
+                return Err(Error::config(
+                    &dir.join("config.json"),
+                    "model_type",
+                    served,
+                    other.unwrap_or("none"),
+                ));
             }
         };
         let ((path, special), tokenizer) = (Special::open(dir)?, TextTokenizer::open(dir)?);
         let model = load(dir)?;
         if let Model::Bart(bart) = &model {
-            special.check(&path, bart.config().vocab_size)?;
+            special.check(&path, bart.config.vocab_size)?;
         }
         Ok(Generator { model, tokenizer, special })
     }
 
-    /// The tokens of a prompt. An empty one is the token with which texts begin, or else that with which they end.
-    ///
-    /// # Errors
-    /// [`Error::TooLong`] if the model has fewer positions, [`Error::EmptyPrompt`], [`Error::Tokenizer`].
+    /// The tokens of a prompt. An empty one is the token with which texts begin, or else that with which they end, or else
+    /// [`Error::EmptyPrompt`]; one of more tokens than the model has positions is [`Error::TooLong`].
     pub fn prompt(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.tokenizer.encode(text)?.ids;
         if ids.is_empty() {
@@ -137,23 +134,25 @@ impl Generator {
     /// The beginning of a generation of up to `max_tokens` tokens. BART reads the prompt here; GPT does so with the first
     /// token.
     pub fn begin(&self, ctx: Context<'_>, prompt: &[u32], max_tokens: usize) -> Result<Generation<'_>> {
-        let mut scratch = Scratch::default();
         let room = |first: usize| first.saturating_add(max_tokens).min(self.positions());
-        let (state, next, forced) = match &self.model {
-            Model::Gpt(gpt) => (State::Gpt(gpt, gpt.caches(1, room(prompt.len()))?), prompt.to_vec(), None),
+        let (decoding, next, forced) = match &self.model {
+            Model::Gpt(gpt) => {
+                let caches = gpt.caches(1, room(prompt.len()))?;
+                (Decoding { sources: vec![], caches }, prompt.to_vec(), None)
+            }
             Model::Bart(bart) => {
                 let positions: Vec<_> = (0..prompt.len() as u32).collect();
                 let offsets = [0, prompt.len()];
-                let batch = Batch { ids: prompt, positions: &positions, offsets: &offsets };
-                let memory = bart.encode(ctx, batch, &mut scratch)?;
-                let decoding = bart.begin(ctx, &memory, &offsets, room(1))?;
+                let batch = Batch { ids: prompt, positions: &positions, offsets: &offsets, type_ids: &[] };
+                let memory = bart.encode(ctx, batch, &mut Scratch::default())?;
                 let start = self.special.decoder_start_token_id.or(self.special.bos_token_id);
-                let start = start.unwrap_or(bart.config().decoder_start_token_id);
-                scratch = Scratch::default();
-                (State::Bart(bart, decoding), vec![start], self.special.forced_bos_token_id)
+                let start = start.unwrap_or(bart.config.decoder_start_token_id);
+                let decoding = bart.begin(ctx, &memory, &offsets, room(1))?;
+                (decoding, vec![start], self.special.forced_bos_token_id)
             }
         };
-        Ok(Generation { generator: self, state, next, forced, seen: 0, left: max_tokens, scratch })
+        let scratch = Scratch::default();
+        Ok(Generation { generator: self, decoding, next, forced, seen: 0, left: max_tokens, scratch })
     }
 
     /// From tokens to the text that each adds; see [`TextTokenizer::decoder`].
@@ -164,8 +163,8 @@ impl Generator {
     /// The longest prompt, in tokens; GPT's continuation is part of it.
     pub fn positions(&self) -> usize {
         match &self.model {
-            Model::Gpt(gpt) => gpt.config().n_positions,
-            Model::Bart(bart) => bart.config().max_position_embeddings,
+            Model::Gpt(gpt) => gpt.config.n_positions,
+            Model::Bart(bart) => bart.config.max_position_embeddings,
         }
     }
 }
@@ -174,7 +173,7 @@ impl Generator {
 #[derive(Debug)]
 pub struct Generation<'a> {
     generator: &'a Generator,
-    state: State<'a>,
+    decoding: Decoding,
     /// Tokens that the model has not seen yet.
     next: Vec<u32>,
     /// A token that comes first, whatever the model says.
@@ -183,12 +182,6 @@ pub struct Generation<'a> {
     seen: usize,
     left: usize,
     scratch: Scratch,
-}
-
-#[derive(Debug)]
-enum State<'a> {
-    Gpt(&'a Gpt, Vec<KvCache>),
-    Bart(&'a Bart, Decoding),
 }
 
 impl Generation<'_> {
@@ -223,18 +216,18 @@ impl Generation<'_> {
     fn advance(&mut self, ctx: Context<'_>) -> Result<Vec<f32>> {
         let end = self.seen + self.next.len();
         let positions: Vec<_> = (self.seen as u32..end as u32).collect();
-        let batch = Batch { ids: &self.next, positions: &positions, offsets: &[0, positions.len()] };
-        let hidden = match &mut self.state {
-            State::Gpt(gpt, caches) => gpt.forward(ctx, batch, caches, &mut self.scratch)?,
-            State::Bart(bart, decoding) => bart.decode(ctx, decoding, batch, &mut self.scratch)?,
+        let offsets = [0, positions.len()];
+        let batch = Batch { ids: &self.next, positions: &positions, offsets: &offsets, type_ids: &[] };
+        let (decoder, head) = match &self.generator.model {
+            Model::Gpt(gpt) => (&gpt.decoder, &gpt.head),
+            Model::Bart(bart) => (&bart.decoder, &bart.head),
         };
-        let last = &hidden[hidden.len() / positions.len() * (positions.len() - 1)..];
+        let Decoding { sources, caches } = &mut self.decoding;
+        let hidden = decoder.decode(ctx, batch, (sources, caches), &mut self.scratch)?;
+        let last = &hidden[hidden.len() - head.in_features()..];
         self.seen = end;
         self.next.clear();
-        match &self.state {
-            State::Gpt(gpt, _) => gpt.logits(ctx, last),
-            State::Bart(bart, _) => bart.logits(ctx, last),
-        }
+        project(ctx, head, last, &Epilogue::NONE)
     }
 }
 
@@ -273,9 +266,4 @@ impl Sampler {
         });
         Ok(drawn.map_or(best[k - 1], |(&id, _)| id))
     }
-}
-
-/// The place of the largest number, the first of equal ones.
-pub(crate) fn argmax(x: &[f32]) -> usize {
-    (0..x.len()).fold(0, |best, i| if x[i] > x[best] { i } else { best })
 }

@@ -3,27 +3,19 @@
 
 use std::path::Path;
 
-use laneformer::{
-    Activation, Context, Epilogue, Ffn, Graph, Heads, Inputs, KvCache, Layer, Linear, MatMut, Norm,
-    Placement, QkvProjection, SelfAttention, Stack, SubLayer,
-};
+use laneformer::{Activation, Context, Epilogue, KvCache, Linear};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
+use crate::Result;
 use crate::attend::project;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads, from_value, read_json};
-use crate::embedding::{Embedding, sum};
+use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
+use crate::embedding::Embeddings;
+use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::ragged::Scratch;
-use crate::weights::{Weights, normalize};
-use crate::{Error, Result};
-
-/// Which of the two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "their names")]
-pub enum Version {
-    Gpt1,
-    Gpt2,
-}
+pub use crate::tokens::Batch;
+use crate::weights::Weights;
 
 /// `config.json` of a GPT or GPT-2 directory.
 #[derive(Clone, Debug, Deserialize)]
@@ -34,19 +26,14 @@ pub struct Config {
     pub n_embd: usize,
     pub n_layer: usize,
     pub n_head: usize,
-    #[serde(default)]
     pub n_inner: Option<usize>,
+    // By an alias: a default beside it would be the same field twice.
     #[serde(alias = "afn", default = "gelu_new")]
     pub activation_function: String,
-    #[serde(default = "small")]
     pub layer_norm_epsilon: f32,
-    #[serde(default = "yes")]
     pub scale_attn_weights: bool,
-    #[serde(default)]
     pub scale_attn_by_inverse_layer_idx: bool,
-    #[serde(default)]
     pub add_cross_attention: bool,
-    #[serde(default = "yes")]
     pub tie_word_embeddings: bool,
 }
 
@@ -54,93 +41,75 @@ fn gelu_new() -> String {
     "gelu_new".into()
 }
 
-fn small() -> f32 {
-    1e-5
+fn defaults() -> Value {
+    json!({
+        "layer_norm_epsilon": 1e-5, "scale_attn_weights": true, "scale_attn_by_inverse_layer_idx": false,
+        "add_cross_attention": false, "tie_word_embeddings": true,
+    })
 }
 
-fn yes() -> bool {
-    true
-}
+const LAYER: &[Part] = &[
+    Part::SelfAttention(Attention {
+        at: "attn",
+        qkv: Qkv::Joined(["c_attn.weight", "c_attn.bias"]),
+        out: "c_proj",
+        norm: "ln_1",
+    }),
+    Part::Ffn(["mlp.c_fc", "mlp.c_proj"], "ln_2"),
+];
 
-/// Packed tokens of a batch; sequence `i` is tokens `offsets[i]..offsets[i + 1]`.
-#[derive(Clone, Copy, Debug)]
-#[allow(missing_docs, reason = "one entry per token each")]
-pub struct Batch<'a> {
-    pub ids: &'a [u32],
-    pub positions: &'a [u32],
-    pub offsets: &'a [usize],
-}
-
-/// The decoder with its embeddings and its language-model head.
+/// The decoder with its language-model head.
 #[derive(Debug)]
+#[allow(missing_docs, reason = "see above")]
 pub struct Gpt {
-    config: Config,
-    tokens: Embedding,
-    positions: Embedding,
-    decoder: Stack,
-    norm: Option<Norm>,
-    head: Linear,
+    pub config: Config,
+    pub decoder: Transformer,
+    pub head: Linear,
 }
 
 impl Gpt {
-    /// Loads a directory with `config.json` and `model.safetensors`.
-    pub fn open(dir: &Path) -> Result<Gpt> {
-        let path = dir.join("config.json");
-        let json: serde_json::Value = read_json(&path)?;
-        let version = match json.get("model_type").and_then(|model_type| model_type.as_str()) {
-            Some("openai-gpt") => Version::Gpt1,
-            Some("gpt2") => Version::Gpt2,
-            other => {
-                let known = "\"openai-gpt\" or \"gpt2\"";
-                return Err(Error::config(&path, "model_type", known, other.unwrap_or("none")));
-            }
+    /// Packs the weights of a checkpoint, with or without `transformer.` before their names; `path` is for messages. The
+    /// `model_type` tells the versions apart; none is GPT-2.
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Gpt> {
+        let is_first = json.get("model_type").is_some_and(|model_type| model_type == "openai-gpt");
+        let (field, tables, placement) = if is_first {
+            ("afn", ["tokens_embed", "positions_embed"], NormPlacement::Post)
+        } else {
+            check_model_type(path, json, "gpt2")?;
+            ("activation_function", ["wte", "wpe"], NormPlacement::Pre)
         };
-        let config = from_value(&path, json)?;
-        Gpt::load(&path, version, config, &Checkpoint::open(&dir.join("model.safetensors"))?)
-    }
-
-    /// Packs the weights of a checkpoint, with or without `transformer.` before their names; `path` is for messages.
-    pub fn load(path: &Path, version: Version, config: Config, checkpoint: &Checkpoint) -> Result<Gpt> {
+        let config: Config = from_value(path, with_defaults(Some(json), defaults()))?;
         let (d, eps) = (config.n_embd, config.layer_norm_epsilon);
-        check_heads(path, "n_head", d, config.n_head)?;
-        if config.add_cross_attention {
-            return Err(Error::config(path, "add_cross_attention", "false", true));
+        let mut heads = heads(path, "n_head", d, config.n_head)?;
+        check(path, "add_cross_attention", config.add_cross_attention, !config.add_cross_attention, "false")?;
+        let act = match config.activation_function.as_str() {
+            // GPT calls the tanh form so.
+            "gelu" if is_first => Activation::GeluTanh,
+            name => activation(path, field, name)?,
+        };
+        let w = checkpoint.root(&["transformer.", ""], &format!("{}.weight", tables[0]));
+        let words = w.embedding(tables[0], config.vocab_size, d)?;
+        let positions = w.embedding(tables[1], config.n_positions, d)?;
+        if !config.scale_attn_weights {
+            heads = heads.with_scale(1.0);
         }
-        // GPT calls the tanh form `gelu`.
-        let act = match (version, config.activation_function.as_str()) {
-            (Version::Gpt1, "gelu") => Activation::GeluTanh,
-            (Version::Gpt1, name) => activation(path, "afn", name)?,
-            (Version::Gpt2, name) => activation(path, "activation_function", name)?,
-        };
-        let (tokens, positions) = match version {
-            Version::Gpt1 => ("tokens_embed", "positions_embed"),
-            Version::Gpt2 => ("wte", "wpe"),
-        };
-        let w = checkpoint.root(&["transformer.", ""], &format!("{tokens}.weight"));
-        let tokens = w.embedding(tokens, config.vocab_size, d)?;
-        let positions = w.embedding(positions, config.n_positions, d)?;
-        let layers = w.at("h").layers(config.n_layer, |i, w| layer(&w, version, &config, act, i))?;
-        let norm = match version {
-            Version::Gpt1 => None,
-            Version::Gpt2 => Some(w.at("ln_f").layer_norm(d, eps)?),
-        };
+        let spec = LayerSpec::new(heads, config.n_inner.unwrap_or(d.saturating_mul(4)), act, placement, eps);
+        let layers = w.at("h").in_out().layers(config.n_layer, |i, w| {
+            let part = if config.scale_attn_by_inverse_layer_idx { (i + 1) as f32 } else { 1.0 };
+            LayerSpec { heads: heads.with_scale(heads.scale / part), ..spec }.layer(&w, LAYER)
+        })?;
+        let norm = (!is_first).then(|| spec.norm(&w.at("ln_f"))).transpose()?;
         let head = match config.tie_word_embeddings {
-            true => tokens.as_linear(None)?,
+            true => words.as_linear(None)?,
             false => Weights::new(checkpoint, "lm_head").linear_without_bias(d, config.vocab_size)?,
         };
-        Ok(Gpt { config, tokens, positions, decoder: Stack::new(layers)?, norm, head })
-    }
-
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
+        let (embeddings, layers) = (Embeddings::new(words, positions), spec.layers(layers)?.with_norm(norm));
+        Ok(Gpt { config, decoder: Transformer { embeddings, layers }, head })
     }
 
     /// Empty caches for sequences of up to `capacity` tokens.
     pub fn caches(&self, sequences: usize, capacity: usize) -> Result<Vec<KvCache>> {
-        let heads = Heads::new(self.config.n_head, self.config.n_embd / self.config.n_head)?;
-        let cache = |_| KvCache::new(&heads, sequences, capacity).map_err(Error::from);
-        (0..self.config.n_layer).map(cache).collect()
+        self.decoder.layers.caches(sequences, capacity)
     }
 
     /// The last hidden state of every token, [T, n_embd]. With [`caches`](Gpt::caches), which grow by these tokens, they
@@ -152,45 +121,11 @@ impl Gpt {
         caches: &mut [KvCache],
         scratch: &mut Scratch,
     ) -> Result<Vec<f32>> {
-        let mut x = sum([(&self.tokens, batch.ids), (&self.positions, batch.positions)])?;
-        let graph = Graph::causal();
-        let mut inputs = Inputs { caches, ..Inputs::new(batch.offsets, &graph) };
-        scratch.run_with(ctx, &self.decoder, &mut x, &mut inputs)?;
-        if let Some(norm) = &self.norm {
-            normalize(ctx, norm, MatMut::contiguous(&mut x, batch.ids.len(), self.config.n_embd)?)?;
-        }
-        Ok(x)
+        self.decoder.decode(ctx, batch, (&[], caches), scratch)
     }
 
     /// The logits of the next token, [T, vocab_size], for any rows of the last hidden state.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
         project(ctx, &self.head, hidden, &Epilogue::NONE)
     }
-}
-
-fn layer(w: &Weights<'_>, version: Version, config: &Config, act: Activation, index: usize) -> Result<Layer> {
-    let (d, n_heads) = (config.n_embd, config.n_head);
-    let mut heads = Heads::new(n_heads, d / n_heads)?;
-    if !config.scale_attn_weights {
-        heads = heads.with_scale(1.0);
-    }
-    if config.scale_attn_by_inverse_layer_idx {
-        heads = heads.with_scale(heads.scale / (index + 1) as f32);
-    }
-    let placement = match version {
-        Version::Gpt1 => Placement::post,
-        Version::Gpt2 => Placement::pre,
-    };
-    let norm = |name| w.at(name).layer_norm(d, config.layer_norm_epsilon).map(placement);
-
-    let qkv = |i| w.at("attn.c_attn").conv1d(d, 3 * d, i * d..(i + 1) * d);
-    let qkv = QkvProjection::new(qkv(0)?, qkv(1)?, qkv(2)?, heads)?;
-    let attention = SelfAttention::new(qkv, w.at("attn.c_proj").conv1d(d, d, 0..d)?)?;
-    let d_ff = config.n_inner.unwrap_or(4 * d);
-    let w1 = w.at("mlp.c_fc").conv1d(d, d_ff, 0..d_ff)?;
-    let ffn = Ffn::new(w1, act, w.at("mlp.c_proj").conv1d(d_ff, d, 0..d)?)?;
-    Ok(Layer::new(vec![
-        SubLayer::self_attention(attention, norm("ln_1")?)?,
-        SubLayer::ffn(ffn, norm("ln_2")?)?,
-    ])?)
 }

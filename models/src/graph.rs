@@ -5,6 +5,7 @@ use std::path::Path;
 use laneformer::{Bias, Bits, Context, Graph, Inputs, Terms};
 
 use crate::Result;
+use crate::attend::offsets;
 use crate::checkpoint::Checkpoint;
 use crate::encoder::{Config, ENCODER, Layers};
 use crate::error::check_size;
@@ -45,10 +46,6 @@ impl Edges<'_> {
     }
 }
 
-fn offsets(sequences: usize, seq_len: usize) -> Vec<usize> {
-    (0..=sequences).map(|sequence| sequence * seq_len).collect()
-}
-
 /// The layer.
 #[derive(Debug)]
 pub struct GraphLayer {
@@ -57,9 +54,9 @@ pub struct GraphLayer {
 }
 
 impl GraphLayer {
-    /// Packs the weights below `layer`; `config_path` is for messages.
-    pub fn load(config_path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<GraphLayer> {
-        let layer = config.layers(config_path)?.single(&Weights::new(checkpoint, "layer"), ENCODER)?;
+    /// Packs the weights below `layer`; `path` is for messages.
+    pub fn load(path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<GraphLayer> {
+        let layer = config.layers(path)?.single(&Weights::new(checkpoint, "layer"), ENCODER)?;
         Ok(GraphLayer { layer, d_model: config.d_model })
     }
 
@@ -78,6 +75,6 @@ impl GraphLayer {
         let bias = edge_bias.map(|bias| Bias::new(bias, [1, 1, seq_len, seq_len])).transpose()?;
         let terms = Terms { bias, ..Terms::default() };
         let mut inputs = Inputs { terms, ..Inputs::new(&offsets, &graph) };
-        self.layer.forward_with(ctx, x, &mut inputs, &mut Scratch::default())
+        self.layer.forward(ctx, x, &mut inputs, &mut Scratch::default())
     }
 }

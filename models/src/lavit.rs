@@ -4,16 +4,19 @@
 
 use std::path::Path;
 
-use laneformer::{Activation, Context, Epilogue, Graph, Inputs, Layer, Linear, Norm, Stack};
+use laneformer::{Context, Epilogue, Graph, Inputs, Linear, Norm};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::attend::project;
-use crate::bert::{self, Bert};
+use crate::bert::{self, Bert, attention};
 use crate::checkpoint::Checkpoint;
-use crate::config::activation;
-use crate::encoder::sources;
+use crate::config::{from_value, with_defaults};
+use crate::encoder::{Layers, Part};
+use crate::error::check_size;
+use crate::head::{self, Head};
 use crate::ragged::Scratch;
-use crate::weights::{Weights, normalize_rows};
+use crate::weights::{Weights, normalize};
 use crate::{Error, Result};
 
 /// The configuration; BERT's is that of the language stream.
@@ -54,95 +57,101 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// The streams of a layer of the third stage.
+const CROSS: [&[Part]; 3] = [
+    &[
+        Part::CrossAttention(attention("la_attention", "la_attention.output.LayerNorm")),
+        Part::SelfAttention(attention("l_self_att", "l_self_att.output.LayerNorm")),
+        Part::Ffn(["l_inter.dense", "l_output.dense"], "l_output.LayerNorm"),
+    ],
+    &[
+        Part::CrossAttention(attention("av_attention", "av_attention.output.LayerNorm")),
+        Part::SelfAttention(attention("a_self_att", "a_self_att.output.LayerNorm")),
+        Part::Ffn(["a_inter.dense", "a_output.dense"], "a_output.LayerNorm"),
+    ],
+    &[
+        Part::CrossAttention(attention("vl_attention", "vl_attention.output.LayerNorm")),
+        Part::SelfAttention(attention("v_self_att", "v_self_att.output.LayerNorm")),
+        Part::Ffn(["v_inter.dense", "v_output.dense"], "v_output.LayerNorm"),
+    ],
+];
+
 /// The three streams and the head. Where there are three of something, they stand in the order language, audio, video.
 #[derive(Debug)]
 pub struct Lavit {
-    config: Config,
+    /// The configuration.
+    pub config: Config,
     language: Bert,
-    audio: (Features, Option<Stack>),
-    video: (Features, Option<Stack>),
-    cross: Vec<[Stack; 3]>,
+    audio: Stream,
+    video: Stream,
+    cross: Vec<[Layers; 3]>,
     poolers: [Linear; 3],
-    head: (Linear, Norm, Linear),
+    head: Head,
 }
 
 impl Lavit {
     /// Packs the weights of a checkpoint; `path` is for messages.
-    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Lavit> {
-        config.bert.check(path)?;
-        let (d, eps) = (config.bert.hidden_size, config.bert.layer_norm_eps);
-        let act = activation(path, "hidden_act", &config.bert.hidden_act)?;
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Lavit> {
+        let config: Config = from_value(path, with_defaults(Some(json), bert::defaults()))?;
+        let (spec, d) = (config.bert.layers(path)?, config.bert.hidden_size);
         let w = Weights::new(checkpoint, "bert");
         let encoder = w.at("encoder");
-        let features = |name, parts: &[_]| Features::load(&encoder.at(name), parts, d, eps);
-        let stack =
-            |name, n| (n > 0).then(|| bert::stack(&encoder.at(name), n, &config.bert, act)).transpose();
-        let cross = |_, w: Weights<'_>| {
-            let stream = |reads: &str, name: &str| {
-                let at = |part| w.at(format_args!("{name}_{part}"));
-                Ok::<_, Error>(Stack::new(vec![Layer::new(vec![
-                    bert::cross_attention(&w.at(reads), &config.bert)?,
-                    bert::attention(&at("self_att"), &config.bert)?,
-                    bert::ffn(&at("inter"), &at("output"), &config.bert, act)?,
-                ])?])?)
-            };
-            Ok([stream("la_attention", "l")?, stream("av_attention", "a")?, stream("vl_attention", "v")?])
+        let stream = |features, parts: &[_], layers, n: usize| {
+            let w = encoder.at(features);
+            let part = |&(linear, norm, n)| Ok((w.at(linear).linear(n, d)?, spec.norm(&w.at(norm))?));
+            let layers = || spec.stack(&encoder.at(layers), bert::LAYER, n);
+            Ok::<_, Error>(Stream {
+                features: parts.iter().map(part).collect::<Result<_>>()?,
+                layers: (n > 0).then(layers).transpose()?,
+            })
         };
-        let pooler = |name| w.at(name).at("dense").linear(d, d);
         let visual = [
             ("feature_fc", "feature_ln", config.visual_feat_dim),
             ("coord_fc", "coord_in", config.visual_coord_dim),
         ];
+        let cross = |_, w: Weights<'_>| {
+            let [l, a, v] = CROSS.map(|parts| spec.single(&w, parts));
+            Ok([l?, a?, v?])
+        };
+        let [l, a, v] = ["pooler", "a_pooler", "v_pooler"].map(|name| w.at(name).at("dense").linear(d, d));
         let head = Weights::new(checkpoint, "answer_head.logit_fc");
         Ok(Lavit {
-            language: Bert::load(path, config.bert.clone(), checkpoint)?,
-            audio: (features("a_fc", &audio_parts(path, &config)?)?, stack("a_layers", config.a_layers)?),
-            video: (features("v_fc", &visual)?, stack("v_layers", config.v_layers)?),
+            language: Bert::new(path, config.bert.clone(), checkpoint)?,
+            audio: stream("a_fc", &audio_features(path, &config)?, "a_layers", config.a_layers)?,
+            video: stream("v_fc", &visual, "v_layers", config.v_layers)?,
             cross: encoder.at("x_layers").layers(config.x_layers, cross)?,
-            poolers: [pooler("pooler")?, pooler("a_pooler")?, pooler("v_pooler")?],
-            head: (
-                head.at(0).linear(3 * d, 6 * d)?,
-                head.at(2).layer_norm(6 * d, eps)?,
-                head.at(3).linear(6 * d, config.num_answers)?,
-            ),
+            poolers: [l?, a?, v?],
+            head: Head {
+                dense: head.at(0).linear(3 * d, 6 * d)?,
+                norm: head.at(2).layer_norm(6 * d, spec.eps)?,
+                out: head.at(3).linear(6 * d, config.num_answers)?,
+            },
             config,
         })
     }
 
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
     /// The last hidden states of language, audio and video.
     pub fn forward(&self, ctx: Context<'_>, batch: &Batch<'_>) -> Result<[Vec<f32>; 3]> {
-        let (mut scratch, full) = (Scratch::default(), Graph::full());
+        let mut scratch = Scratch::default();
         let l = self.language.forward(ctx, batch.language, &mut scratch)?;
-        let mut stream = |(features, layers): &(Features, Option<Stack>), inputs: &[&[f32]], offsets| {
-            let mut x = features.forward(ctx, inputs)?;
-            layers.as_ref().map_or(Ok(()), |layers| scratch.run(ctx, layers, &mut x, offsets, &full))?;
-            Ok::<_, Error>(x)
-        };
-        let a = stream(&self.audio, batch.audio, batch.audio_offsets)?;
-        let v = stream(&self.video, &batch.video, batch.video_offsets)?;
+        let a = self.audio.forward(ctx, batch.audio, batch.audio_offsets, &mut scratch)?;
+        let v = self.video.forward(ctx, &batch.video, batch.video_offsets, &mut scratch)?;
 
         let (mut states, offsets, mut scratch) = ([l, a, v], batch.offsets(), Scratch::default());
         for layers in &self.cross {
             // Every stream reads the next one as it was before this layer.
-            let keys = |i: usize| sources(ctx, &layers[i], &states[(i + 1) % 3], offsets[(i + 1) % 3]);
+            let keys = |i: usize| layers[i].sources(ctx, &states[(i + 1) % 3], offsets[(i + 1) % 3]);
             let keys = [keys(0)?, keys(1)?, keys(2)?];
             for (i, state) in states.iter_mut().enumerate() {
-                let mut inputs = Inputs { sources: &keys[i], ..Inputs::new(offsets[i], &full) };
-                scratch.run_with(ctx, &layers[i], state, &mut inputs)?;
+                let graph = Graph::full();
+                let mut inputs = Inputs { sources: &keys[i], ..Inputs::new(offsets[i], &graph) };
+                layers[i].forward(ctx, state, &mut inputs, &mut scratch)?;
             }
         }
         Ok(states)
     }
 
-    /// The logits of the answers, [sequences, num_answers].
-    ///
-    /// # Errors
-    /// What the library says of the sizes, and its [`ZeroDim`](laneformer::Error::ZeroDim) for a sequence without tokens.
+    /// The logits of the answers, [sequences, num_answers]; see [`head::pool`] for a sequence without tokens.
     pub fn answer_logits(
         &self,
         ctx: Context<'_>,
@@ -150,61 +159,55 @@ impl Lavit {
         offsets: [&[usize]; 3],
     ) -> Result<Vec<f32>> {
         let d = self.config.bert.hidden_size;
-        let pool = |i: usize| bert::pool(ctx, &self.poolers[i], &states[i], offsets[i]);
+        let pool = |i: usize| head::pool(ctx, &self.poolers[i], &states[i], offsets[i]);
         let (l, a, v) = (pool(0)?, pool(1)?, pool(2)?);
         let rows = l.chunks_exact(d).zip(a.chunks_exact(d)).zip(v.chunks_exact(d));
         let pooled: Vec<_> = rows.flat_map(|((l, a), v)| [l, a, v]).flatten().copied().collect();
-        let (inner, norm, outer) = &self.head;
-        let mut x = project(ctx, inner, &pooled, &Epilogue::activation(Activation::GeluErf))?;
-        normalize_rows(ctx, norm, &mut x)?;
-        project(ctx, outer, &x, &Epilogue::NONE)
+        self.head.forward(ctx, &pooled)
     }
 }
 
 /// The layers, norms and widths of the audio encoder.
-fn audio_parts(path: &Path, config: &Config) -> Result<Vec<(&'static str, &'static str, usize)>> {
+fn audio_features(path: &Path, config: &Config) -> Result<Vec<(&'static str, &'static str, usize)>> {
     let name = config.audio_encoder.as_str();
-    let (channels, coordinates) = match name.strip_suffix("_st") {
-        Some(channels) => (channels, Some(("cord_fc", "cord_ln", 3))),
-        None => (name, None),
-    };
     let n = config.audio_feat_dim;
-    let mut parts = match channels {
+    let mut features = match name.strip_suffix("_st").unwrap_or(name) {
         "mono" => vec![("feat_fc", "feat_ln", n)],
         "stereo" => vec![("left_fc", "left_ln", n), ("righ_fc", "righ_ln", n)],
-        _ => {
-            return Err(Error::config(path, "audio_encoder", "mono, stereo, mono_st or stereo_st", name));
-        }
+        _ => return Err(Error::config(path, "audio_encoder", "mono, stereo, mono_st or stereo_st", name)),
     };
-    parts.extend(coordinates);
-    Ok(parts)
+    if name.ends_with("_st") {
+        features.push(("cord_fc", "cord_ln", 3));
+    }
+    Ok(features)
 }
 
-/// The mean of LN(linear(x)) over several features of the same tokens.
+/// Layers over the mean of LN(linear(x)) of several features of the same tokens.
 #[derive(Debug)]
-struct Features(Vec<(Linear, Norm)>);
+struct Stream {
+    features: Vec<(Linear, Norm)>,
+    layers: Option<Layers>,
+}
 
-impl Features {
-    fn load(w: &Weights<'_>, parts: &[(&str, &str, usize)], d: usize, eps: f32) -> Result<Features> {
-        let part = |&(fc, ln, n)| Ok((w.at(fc).linear(n, d)?, w.at(ln).layer_norm(d, eps)?));
-        parts.iter().map(part).collect::<Result<_>>().map(Features)
-    }
-
-    fn forward(&self, ctx: Context<'_>, features: &[&[f32]]) -> Result<Vec<f32>> {
-        let check = |arg, expected, actual| match actual == expected {
-            true => Ok(()),
-            false => Err(laneformer::Error::Size { arg, expected, actual }),
-        };
-        check("features of a token", self.0.len(), features.len())?;
-        let mut sum: Vec<f32> = vec![];
-        for ((linear, norm), x) in self.0.iter().zip(features) {
+impl Stream {
+    fn forward(
+        &self,
+        ctx: Context<'_>,
+        features: &[&[f32]],
+        offsets: &[usize],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<f32>> {
+        check_size("features of a token", self.features.len(), features.len())?;
+        let mut mean: Vec<f32> = vec![];
+        for ((linear, norm), x) in self.features.iter().zip(features) {
             let mut y = project(ctx, linear, x, &Epilogue::NONE)?;
-            normalize_rows(ctx, norm, &mut y)?;
-            sum.resize(if sum.is_empty() { y.len() } else { sum.len() }, 0.0);
-            check("features of all tokens", sum.len(), y.len())?;
-            sum.iter_mut().zip(y).for_each(|(sum, y)| *sum += y);
+            normalize(ctx, norm, &mut y)?;
+            mean.resize(if mean.is_empty() { y.len() } else { mean.len() }, 0.0);
+            check_size("features of all tokens", mean.len(), y.len())?;
+            mean.iter_mut().zip(y).for_each(|(sum, y)| *sum += y);
         }
-        sum.iter_mut().for_each(|sum| *sum /= self.0.len() as f32);
-        Ok(sum)
+        mean.iter_mut().for_each(|sum| *sum /= self.features.len() as f32);
+        self.layers.as_ref().map_or(Ok(()), |layers| layers.encode(ctx, &mut mean, offsets, scratch))?;
+        Ok(mean)
     }
 }

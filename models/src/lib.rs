@@ -5,8 +5,10 @@
 //! is left out before the first layer ([`ragged`]).
 //!
 //! - [`checkpoint`] and [`weights`]: a memory-mapped safetensors file, and the parts of a layer read from it.
+//! - [`embedding`], [`encoder`], [`attend`], [`head`]: what stands before the layers, stacks by the names of their tensors, layers
+//!   whose attention a model runs itself, and what stands behind them.
 //! - [`vanilla`], [`bert`], [`bart`], [`gpt`], [`longformer`], [`transformer_xl`], [`xlnet`], [`videobert`],
-//!   [`clip`], [`detr`], [`lavit`], [`fusion`], [`graph`], [`norms`]: the models.
+//!   [`clip`], [`detr`], [`lavit`], [`fusion`], [`graph`]: the models.
 //! - [`tokens`], [`sentence`], [`generate`]: text to tokens, to embeddings, and to more text.
 //! - [`verify`]: golden cases, computed by independent implementations, run through the models.
 //!
@@ -32,9 +34,9 @@ pub mod fusion;
 pub mod generate;
 pub mod gpt;
 pub mod graph;
+pub mod head;
 pub mod lavit;
 pub mod longformer;
-pub mod norms;
 pub mod ragged;
 pub mod resnet;
 pub mod sentence;

@@ -3,41 +3,34 @@
 
 use std::path::Path;
 
-use laneformer::{Activation, Bits, Context, Graph, Heads, Linear};
+use laneformer::{Bits, Context, Graph, Linear};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
+use crate::Result;
 use crate::attend::{Block, Projections, Seen};
-use crate::bert::{self, Batch, Embeddings, attention_parts, ffn};
+use crate::bert::{self, ATTENTION, Batch, FFN};
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, from_value, read_json};
+use crate::config::{check, check_model_type, from_value, with_defaults};
+use crate::embedding::Embeddings;
+use crate::encoder::LayerSpec;
 use crate::error::check_size;
+use crate::head;
 use crate::ragged::Scratch;
 use crate::weights::Weights;
-use crate::{Error, Result};
 
 /// `config.json` of a Longformer directory.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize)]
 pub struct Config {
     /// What it has in common with BERT.
+    #[serde(flatten)]
     pub bert: bert::Config,
-    /// Keys that a token sees on each side, by layer.
-    pub reach: Vec<usize>,
+    attention_window: Windows,
     /// The token of padding, which has no position of its own.
     pub pad_token_id: u32,
 }
 
-#[derive(Deserialize)]
-struct Fields {
-    attention_window: Windows,
-    #[serde(default = "one")]
-    pad_token_id: u32,
-}
-
-fn one() -> u32 {
-    1
-}
-
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(untagged, expecting = "expected a number, or one for each layer")]
 enum Windows {
     Same(usize),
@@ -48,39 +41,26 @@ enum Windows {
 const MOST_LAYERS: usize = 1 << 16;
 
 impl Config {
-    /// Reads `path`, which must describe a Longformer.
-    pub fn open(path: &Path) -> Result<Config> {
-        Config::from_json(path, read_json(path)?)
-    }
-
-    /// As [`Config::open`], from parsed JSON; `path` is for messages.
-    pub fn from_json(path: &Path, mut json: serde_json::Value) -> Result<Config> {
-        let model_type = json.as_object_mut().and_then(|fields| fields.remove("model_type"));
-        if let Some(model_type) = model_type.filter(|model_type| model_type != "longformer") {
-            return Err(Error::config(path, "model_type", "\"longformer\"", model_type));
-        }
-        let Fields { attention_window, pad_token_id } = from_value(path, json.clone())?;
-        let bert = bert::Config::from_json(path, json)?;
-        let n = bert.num_hidden_layers;
-        if n > MOST_LAYERS {
-            return Err(Error::config(path, "num_hidden_layers", format!("at most {MOST_LAYERS}"), n));
-        }
-        let windows = match attention_window {
-            Windows::Same(window) => vec![window; n],
-            Windows::Each(windows) => windows,
+    /// Keys that a token sees on each side, by layer.
+    fn reach(&self, path: &Path) -> Result<Vec<usize>> {
+        let n = self.bert.num_hidden_layers;
+        check(path, "num_hidden_layers", n, n <= MOST_LAYERS, format!("at most {MOST_LAYERS}"))?;
+        let windows = match &self.attention_window {
+            Windows::Same(window) => vec![*window; n],
+            Windows::Each(windows) => windows.clone(),
         };
-        if windows.len() != n || windows.iter().any(|&window| window == 0 || !window.is_multiple_of(2)) {
-            let expected = format!("a positive even number for each of {n} layers");
-            return Err(Error::config(path, "attention_window", expected, format!("{windows:?}")));
-        }
-        Ok(Config { bert, reach: windows.iter().map(|window| window / 2).collect(), pad_token_id })
+        let fit = windows.len() == n && windows.iter().all(|&window| window > 0 && window.is_multiple_of(2));
+        let expected = format!("a positive even number for each of {n} layers");
+        check(path, "attention_window", format!("{windows:?}"), fit, expected)?;
+        Ok(windows.iter().map(|window| window / 2).collect())
     }
 }
 
-/// The encoder with its embeddings and, if the checkpoint has one, its pooler.
+/// The encoder and, if the checkpoint has one, its pooler.
 #[derive(Debug)]
 pub struct Longformer {
-    config: Config,
+    /// The configuration.
+    pub config: Config,
     embeddings: Embeddings,
     layers: Vec<Layer>,
     pooler: Option<Linear>,
@@ -94,28 +74,19 @@ struct Layer {
 }
 
 impl Longformer {
-    /// Loads a directory with `config.json` and `model.safetensors`.
-    pub fn open(dir: &Path) -> Result<Longformer> {
-        let path = dir.join("config.json");
-        Longformer::load(&path, Config::open(&path)?, &Checkpoint::open(&dir.join("model.safetensors"))?)
-    }
-
     /// Packs the weights of a checkpoint, with or without `longformer.` before their names; `path` is for messages.
-    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<Longformer> {
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Longformer> {
+        check_model_type(path, json, "longformer")?;
+        let defaults = with_defaults(Some(&json!({ "pad_token_id": 1 })), bert::defaults());
+        let config: Config = from_value(path, with_defaults(Some(json), defaults))?;
+        let (spec, reach) = (config.bert.layers(path)?, config.reach(path)?);
         let w = checkpoint.root(&["", "longformer."], "embeddings.word_embeddings.weight");
-        let (bert, d) = (&config.bert, config.bert.hidden_size);
-        let act = activation(path, "hidden_act", &bert.hidden_act)?;
-        let embeddings = Embeddings::load(&w.at("embeddings"), bert)?;
-        let layer = |i: usize, w| Layer::load(&w, bert, act, config.reach[i]);
-        let layers = w.at("encoder.layer").layers(config.reach.len(), layer)?;
-        let pooler = w.at("pooler.dense");
-        let pooler = if pooler.has("weight") { Some(pooler.linear(d, d)?) } else { None };
-        Ok(Longformer { config, embeddings, layers, pooler })
-    }
-
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
+        Ok(Longformer {
+            embeddings: config.bert.embeddings(&w.at("embeddings"))?,
+            layers: w.at("encoder.layer").layers(reach.len(), |i, w| Layer::load(&w, &spec, reach[i]))?,
+            pooler: bert::pooler(&w, spec.d_model)?,
+            config,
+        })
     }
 
     /// The longest sequence: the first rows of the position table are before that of the first token.
@@ -152,13 +123,11 @@ impl Longformer {
     ) -> Result<Vec<f32>> {
         check_size("is_global", batch.ids.len(), is_global.len())?;
         check_size("is_real", batch.ids.len(), is_real.len())?;
-        let d = self.config.bert.hidden_size;
-        let mut x = self.embeddings.forward(ctx, batch, d)?;
+        let mut x = self.embeddings.forward(ctx, batch)?;
         let globals = Globals::new(batch.offsets, is_global);
-        let real = keys(batch.offsets, is_real)?;
+        let (columns, real) = (keys(batch.offsets, is_global)?, keys(batch.offsets, is_real)?);
         let real =
             |graph: Graph| if is_real.contains(&false) { graph.with_bits(real.clone()) } else { graph };
-        let columns = keys(batch.offsets, is_global)?;
         let everything = real(Graph::full());
         for layer in &self.layers {
             let local = real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()));
@@ -169,25 +138,17 @@ impl Longformer {
     }
 
     /// The pooler over the first token of every sequence, [sequences, hidden_size]; `None` without a pooler.
-    ///
-    /// # Errors
-    /// As [`Bert::pool`](bert::Bert::pool).
     pub fn pool(&self, ctx: Context<'_>, hidden: &[f32], offsets: &[usize]) -> Result<Option<Vec<f32>>> {
-        self.pooler.as_ref().map(|pooler| bert::pool(ctx, pooler, hidden, offsets)).transpose()
+        self.pooler.as_ref().map(|pooler| head::pool(ctx, pooler, hidden, offsets)).transpose()
     }
 }
 
 impl Layer {
-    fn load(w: &Weights<'_>, bert: &bert::Config, act: Activation, reach: usize) -> Result<Layer> {
-        let d = bert.hidden_size;
-        let heads = Heads::new(bert.num_attention_heads, d / bert.num_attention_heads)?;
-        let ([q, k, v], out, placement) = attention_parts(&w.at("attention"), bert)?;
-        let global = |name| w.at("attention.self").at(name).linear(d, d);
-        let (q_global, k_global) = (global("query_global")?, global("key_global")?);
-        let global = Projections { q: q_global, k: k_global, v: global("value_global")?, heads };
-        let ffn = ffn(&w.at("intermediate"), &w.at("output"), bert, act)?;
-        let block = Block::new(Projections { q, k, v, heads }, out, placement, ffn)?;
-        Ok(Layer { block, global, reach })
+    fn load(w: &Weights<'_>, spec: &LayerSpec, reach: usize) -> Result<Layer> {
+        let global = |name| w.at("attention.self").at(name).linear(spec.d_model, spec.d_model);
+        let (q, k, v) = (global("query_global")?, global("key_global")?, global("value_global")?);
+        let block = spec.block(w, &ATTENTION, spec.ffn(w, FFN.0, FFN.1)?)?;
+        Ok(Layer { block, global: Projections { q, k, v, heads: spec.heads }, reach })
     }
 
     /// The window and the global columns for all rows, then everything for the global rows.
@@ -202,13 +163,13 @@ impl Layer {
         scratch: &mut Scratch,
     ) -> Result<Vec<f32>> {
         let projections = &self.block.projections;
-        let keys = projections.keys(ctx, x, x, offsets, scratch)?;
+        let keys = projections.keys(ctx, x, offsets, scratch)?;
         let mut attended = projections.attend(ctx, x, &Seen::new(&keys, offsets, local), scratch)?;
         scratch.give_store(keys);
         if globals.rows.is_empty() {
             return Ok(attended);
         }
-        let keys = self.global.keys(ctx, x, x, offsets, scratch)?;
+        let keys = self.global.keys(ctx, x, offsets, scratch)?;
         let seen = Seen::new(&keys, &globals.offsets, everything);
         let d = self.global.q.in_features();
         let queries: Vec<f32> = globals.rows.iter().flat_map(|&row| &x[row * d..][..d]).copied().collect();

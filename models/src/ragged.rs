@@ -1,8 +1,9 @@
 //! Padded batches as packed ones: the tokens that are real, one sequence behind the other.
 
-use laneformer::{Context, Graph, Heads, Inputs, KeyStore, MatMut, Stack, Workspace};
+use laneformer::{Context, Heads, Inputs, KeyStore, MatMut, Stack, Workspace};
 
-use crate::{Error, Result};
+use crate::Result;
+use crate::error::check_size;
 
 /// Which entries of a padded batch [B, T] are real. Padding may be left, right or in the middle.
 #[derive(Clone, Debug)]
@@ -55,10 +56,7 @@ impl Ragged {
 
     /// The rows of `padded` [B * T, d] that are real.
     pub fn gather<T: Copy>(&self, padded: &[T], d: usize) -> Result<Vec<T>> {
-        let expected = self.padded_tokens * d;
-        if padded.len() != expected {
-            return Err(laneformer::Error::Size { arg: "padded", expected, actual: padded.len() }.into());
-        }
+        check_size("padded", self.padded_tokens * d, padded.len())?;
         Ok(self.places.iter().flat_map(|&place| &padded[place * d..][..d]).copied().collect())
     }
 
@@ -131,43 +129,21 @@ impl Scratch {
         ctx: Context<'_>,
         stack: &Stack,
         x: &mut [f32],
-        offsets: &[usize],
-        graph: &Graph,
-    ) -> Result<()> {
-        self.run_with(ctx, stack, x, &mut Inputs::new(offsets, graph))
-    }
-
-    /// The same with caches, sources and terms.
-    pub fn run_with(
-        &mut self,
-        ctx: Context<'_>,
-        stack: &Stack,
-        x: &mut [f32],
         inputs: &mut Inputs<'_>,
     ) -> Result<()> {
-        let d = stack.d_model();
-        let tokens = x.len() / d;
-        let workspace = self.fit(stack, tokens, inputs.offsets.len().saturating_sub(1), ctx.members())?;
-        stack.forward_with(ctx, MatMut::contiguous(x, tokens, d)?, inputs, workspace).map_err(Error::from)
-    }
-
-    fn fit(
-        &mut self,
-        stack: &Stack,
-        tokens: usize,
-        segments: usize,
-        members: usize,
-    ) -> Result<&mut Workspace> {
+        let (d, segments) = (stack.d_model(), inputs.offsets.len().saturating_sub(1));
+        let (tokens, members) = (x.len() / d, ctx.members());
         if tokens > self.tokens || segments > self.segments || members > self.members {
             self.workspace = None;
         }
         self.tokens = self.tokens.max(tokens);
         self.segments = self.segments.max(segments);
         self.members = self.members.max(members);
-        match &mut self.workspace {
-            Some(workspace) => Ok(workspace),
-            empty => Ok(empty.insert(stack.workspace(self.tokens, self.segments, self.members)?)),
-        }
+        let workspace = match &mut self.workspace {
+            Some(workspace) => workspace,
+            empty => empty.insert(stack.workspace(self.tokens, self.segments, self.members)?),
+        };
+        Ok(stack.forward_with(ctx, MatMut::contiguous(x, tokens, d)?, inputs, workspace)?)
     }
 }
 

@@ -6,12 +6,13 @@ use std::path::Path;
 
 use laneformer::{Activation, Context, Function, MatMut, elementwise};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
-use crate::config::activation;
+use crate::Result;
+use crate::config::{activation, check};
 use crate::conv::{Conv, Images, Window};
 use crate::ragged::Scratch;
 use crate::weights::Weights;
-use crate::{Error, Result};
 
 /// The epsilon of all batch norms.
 const EPS: f64 = 1e-5;
@@ -23,37 +24,30 @@ const POOL: Window = Window { kernel: 3, stride: 2, padding: 1 };
 #[derive(Clone, Debug, Deserialize)]
 #[allow(missing_docs, reason = "the fields are those of Hugging Face")]
 pub struct Config {
-    #[serde(default = "rgb")]
     pub num_channels: usize,
     pub embedding_size: usize,
     pub hidden_sizes: Vec<usize>,
     pub depths: Vec<usize>,
-    #[serde(default)]
     pub layer_type: LayerType,
-    #[serde(default = "relu")]
     pub hidden_act: String,
-    #[serde(default)]
     pub downsample_in_first_stage: bool,
-    #[serde(default)]
     pub downsample_in_bottleneck: bool,
 }
 
-fn rgb() -> usize {
-    3
-}
-
-fn relu() -> String {
-    "relu".into()
+pub(crate) fn defaults() -> Value {
+    json!({
+        "num_channels": 3, "layer_type": "bottleneck", "hidden_act": "relu", "downsample_in_first_stage": false,
+        "downsample_in_bottleneck": false,
+    })
 }
 
 /// The convolutions of a block.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LayerType {
     /// Two of 3x3.
     Basic,
     /// 1x1 to a quarter of the channels, 3x3, and 1x1 back.
-    #[default]
     Bottleneck,
 }
 
@@ -76,10 +70,8 @@ struct Block {
 impl ResNet {
     /// The network here; `path` is for messages.
     pub fn load(path: &Path, w: &Weights<'_>, config: &Config) -> Result<ResNet> {
-        if config.depths.len() != config.hidden_sizes.len() {
-            let expected = format!("{} numbers, as hidden_sizes has", config.hidden_sizes.len());
-            return Err(Error::config(path, "depths", expected, config.depths.len()));
-        }
+        let (n, sizes) = (config.depths.len(), config.hidden_sizes.len());
+        check(path, "depths", n, n == sizes, format!("{sizes} numbers, as hidden_sizes has"))?;
         let act = activation(path, "hidden_act", &config.hidden_act)?;
         let function = match act {
             Activation::GeluErf => Function::GeluErf,
@@ -130,11 +122,8 @@ impl Block {
                 (vec![first, layer(1, [inner, inner], 3, strides[1])?], layer(2, [inner, to], 1, 1)?)
             }
         };
-        let shortcut = if from != to || stride != 1 {
-            Some(conv(&w.at("shortcut"), [from, to], 1, stride)?)
-        } else {
-            None
-        };
+        let shortcut = || conv(&w.at("shortcut"), [from, to], 1, stride);
+        let shortcut = (from != to || stride != 1).then(shortcut).transpose()?;
         Ok(Block { convs, last, shortcut })
     }
 

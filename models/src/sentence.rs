@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use laneformer::Context;
 use serde::Deserialize;
 
-use crate::bert::{Batch, Bert};
-use crate::clip::{TextEncoder, Texts};
-use crate::config::{model_type, read_json_if_there};
+use crate::bert::Bert;
+use crate::clip::TextEncoder;
+use crate::config::{model_type, open, read_json_if_there};
 use crate::longformer::Longformer;
 use crate::ragged::Scratch;
 pub use crate::tokens::Tokens;
-use crate::tokens::{Packed, TextTokenizer};
+use crate::tokens::{Batch, Packed, TextTokenizer};
 use crate::{Error, Result};
 
 /// `sentence_bert_config.json`.
@@ -54,9 +54,9 @@ impl SentenceEncoder {
     /// Sentences are cut off at `max_seq_length`; CLIP's at its positions, as its tokenizer does.
     pub fn open(dir: &Path) -> Result<SentenceEncoder> {
         let load = match model_type(dir)?.as_deref() {
-            None | Some("bert") => |dir: &Path| Bert::open(dir).map(Model::Bert),
-            Some("longformer") => |dir: &Path| Longformer::open(dir).map(Model::Longformer),
-            Some("clip" | "clip_text_model") => |dir: &Path| TextEncoder::open(dir).map(Model::Clip),
+            None | Some("bert") => |dir: &Path| open(dir, Bert::load).map(Model::Bert),
+            Some("longformer") => |dir: &Path| open(dir, Longformer::load).map(Model::Longformer),
+            Some("clip" | "clip_text_model") => |dir: &Path| open(dir, TextEncoder::load).map(Model::Clip),
             Some(other) => {
                 let served = "\"bert\", \"longformer\" or \"clip\"";
                 return Err(Error::config(&dir.join("config.json"), "model_type", served, other));
@@ -79,9 +79,9 @@ impl SentenceEncoder {
     /// Elements of an embedding.
     pub fn dim(&self) -> usize {
         match &self.model {
-            Model::Bert(bert) => bert.config().hidden_size,
-            Model::Longformer(longformer) => longformer.config().bert.hidden_size,
-            Model::Clip(clip) => clip.dim(),
+            Model::Bert(bert) => bert.config.hidden_size,
+            Model::Longformer(longformer) => longformer.config.bert.hidden_size,
+            Model::Clip(clip) => clip.config.projection_dim,
         }
     }
 
@@ -90,11 +90,7 @@ impl SentenceEncoder {
         self.config.max_seq_length
     }
 
-    /// The tokens of a sentence, which may be empty.
-    ///
-    /// # Errors
-    /// [`Error::TooLong`] if the model has fewer positions, [`Error::Index`] if the tokenizer is not the model's,
-    /// [`Error::Tokenizer`].
+    /// The tokens of a sentence, which may be empty, if the model has as many positions ([`Error::TooLong`]) and these tokens.
     pub fn tokenize(&self, sentence: &str) -> Result<Tokens> {
         let tokens = if self.config.do_lower_case {
             self.tokenizer.encode(&sentence.to_lowercase())?
@@ -106,7 +102,7 @@ impl SentenceEncoder {
             return Err(Error::TooLong { tokens: tokens.len(), positions });
         }
         match &self.model {
-            Model::Bert(bert) => bert.check(&tokens.ids, &tokens.type_ids)?,
+            Model::Bert(bert) => bert.encoder.embeddings.check(&tokens.ids, &tokens.type_ids)?,
             Model::Longformer(longformer) => longformer.check(&tokens.ids, &tokens.type_ids)?,
             Model::Clip(clip) => clip.check(&tokens.ids)?,
         }
@@ -118,24 +114,24 @@ impl SentenceEncoder {
     pub fn embed(&self, ctx: Context<'_>, sentences: &[Tokens], buffers: &mut Buffers) -> Result<Vec<f32>> {
         let Buffers { packed, scratch } = buffers;
         packed.set(sentences);
-        let Packed { ids, type_ids, positions, offsets } = packed;
+        let batch = packed.batch();
         let hidden = match &self.model {
-            Model::Bert(bert) => bert.forward(ctx, Batch { ids, type_ids, positions, offsets }, scratch)?,
+            Model::Bert(bert) => bert.forward(ctx, batch, scratch)?,
             Model::Longformer(longformer) => {
                 let positions = sentences.iter().flat_map(|sentence| longformer.positions(&sentence.ids));
-                let batch = Batch { ids, type_ids, positions: &positions.collect::<Vec<_>>(), offsets };
+                let batch = Batch { positions: &positions.collect::<Vec<_>>(), ..batch };
                 // Only windows: sentence-transformers makes no token global.
-                longformer.forward(ctx, batch, &vec![false; ids.len()], &vec![true; ids.len()], scratch)?
+                let (is_global, is_real) = (vec![false; batch.ids.len()], vec![true; batch.ids.len()]);
+                longformer.forward(ctx, batch, &is_global, &is_real, scratch)?
             }
             Model::Clip(clip) => {
-                let texts = Texts { ids, positions, offsets };
-                let states = clip.states(ctx, texts, scratch)?;
-                return clip.embed(ctx, texts, &states);
+                let states = clip.states(ctx, batch, scratch)?;
+                return clip.embed(ctx, batch, &states);
             }
         };
         let d = self.dim();
         let mut embeddings = Vec::with_capacity(sentences.len() * d);
-        for ends in offsets.windows(2) {
+        for ends in batch.offsets.windows(2) {
             embeddings.extend(unit_mean(&hidden[ends[0] * d..ends[1] * d], d));
         }
         Ok(embeddings)
@@ -146,9 +142,9 @@ impl Model {
     /// The longest sentence, in tokens.
     fn positions(&self) -> usize {
         match self {
-            Model::Bert(bert) => bert.config().max_position_embeddings,
+            Model::Bert(bert) => bert.config.max_position_embeddings,
             Model::Longformer(longformer) => longformer.max_tokens(),
-            Model::Clip(clip) => clip.config().max_position_embeddings,
+            Model::Clip(clip) => clip.config.max_position_embeddings,
         }
     }
 }

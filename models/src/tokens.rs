@@ -86,18 +86,27 @@ fn error(path: &Path) -> impl FnOnce(tokenizers::Error) -> Error + '_ {
     move |error| Error::Tokenizer { path: path.into(), message: error.to_string() }
 }
 
-/// Texts one behind the other; text `i` is tokens `offsets[i]..offsets[i + 1]`.
-#[derive(Debug, Default)]
+/// Packed tokens of a batch; sequence `i` is tokens `offsets[i]..offsets[i + 1]`. Models without types do not look at them.
+#[derive(Clone, Copy, Debug, Default)]
 #[allow(missing_docs, reason = "one entry per token each")]
+pub struct Batch<'a> {
+    pub ids: &'a [u32],
+    pub type_ids: &'a [u32],
+    pub positions: &'a [u32],
+    pub offsets: &'a [usize],
+}
+
+/// A [`Batch`] of texts, with memory that is used again.
+#[derive(Debug, Default)]
 pub struct Packed {
-    pub ids: Vec<u32>,
-    pub type_ids: Vec<u32>,
-    pub positions: Vec<u32>,
-    pub offsets: Vec<usize>,
+    ids: Vec<u32>,
+    type_ids: Vec<u32>,
+    positions: Vec<u32>,
+    offsets: Vec<usize>,
 }
 
 impl Packed {
-    /// Replaces what is there, and keeps the memory.
+    /// Replaces what is there.
     pub fn set(&mut self, texts: &[Tokens]) {
         for buffer in [&mut self.ids, &mut self.type_ids, &mut self.positions] {
             buffer.clear();
@@ -110,5 +119,11 @@ impl Packed {
             self.positions.extend(0..text.len() as u32);
             self.offsets.push(self.ids.len());
         }
+    }
+
+    /// What is there.
+    pub fn batch(&self) -> Batch<'_> {
+        let Packed { ids, type_ids, positions, offsets } = self;
+        Batch { ids, type_ids, positions, offsets }
     }
 }

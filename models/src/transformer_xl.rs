@@ -1,21 +1,22 @@
 //! Transformer-XL (Dai et al. 2019, <https://arxiv.org/abs/1901.02860>): a decoder over consecutive segments, whose tokens
 //! also see the inputs that each layer had in the segments before, by relative positions.
 
+use std::borrow::Cow;
 use std::path::Path;
 
-use laneformer::{
-    Activation, Context, Epilogue, Ffn, Graph, Heads, Linear, Placement, Relative, RelativeTable, SubLayer,
-    Terms,
-};
+use laneformer::{Activation, Context, Epilogue, Graph, Heads, Linear, Relative, RelativeTable, Terms};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
-use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, project, store};
+use crate::Result;
+use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets, project};
 use crate::checkpoint::Checkpoint;
+use crate::config::{check, from_value, with_defaults};
 use crate::embedding::Embedding;
+use crate::encoder::{LayerSpec, NormPlacement};
 use crate::error::check_size;
 use crate::ragged::Scratch;
-use crate::weights::{Weights, linear};
-use crate::{Error, Result};
+use crate::weights::Weights;
 
 /// The epsilon of PyTorch's LayerNorm.
 const EPS: f32 = 1e-5;
@@ -31,51 +32,38 @@ pub struct Config {
     pub d_inner: usize,
     pub n_layer: usize,
     pub mem_len: usize,
-    #[serde(default)]
     pub clamp_len: i64,
-    #[serde(default)]
     pub same_length: bool,
-    #[serde(default)]
     pub pre_lnorm: bool,
-    #[serde(default)]
     pub untie_r: bool,
-    #[serde(default)]
     pub attn_type: usize,
-    #[serde(default = "one")]
     pub div_val: usize,
 }
 
-fn one() -> usize {
-    1
+fn defaults() -> Value {
+    json!({
+        "clamp_len": 0, "same_length": false, "pre_lnorm": false, "untie_r": false, "attn_type": 0, "div_val": 1,
+    })
 }
 
 impl Config {
     fn check(&self, path: &Path) -> Result<()> {
-        if self.attn_type != 0 {
-            return Err(Error::config(path, "attn_type", "0, relative positions", self.attn_type));
-        }
-        if self.div_val != 1 {
-            let one_table = "1, one embedding table";
-            return Err(Error::config(path, "div_val", one_table, self.div_val));
-        }
-        if self.same_length && self.mem_len == 0 {
-            // Every token would see the last 0 tokens.
-            return Err(Error::config(path, "mem_len", "a memory, with same_length", 0));
-        }
-        if self.d_model == 0 || !self.d_model.is_multiple_of(2) {
-            return Err(Error::config(path, "d_model", "an even number", self.d_model));
-        }
-        if self.n_head.checked_mul(self.d_head).is_none() {
-            return Err(Error::config(path, "d_head", "a width that fits n_head heads", self.d_head));
-        }
-        Ok(())
+        let Config { d_model, n_head, d_head, mem_len, attn_type, div_val, .. } = *self;
+        check(path, "attn_type", attn_type, attn_type == 0, "0, relative positions")?;
+        check(path, "div_val", div_val, div_val == 1, "1, one embedding table")?;
+        // Every token would see the last 0 tokens.
+        check(path, "mem_len", mem_len, mem_len > 0 || !self.same_length, "a memory, with same_length")?;
+        check(path, "d_model", d_model, d_model > 0 && d_model.is_multiple_of(2), "an even number")?;
+        let fits = n_head.checked_mul(d_head).is_some();
+        check(path, "d_head", d_head, fits, "a width that fits n_head heads")
     }
 }
 
 /// The decoder with its embeddings and its language-model head.
 #[derive(Debug)]
 pub struct TransformerXl {
-    config: Config,
+    /// The configuration.
+    pub config: Config,
     tokens: Embedding,
     layers: Vec<Layer>,
     head: Linear,
@@ -118,18 +106,14 @@ impl Memory {
 
 impl TransformerXl {
     /// Packs the weights; `path` is for messages.
-    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<TransformerXl> {
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<TransformerXl> {
+        let config: Config = from_value(path, with_defaults(Some(json), defaults()))?;
         config.check(path)?;
         let w = Weights::new(checkpoint, "");
         let tokens = w.embedding("word_emb.emb_layers.0", config.vocab_size, config.d_model)?;
         let head = tokens.as_linear(Some(&w.tensor("crit.out_layers.0.bias", &[config.vocab_size])?))?;
         let layers = w.at("layers").layers(config.n_layer, |_, layer| Layer::load(&w, &layer, &config))?;
         Ok(TransformerXl { config, tokens, layers, head })
-    }
-
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
     }
 
     /// The memory before the first segment of `sequences` sequences.
@@ -164,28 +148,26 @@ impl TransformerXl {
         memory: &mut Memory,
         scratch: &mut Scratch,
     ) -> Result<Vec<f32>> {
-        self.tokens.check(ids)?;
         check_size("memory layers", self.layers.len(), memory.layers.len())?;
         let n = memory.sequences;
         let queries = len_of_each("tokens", ids.len(), n)?;
         let keys = memory.len + queries;
         self.reach(ctx, keys, queries, memory)?;
         let graph = self.graph(memory.len, queries);
-        let offsets = |len: usize| (0..=n).map(|b| b * len).collect::<Vec<_>>();
-        let (offsets, key_offsets) = (offsets(queries), offsets(keys));
+        let (offsets, key_offsets) = (offsets(n, queries), offsets(n, keys));
 
-        let scale = (self.config.d_model as f32).sqrt();
-        let mut x: Vec<f32> = ids.iter().flat_map(|&id| self.tokens.row(id)).map(|e| e * scale).collect();
+        let mut x = self.tokens.gather(ids, (self.config.d_model as f32).sqrt())?;
         for ((layer, memory), table) in self.layers.iter().zip(&mut memory.layers).zip(&memory.positions) {
-            let Projections { k, v, heads, .. } = &layer.block.projections;
+            let projections = &layer.block.projections;
+            let Projections { k, v, heads, .. } = projections;
             let input = layer.block.input(ctx, &x)?;
             let keys = behind(&memory.keys, &project(ctx, k, &input, &Epilogue::NONE)?, n);
             let values = behind(&memory.values, &project(ctx, v, &input, &Epilogue::NONE)?, n);
-            let stored = store(ctx, heads, &keys, &values, &key_offsets, scratch)?;
+            let stored = projections.store(ctx, &keys, &values, &key_offsets, scratch)?;
             let terms =
                 Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
             let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };
-            let attended = layer.block.projections.attend(ctx, &input, &seen, scratch)?;
+            let attended = projections.attend(ctx, &input, &seen, scratch)?;
             scratch.give_store(stored);
             let last = |x: &[f32], cols| last_rows(x, n, cols, self.config.mem_len);
             *memory = LayerMemory {
@@ -229,22 +211,19 @@ impl TransformerXl {
 impl Layer {
     fn load(root: &Weights<'_>, w: &Weights<'_>, config: &Config) -> Result<Layer> {
         let Config { d_model: d, n_head, d_head, d_inner, .. } = *config;
-        let (attention, net) = (w.at("dec_attn"), w.at("pos_ff.CoreNet"));
-        let heads = Heads::new(n_head, d_head)?;
+        let (heads, attention) = (Heads::new(n_head, d_head)?, w.at("dec_attn"));
+        let placement = if config.pre_lnorm { NormPlacement::Pre } else { NormPlacement::Post };
+        let spec =
+            LayerSpec { d_model: d, ..LayerSpec::new(heads, d_inner, Activation::Relu, placement, EPS) };
         let cols = heads.query_cols();
-        let weight = attention.tensor("qkv_net.weight", &[cols.saturating_mul(3), d])?;
-        let part = |i: usize| linear(&weight[i * cols * d..][..cols * d], d, cols, None);
-        let projections = Projections { q: part(0)?, k: part(1)?, v: part(2)?, heads };
-        let w1 = net.at(0).linear(d, d_inner)?;
-        let ffn = Ffn::new(w1, Activation::Relu, net.at(3).linear(d_inner, d)?)?;
-        let placement = if config.pre_lnorm { Placement::pre } else { Placement::post };
-        let norm = |w: &Weights<'_>| w.at("layer_norm").layer_norm(d, EPS).map(placement);
-        let ffn = SubLayer::ffn(ffn, norm(&w.at("pos_ff"))?)?;
+        let [q, k, v] = attention.qkv("qkv_net.weight", None, d, cols)?;
         let out = attention.at("o_net").linear_without_bias(cols, d)?;
+        let ffn = spec.ffn(w, ["pos_ff.CoreNet.0", "pos_ff.CoreNet.3"], "pos_ff.layer_norm")?;
+        let placement = spec.placement(&attention, "layer_norm")?;
         let biases = if config.untie_r { &attention } else { root };
-        let bias = |name| biases.tensor(name, &[n_head, d_head]).map(|bias| bias.into_owned());
+        let bias = |name| biases.tensor(name, &[n_head, d_head]).map(Cow::into_owned);
         Ok(Layer {
-            block: Block::new(projections, out, norm(&attention)?, ffn)?,
+            block: Block::new(Projections { q, k, v, heads }, out, placement, ffn)?,
             r: attention.at("r_net").linear_without_bias(d, cols)?,
             u: bias("r_w_bias")?,
             w: bias("r_r_bias")?,

@@ -8,9 +8,9 @@ use serde::Deserialize;
 
 use crate::attend::project;
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads};
+use crate::config::{activation, heads};
 use crate::embedding::{Embedding, Sinusoid};
-use crate::encoder::{DECODER, ENCODER, LayerSpec, Layers, NormKind, NormPlacement};
+use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part, Qkv};
 use crate::error::check_size;
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -31,9 +31,21 @@ pub struct Config {
     pub layer_norm_eps: f32,
     #[serde(default)]
     pub vocab_size: usize,
-    #[serde(default)]
     pub sinusoid: Option<Sinusoid>,
 }
+
+const fn attention(at: &'static str, norm: &'static str) -> Attention {
+    Attention { at, qkv: Qkv::Joined(["in_proj_weight", "in_proj_bias"]), out: "out_proj", norm }
+}
+
+const ENCODER: &[Part] =
+    &[Part::SelfAttention(attention("self_attn", "norm1")), Part::Ffn(["linear1", "linear2"], "norm2")];
+
+const DECODER: &[Part] = &[
+    Part::SelfAttention(attention("self_attn", "norm1")),
+    Part::CrossAttention(attention("multihead_attn", "norm2")),
+    Part::Ffn(["linear1", "linear2"], "norm3"),
+];
 
 /// The two stacks and, if the model has a vocabulary, what stands before and behind them.
 #[derive(Debug)]
@@ -47,24 +59,23 @@ pub struct Vanilla {
 }
 
 impl Vanilla {
-    /// Packs the weights; `config_path` is for messages.
-    pub fn load(config_path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<Vanilla> {
-        check_heads(config_path, "nhead", config.d_model, config.nhead)?;
-        let spec = LayerSpec {
-            d_model: config.d_model,
-            n_heads: config.nhead,
-            d_ff: config.dim_feedforward,
-            activation: activation(config_path, "activation", &config.activation)?,
-            norm: NormKind::LayerNorm,
-            placement: if config.norm_first { NormPlacement::Pre } else { NormPlacement::Post },
-            eps: config.layer_norm_eps,
-        };
+    /// Packs the weights; `path` is for messages.
+    pub fn load(path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<Vanilla> {
+        let heads = heads(path, "nhead", config.d_model, config.nhead)?;
+        let activation = activation(path, "activation", &config.activation)?;
+        let placement = if config.norm_first { NormPlacement::Pre } else { NormPlacement::Post };
+        let spec =
+            LayerSpec::new(heads, config.dim_feedforward, activation, placement, config.layer_norm_eps);
         let w = Weights::new(checkpoint, "");
-        let decoder = |n| spec.stack(&w.at("decoder"), DECODER, n, config.final_norm);
+        let stack = |name, parts, n| {
+            let w = w.at(name);
+            let norm = config.final_norm.then(|| spec.norm(&w.at("norm"))).transpose()?;
+            Ok::<_, Error>(spec.stack(&w.at("layers"), parts, n)?.with_norm(norm))
+        };
         let n_decoder = Some(config.num_decoder_layers).filter(|&n| n > 0);
         Ok(Vanilla {
-            encoder: spec.stack(&w.at("encoder"), ENCODER, config.num_encoder_layers, config.final_norm)?,
-            decoder: n_decoder.map(decoder).transpose()?,
+            encoder: stack("encoder", ENCODER, config.num_encoder_layers)?,
+            decoder: n_decoder.map(|n| stack("decoder", DECODER, n)).transpose()?,
             vocabulary: config.sinusoid.map(|sinusoid| Vocabulary::load(&w, config, sinusoid)).transpose()?,
         })
     }
@@ -74,18 +85,17 @@ impl Vanilla {
 #[derive(Debug)]
 pub struct Vocabulary {
     src: Embedding,
-    tgt: Option<Embedding>,
     sinusoid: Sinusoid,
-    generator: Option<Linear>,
+    /// The decoder's embeddings and logits.
+    tgt: Option<(Embedding, Linear)>,
 }
 
 impl Vocabulary {
     fn load(w: &Weights<'_>, config: &Config, sinusoid: Sinusoid) -> Result<Vocabulary> {
         let (d, n) = (config.d_model, config.vocab_size);
-        let has_decoder = config.num_decoder_layers > 0;
-        let tgt = has_decoder.then(|| w.embedding("tgt_embed", n, d)).transpose()?;
-        let generator = has_decoder.then(|| w.at("generator").linear(d, n)).transpose()?;
-        Ok(Vocabulary { src: w.embedding("src_embed", n, d)?, tgt, sinusoid, generator })
+        let tgt = || Ok::<_, Error>((w.embedding("tgt_embed", n, d)?, w.at("generator").linear(d, n)?));
+        let tgt = (config.num_decoder_layers > 0).then(tgt).transpose()?;
+        Ok(Vocabulary { src: w.embedding("src_embed", n, d)?, sinusoid, tgt })
     }
 
     /// The input of the encoder: `E[id] sqrt(d) + sinusoid(position)`, `[T, d_model]`.
@@ -93,29 +103,24 @@ impl Vocabulary {
         self.embed(&self.src, ids, positions)
     }
 
-    /// The input of the decoder, likewise.
-    ///
-    /// # Errors
-    /// [`Error::Index`]; [`Error::NotBuilt`] for a model without a decoder.
+    /// The input of the decoder, likewise; [`Error::NotBuilt`] for a model without a decoder.
     pub fn target(&self, ids: &[u32], positions: &[u32]) -> Result<Vec<f32>> {
-        let table = self.tgt.as_ref().ok_or_else(|| Error::NotBuilt("a target without a decoder".into()))?;
-        self.embed(table, ids, positions)
+        self.embed(&self.decoder("a target")?.0, ids, positions)
     }
 
-    /// The logits of the next token, [T, vocab_size], for any rows of the decoder's output.
-    ///
-    /// # Errors
-    /// [`Error::NotBuilt`] for a model without a decoder.
+    /// The logits of the next token, [T, vocab_size], for any rows of the decoder's output; [`Error::NotBuilt`] for a model
+    /// without a decoder.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        let generator = self.generator.as_ref();
-        let generator = generator.ok_or_else(|| Error::NotBuilt("logits without a decoder".into()))?;
-        project(ctx, generator, hidden, &Epilogue::NONE)
+        project(ctx, &self.decoder("logits")?.1, hidden, &Epilogue::NONE)
+    }
+
+    fn decoder(&self, what: &str) -> Result<&(Embedding, Linear)> {
+        self.tgt.as_ref().ok_or_else(|| Error::NotBuilt(format!("{what} without a decoder")))
     }
 
     fn embed(&self, table: &Embedding, ids: &[u32], positions: &[u32]) -> Result<Vec<f32>> {
         table.check(ids)?;
         check_size("positions", ids.len(), positions.len())?;
-        let tokens = ids.iter().zip(positions);
         let row = |(&id, &position)| {
             let row = table.row(id);
             let scale = (row.len() as f32).sqrt();
@@ -123,6 +128,6 @@ impl Vocabulary {
                 move |(c, e): (usize, &f32)| e.mul_add(scale, self.sinusoid.at(position, c, row.len()));
             row.iter().enumerate().map(column)
         };
-        Ok(tokens.flat_map(row).collect())
+        Ok(ids.iter().zip(positions).flat_map(row).collect())
     }
 }

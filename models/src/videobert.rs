@@ -3,14 +3,16 @@
 
 use std::path::Path;
 
-use laneformer::{Activation, Context, Epilogue, Linear, Norm};
+use laneformer::{Context, Epilogue, Linear};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::attend::project;
 use crate::bert::{self, Bert};
 use crate::checkpoint::Checkpoint;
-use crate::generate::argmax;
-use crate::weights::{Weights, linear, normalize_rows};
+use crate::config::{from_value, with_defaults};
+use crate::head::{Head, argmax};
+use crate::weights::{Weights, linear};
 use crate::{Error, Result};
 
 /// BERT's configuration, and what the video adds to it.
@@ -28,23 +30,24 @@ pub struct Config {
 /// BERT over the joint vocabulary, with its heads.
 #[derive(Debug)]
 pub struct VideoBert {
-    config: Config,
+    /// The configuration.
+    pub config: Config,
     /// The encoder; centroid `c` is the token `vocab_size + c`.
     pub bert: Bert,
     centroids: Linear,
-    transform: (Linear, Norm),
-    predictions: Linear,
+    predictions: Head,
     alignment: Linear,
 }
 
 impl VideoBert {
     /// Packs the weights of a checkpoint; `path` is for messages.
-    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<VideoBert> {
-        config.bert.check(path)?;
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<VideoBert> {
+        let config: Config = from_value(path, with_defaults(Some(json), bert::defaults()))?;
         let (d, n, n_features) = (config.bert.hidden_size, config.num_centroids, config.video_feature_dim);
         let w = Weights::new(checkpoint, "");
-        let mut bert = Bert::load(path, config.bert.clone(), checkpoint)?;
-        bert.vocabulary().extend(&w.tensor("video_embeddings.weight", &[n, d])?);
+        let mut bert = Bert::new(path, config.bert.clone(), checkpoint)?;
+        let words = &mut bert.encoder.embeddings.words;
+        words.extend(&w.tensor("video_embeddings.weight", &[n, d])?);
 
         // |f - c|^2 is least where f.c - |c|^2 / 2 is largest: a product with a bias.
         let centroids = w.tensor("centroids", &[n, n_features])?;
@@ -54,35 +57,23 @@ impl VideoBert {
 
         let head = w.at("cls.predictions");
         let bias = head.tensor("bias", &[config.bert.vocab_size + n])?;
-        let norm = head.at("transform.LayerNorm").layer_norm(d, config.bert.layer_norm_eps)?;
-        Ok(VideoBert {
-            centroids,
-            transform: (head.at("transform.dense").linear(d, d)?, norm),
-            predictions: bert.vocabulary().as_linear(Some(&bias))?,
-            alignment: w.at("cls.seq_relationship").linear(d, 2)?,
-            bert,
-            config,
-        })
-    }
-
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
+        let predictions = Head {
+            dense: head.at("transform.dense").linear(d, d)?,
+            norm: head.at("transform.LayerNorm").layer_norm(d, config.bert.layer_norm_eps)?,
+            out: words.as_linear(Some(&bias))?,
+        };
+        let alignment = w.at("cls.seq_relationship").linear(d, 2)?;
+        Ok(VideoBert { config, bert, centroids, predictions, alignment })
     }
 
     /// The nearest centroid of every clip, from its features [clips, video_feature_dim].
     pub fn video_ids(&self, ctx: Context<'_>, features: &[f32]) -> Result<Vec<u32>> {
         let scores = project(ctx, &self.centroids, features, &Epilogue::NONE)?;
-        Ok(scores
-            .chunks_exact(self.config.num_centroids.max(1))
-            .map(|scores| argmax(scores) as u32)
-            .collect())
+        let clips = scores.chunks_exact(self.config.num_centroids.max(1));
+        Ok(clips.map(|scores| argmax(scores) as u32).collect())
     }
 
-    /// The tokens and types of a sequence: the text, the clips (masked ones as `[MASK]`), and `[SEP]`.
-    ///
-    /// # Errors
-    /// [`Error::Index`] for a text token that is not a word.
+    /// The tokens and types of a sequence: the text, of words alone, the clips (masked ones as `[MASK]`), and `[SEP]`.
     pub fn joint_sequence(
         &self,
         text: &[u32],
@@ -104,10 +95,7 @@ impl VideoBert {
 
     /// The logits over words, then centroids, for rows of the last hidden state.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        let (dense, norm) = &self.transform;
-        let mut x = project(ctx, dense, hidden, &Epilogue::activation(Activation::GeluErf))?;
-        normalize_rows(ctx, norm, &mut x)?;
-        project(ctx, &self.predictions, &x, &Epilogue::NONE)
+        self.predictions.forward(ctx, hidden)
     }
 
     /// Whether text and video belong together, as two logits per row of the pooler's output.

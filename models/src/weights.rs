@@ -1,13 +1,11 @@
 //! The parts of a model, read from a checkpoint: linear layers, norms, embedding tables.
 
+use std::array;
 use std::borrow::Cow;
 use std::fmt::Display;
-use std::ops::Range;
 
-use laneformer::{
-    Affine, Context, Heads, Linear, MatMut, MatRef, Norm, PackedMatrix, QkvProjection, SelfAttention,
-    layernorm, rmsnorm,
-};
+use laneformer::{Affine, Context, Linear, MatMut, MatRef, Norm, PackedMatrix, layernorm, rmsnorm};
+use serde::Deserialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::embedding::Embedding;
@@ -18,17 +16,24 @@ use crate::{Error, Result};
 pub struct Weights<'a> {
     checkpoint: &'a Checkpoint,
     prefix: String,
+    /// Whether weights are `[in, out]`, and not `[out, in]`.
+    in_out: bool,
 }
 
 impl<'a> Weights<'a> {
     /// The tensors below `prefix` (without a dot at its end; empty for all).
     pub fn new(checkpoint: &'a Checkpoint, prefix: &str) -> Weights<'a> {
-        Weights { checkpoint, prefix: prefix.into() }
+        Weights { checkpoint, prefix: prefix.into(), in_out: false }
     }
 
     /// The tensors below `name`.
     pub fn at(&self, name: impl Display) -> Weights<'a> {
-        Weights { checkpoint: self.checkpoint, prefix: self.name(name) }
+        Weights { prefix: self.name(name), ..*self }
+    }
+
+    /// The same tensors with weights `[in, out]`, as GPT has them: convolutions of width one.
+    pub fn in_out(self) -> Weights<'a> {
+        Weights { in_out: true, ..self }
     }
 
     /// Whether there is a tensor of this name here.
@@ -49,52 +54,74 @@ impl<'a> Weights<'a> {
         self.checkpoint.tensor(&self.name(name), shape)
     }
 
-    /// The linear layer here: `weight`, `[out, in]`, and `bias`, `[out]`.
+    /// The linear layer here: `weight` and `bias`.
     pub fn linear(&self, in_features: usize, out_features: usize) -> Result<Linear> {
-        let weight = self.tensor("weight", &[out_features, in_features])?;
-        linear(&weight, in_features, out_features, Some(&self.tensor("bias", &[out_features])?))
+        let [linear] = self.side_by_side("weight", Some("bias"), in_features, out_features)?;
+        linear
     }
 
-    /// The same without a bias.
+    /// The linear layer here, which has no bias.
     pub fn linear_without_bias(&self, in_features: usize, out_features: usize) -> Result<Linear> {
-        linear(&self.tensor("weight", &[out_features, in_features])?, in_features, out_features, None)
+        let [linear] = self.side_by_side("weight", None, in_features, out_features)?;
+        linear
     }
 
-    /// The columns `part` of GPT's linear layer here, a convolution of width one: `weight`, `[in, out]`, and `bias`, `[out]`.
-    pub fn conv1d(&self, in_features: usize, out_features: usize, part: Range<usize>) -> Result<Linear> {
-        let weight = self.tensor("weight", &[in_features, out_features])?;
-        let bias = self.tensor("bias", &[out_features])?;
-        let columns = weight.get(part.start..).unwrap_or(&[]);
-        let columns = MatRef::new(columns, in_features, part.len(), out_features)?;
-        Ok(Linear::new(PackedMatrix::from_in_out(columns)?, bias.get(part))?)
+    /// The projections to queries, keys and values, of `out_features` each, of one weight and one bias.
+    pub fn qkv(
+        &self,
+        weight: &str,
+        bias: Option<&str>,
+        in_features: usize,
+        out_features: usize,
+    ) -> Result<[Linear; 3]> {
+        let [q, k, v] = self.side_by_side(weight, bias, in_features, out_features)?;
+        Ok([q?, k?, v?])
     }
 
-    /// The LayerNorm here: `weight` and `bias`, which old checkpoints call `gamma` and `beta`.
+    fn side_by_side<const N: usize>(
+        &self,
+        weight: &str,
+        bias: Option<&str>,
+        k: usize,
+        n: usize,
+    ) -> Result<[Result<Linear>; N]> {
+        let all = n.saturating_mul(N);
+        let weight = self.tensor(weight, &if self.in_out { [k, all] } else { [all, k] })?;
+        let bias = bias.map(|bias| self.tensor(bias, &[all])).transpose()?;
+        Ok(array::from_fn(|i| {
+            let bias = bias.as_deref().map(|bias| &bias[i * n..][..n]);
+            if !self.in_out {
+                return linear(&weight[i * n * k..][..n * k], k, n, bias);
+            }
+            let columns = MatRef::new(weight.get(i * n..).unwrap_or(&[]), k, n, all)?;
+            Ok(Linear::new(PackedMatrix::from_in_out(columns)?, bias)?)
+        }))
+    }
+
+    /// The norm here; old checkpoints call a LayerNorm's `weight` and `bias` `gamma` and `beta`.
+    pub fn norm(&self, kind: NormKind, d: usize, eps: f32) -> Result<Norm> {
+        if !(eps.is_finite() && eps >= 0.0) {
+            let expected = "a finite number of at least 0";
+            return Err(laneformer::Error::Mismatch { arg: "epsilon of a norm", expected }.into());
+        }
+        let of = |name| self.tensor(name, &[d]).map(Cow::into_owned);
+        Ok(match kind {
+            NormKind::LayerNorm if self.has("gamma") => {
+                Norm::LayerNorm { gain: of("gamma")?, bias: Some(of("beta")?), eps }
+            }
+            NormKind::LayerNorm => Norm::LayerNorm { gain: of("weight")?, bias: Some(of("bias")?), eps },
+            NormKind::RmsNorm => Norm::RmsNorm { gain: of("weight")?, eps },
+            NormKind::BatchNorm => {
+                let (gain, bias) = (of("weight")?, of("bias")?);
+                let (mean, var) = (of("running_mean")?, of("running_var")?);
+                Norm::BatchNorm(Affine::from_running(&gain, &bias, &mean, &var, eps)?)
+            }
+        })
+    }
+
+    /// The LayerNorm here.
     pub fn layer_norm(&self, d: usize, eps: f32) -> Result<Norm> {
-        let (gain, bias) = if self.has("gamma") { ("gamma", "beta") } else { ("weight", "bias") };
-        let gain = self.tensor(gain, &[d])?.into_owned();
-        check_eps(eps)?;
-        Ok(Norm::LayerNorm { gain, bias: Some(self.tensor(bias, &[d])?.into_owned()), eps })
-    }
-
-    /// The RMSNorm here: `weight`.
-    pub fn rms_norm(&self, d: usize, eps: f32) -> Result<Norm> {
-        check_eps(eps)?;
-        Ok(Norm::RmsNorm { gain: self.tensor("weight", &[d])?.into_owned(), eps })
-    }
-
-    /// The BatchNorm here with its running statistics, as one scale and shift per channel.
-    pub fn batch_norm(&self, d: usize, eps: f32) -> Result<Norm> {
-        let of = |name| self.tensor(name, &[d]);
-        check_eps(eps)?;
-        let (gain, bias) = (of("weight")?, of("bias")?);
-        Ok(Norm::BatchNorm(Affine::from_running(
-            &gain,
-            &bias,
-            &of("running_mean")?,
-            &of("running_var")?,
-            eps,
-        )?))
+        self.norm(NormKind::LayerNorm, d, eps)
     }
 
     /// The embedding table here: `weight` [rows, d].
@@ -107,12 +134,17 @@ impl<'a> Weights<'a> {
     }
 }
 
-fn check_eps(eps: f32) -> Result<()> {
-    let expected = "a finite number of at least 0";
-    if eps.is_finite() && eps >= 0.0 {
-        return Ok(());
-    }
-    Err(laneformer::Error::Mismatch { arg: "epsilon of a norm", expected }.into())
+/// The kinds of norms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NormKind {
+    /// With gain and bias.
+    #[default]
+    LayerNorm,
+    /// With a gain.
+    RmsNorm,
+    /// With running statistics, as one scale and shift per channel.
+    BatchNorm,
 }
 
 /// A linear layer of a weight [out, in].
@@ -126,14 +158,11 @@ pub fn linear(
     Ok(Linear::new(weight, bias)?)
 }
 
-/// Self-attention of `n_heads` heads from its projections.
-pub fn self_attention([q, k, v]: [Linear; 3], out: Linear, n_heads: usize) -> Result<SelfAttention> {
-    let heads = Heads::new(n_heads, q.out_features().checked_div(n_heads).unwrap_or(0))?;
-    Ok(SelfAttention::new(QkvProjection::new(q, k, v, heads)?, out)?)
-}
-
-/// Applies a norm that stands outside a layer: behind the embeddings, or at the end of a pre-norm stack.
-pub fn normalize(ctx: Context<'_>, norm: &Norm, x: MatMut<'_>) -> Result<()> {
+/// Applies a norm that stands outside a layer, behind the embeddings or at the end of a pre-norm stack, to rows one behind the other.
+pub fn normalize(ctx: Context<'_>, norm: &Norm, x: &mut [f32]) -> Result<()> {
+    let d = norm.channels();
+    let rows = x.len().checked_div(d).unwrap_or(0);
+    let x = MatMut::contiguous(x, rows, d)?;
     match norm {
         Norm::LayerNorm { gain, bias, eps } => layernorm(ctx, x, gain, bias.as_deref(), *eps)?,
         Norm::RmsNorm { gain, eps } => rmsnorm(ctx, x, gain, *eps)?,
@@ -141,11 +170,4 @@ pub fn normalize(ctx: Context<'_>, norm: &Norm, x: MatMut<'_>) -> Result<()> {
         _ => return Err(Error::NotBuilt("a norm of this kind outside a layer".into())),
     }
     Ok(())
-}
-
-/// [`normalize`] of rows that follow one another.
-pub fn normalize_rows(ctx: Context<'_>, norm: &Norm, x: &mut [f32]) -> Result<()> {
-    let d = norm.channels();
-    let rows = x.len().checked_div(d).unwrap_or(0);
-    normalize(ctx, norm, MatMut::contiguous(x, rows, d)?)
 }

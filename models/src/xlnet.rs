@@ -5,19 +5,21 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use laneformer::{
-    Activation, Bits, Context, Epilogue, Ffn, Graph, Heads, KeyStore, Linear, MatRef, PackedMatrix,
-    Placement, Relative, RelativeTable, SegmentTerm, SubLayer, Terms,
+    Bits, Context, Epilogue, Graph, KeyStore, Linear, MatRef, PackedMatrix, Relative, RelativeTable,
+    SegmentTerm, Terms,
 };
 use serde::Deserialize;
+use serde_json::{Value, json};
 
-use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, project};
+use crate::Result;
+use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets, project};
 use crate::checkpoint::Checkpoint;
-use crate::config::{activation, check_heads};
+use crate::config::{activation, check, from_value, heads, with_defaults};
 use crate::embedding::Embedding;
+use crate::encoder::{LayerSpec, NormPlacement};
 use crate::error::check_size;
 use crate::ragged::Scratch;
 use crate::weights::{Weights, linear};
-use crate::{Error, Result};
 
 /// `config.json` of an XLNet directory.
 #[derive(Clone, Debug, Deserialize)]
@@ -28,61 +30,38 @@ pub struct Config {
     pub n_head: usize,
     pub d_inner: usize,
     pub n_layer: usize,
-    #[serde(default = "gelu")]
     pub ff_activation: String,
-    #[serde(default = "bi")]
     pub attn_type: String,
-    #[serde(default)]
     pub clamp_len: i64,
-    #[serde(default)]
     pub same_length: bool,
-    #[serde(default)]
     pub bi_data: bool,
-    #[serde(default)]
     pub mem_len: Option<usize>,
-    #[serde(default)]
     pub reuse_len: Option<usize>,
-    #[serde(default = "tiny")]
     pub layer_norm_eps: f32,
-    #[serde(default = "yes")]
     pub tie_word_embeddings: bool,
 }
 
-fn gelu() -> String {
-    "gelu".into()
-}
-
-fn bi() -> String {
-    "bi".into()
-}
-
-fn tiny() -> f32 {
-    1e-12
-}
-
-fn yes() -> bool {
-    true
+fn defaults() -> Value {
+    json!({
+        "ff_activation": "gelu", "attn_type": "bi", "clamp_len": 0, "same_length": false, "bi_data": false,
+        "layer_norm_eps": 1e-12, "tie_word_embeddings": true,
+    })
 }
 
 impl Config {
-    fn check(&self, path: &Path) -> Result<()> {
-        check_heads(path, "n_head", self.d_model, self.n_head)?;
-        if !self.d_model.is_multiple_of(2) {
-            return Err(Error::config(path, "d_model", "an even number", self.d_model));
-        }
-        if !["bi", "uni"].contains(&&self.attn_type[..]) {
-            return Err(Error::config(path, "attn_type", "bi or uni", &self.attn_type));
-        }
-        if self.bi_data {
-            return Err(Error::config(path, "bi_data", "false", true));
-        }
-        if !self.tie_word_embeddings {
-            return Err(Error::config(path, "tie_word_embeddings", "true, one table", false));
-        }
-        match self.reuse_len {
-            None | Some(0) => Ok(()),
-            Some(rows) => Err(Error::config(path, "reuse_len", "null", rows)),
-        }
+    /// What the layers have in common, if this crate can follow the configuration.
+    fn layers(&self, path: &Path) -> Result<LayerSpec> {
+        let heads = heads(path, "n_head", self.d_model, self.n_head)?;
+        check(path, "d_model", self.d_model, self.d_model.is_multiple_of(2), "an even number")?;
+        let is_known = ["bi", "uni"].contains(&&self.attn_type[..]);
+        check(path, "attn_type", &self.attn_type, is_known, "bi or uni")?;
+        check(path, "bi_data", self.bi_data, !self.bi_data, "false")?;
+        let is_tied = self.tie_word_embeddings;
+        check(path, "tie_word_embeddings", is_tied, is_tied, "true, one table")?;
+        let reused = self.reuse_len.unwrap_or(0);
+        check(path, "reuse_len", reused, reused == 0, "null")?;
+        let act = activation(path, "ff_activation", &self.ff_activation)?;
+        Ok(LayerSpec::new(heads, self.d_inner, act, NormPlacement::Post, self.layer_norm_eps))
     }
 }
 
@@ -119,7 +98,8 @@ pub struct Output {
 /// The layers with their embeddings and the language-model head.
 #[derive(Debug)]
 pub struct XlNet {
-    config: Config,
+    /// The configuration.
+    pub config: Config,
     tokens: Embedding,
     mask_emb: Vec<f32>,
     layers: Vec<Layer>,
@@ -138,29 +118,23 @@ struct Layer {
 
 impl XlNet {
     /// Packs the weights; `path` is for messages.
-    pub fn load(path: &Path, config: Config, checkpoint: &Checkpoint) -> Result<XlNet> {
-        config.check(path)?;
-        let act = activation(path, "ff_activation", &config.ff_activation)?;
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<XlNet> {
+        let config: Config = from_value(path, with_defaults(Some(json), defaults()))?;
+        let spec = config.layers(path)?;
         let root = Weights::new(checkpoint, "");
         let w = root.at("transformer");
         let tokens = w.embedding("word_embedding", config.vocab_size, config.d_model)?;
         let head = tokens.as_linear(Some(&root.tensor("lm_loss.bias", &[config.vocab_size])?))?;
         let mask_emb = w.tensor("mask_emb", &[1, 1, config.d_model])?.into_owned();
-        let layers = w.at("layer").layers(config.n_layer, |_, w| Layer::load(&w, &config, act))?;
+        let layers = w.at("layer").layers(config.n_layer, |_, w| Layer::load(&w, &spec))?;
         Ok(XlNet { config, tokens, mask_emb, layers, head })
-    }
-
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
     }
 
     /// Runs the content stream and, if there are targets, the query stream.
     pub fn forward(&self, ctx: Context<'_>, batch: &Batch<'_>, scratch: &mut Scratch) -> Result<Output> {
-        self.tokens.check(batch.ids)?;
         let sizes = self.sizes(batch)?;
         let (n, d) = (batch.sequences, self.config.d_model);
-        let key_offsets: Vec<_> = (0..=n).map(|b| b * (sizes.memory + sizes.queries)).collect();
+        let key_offsets = offsets(n, sizes.memory + sizes.queries);
         let nearest = 1 - sizes.queries as isize;
         let distances = sizes.memory + 2 * sizes.queries - 1;
         let distances = Distances::new(nearest, distances, self.config.clamp_len, d);
@@ -170,13 +144,13 @@ impl XlNet {
             batch.targets.map(|targets| Stream::targets(batch, &sizes, &graph, targets)).transpose()?;
         let mem_len = self.config.mem_len.filter(|&len| len > 0).unwrap_or(usize::MAX);
 
-        let mut h: Vec<f32> = batch.ids.iter().flat_map(|&id| self.tokens.row(id)).copied().collect();
+        let mut h = self.tokens.gather(batch.ids, 1.0)?;
         let mut g = batch.targets.map(|targets| self.mask_emb.repeat(targets.len()));
         let mut mems = vec![];
         for (i, layer) in self.layers.iter().enumerate() {
             // Both streams read the content as it enters the layer.
             let source = behind(batch.mems.get(i).map_or(&[], |mems| mems), &h, n);
-            let keys = layer.block.projections.keys(ctx, &source, &source, &key_offsets, scratch)?;
+            let keys = layer.block.projections.keys(ctx, &source, &key_offsets, scratch)?;
             let table = distances.project(ctx, &layer.r, self.config.n_head)?;
             layer.advance(ctx, &mut h, &content, &keys, &table, scratch)?;
             if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
@@ -227,28 +201,25 @@ impl XlNet {
 }
 
 impl Layer {
-    fn load(w: &Weights<'_>, config: &Config, act: Activation) -> Result<Layer> {
-        let Config { d_model: d, n_head, d_inner, layer_norm_eps: eps, .. } = *config;
-        let heads = Heads::new(n_head, d / n_head)?;
-        let (attention, ff) = (w.at("rel_attn"), w.at("ff"));
-        let tensor = |name| attention.tensor(name, &[d, n_head, heads.head_dim]);
+    fn load(w: &Weights<'_>, spec: &LayerSpec) -> Result<Layer> {
+        let (d, heads, attention) = (spec.d_model, spec.heads, w.at("rel_attn"));
+        let tensor = |name, rows| attention.tensor(name, &[rows, heads.n_heads, heads.head_dim]);
         let inward = |name| -> Result<Linear> {
-            let weight = PackedMatrix::from_in_out(MatRef::contiguous(&tensor(name)?, d, d)?)?;
+            let weight = PackedMatrix::from_in_out(MatRef::contiguous(&tensor(name, d)?, d, d)?)?;
             Ok(Linear::new(weight, None)?)
         };
         let projections = Projections { q: inward("q")?, k: inward("k")?, v: inward("v")?, heads };
-        let out = linear(&tensor("o")?, d, d, None)?;
-        let norm = |w: &Weights<'_>| w.at("layer_norm").layer_norm(d, eps).map(Placement::post);
-        let ffn = Ffn::new(ff.at("layer_1").linear(d, d_inner)?, act, ff.at("layer_2").linear(d_inner, d)?)?;
-        let ffn = SubLayer::ffn(ffn, norm(&ff)?)?;
-        let bias = |name| attention.tensor(name, &[n_head, heads.head_dim]).map(Cow::into_owned);
+        let out = linear(&tensor("o", d)?, d, d, None)?;
+        let ffn = spec.ffn(w, ["ff.layer_1", "ff.layer_2"], "ff.layer_norm")?;
+        let placement = spec.placement(&attention, "layer_norm")?;
+        let bias = |name| attention.tensor(name, &[heads.n_heads, heads.head_dim]).map(Cow::into_owned);
         Ok(Layer {
-            block: Block::new(projections, out, norm(&attention)?, ffn)?,
+            block: Block::new(projections, out, placement, ffn)?,
             r: inward("r")?,
             u: bias("r_w_bias")?,
             w: bias("r_r_bias")?,
             s: bias("r_s_bias")?,
-            seg_embed: attention.tensor("seg_embed", &[2, n_head, heads.head_dim])?.into_owned(),
+            seg_embed: tensor("seg_embed", 2)?.into_owned(),
         })
     }
 
@@ -328,7 +299,6 @@ impl Stream {
             })
         };
         let same = batch.segments.map(same).transpose()?;
-        let offsets = (0..=batch.sequences).map(|b| b * rows).collect();
-        Ok(Stream { offsets, positions: None, graph, same })
+        Ok(Stream { offsets: offsets(batch.sequences, rows), positions: None, graph, same })
     }
 }

@@ -10,7 +10,7 @@ use laneformer::{
 };
 use laneformer_models::Result;
 use laneformer_models::checkpoint::Checkpoint;
-use laneformer_models::weights::Weights;
+use laneformer_models::weights::{NormKind, Weights};
 
 const D: usize = 32;
 const D_FF: usize = 44;
@@ -35,7 +35,9 @@ fn heads() -> Heads {
 fn layer(file: &Checkpoint, heads: Heads, factor: f64) -> Result<Layer> {
     let w = Weights::new(file, "");
     let (attention, mlp) = (w.at("self_attn"), w.at("mlp"));
-    let norm = |name| Ok::<_, laneformer_models::Error>(Placement::pre(w.at(name).rms_norm(D, EPS)?));
+    let norm = |name| {
+        Ok::<_, laneformer_models::Error>(Placement::pre(w.at(name).norm(NormKind::RmsNorm, D, EPS)?))
+    };
     let frequencies = Rotary::frequencies(HEAD_DIM, BASE)?.iter().map(|f| f / factor).collect::<Vec<_>>();
     let qkv = QkvProjection::new(
         attention.at("q_proj").linear_without_bias(D, heads.query_cols())?,

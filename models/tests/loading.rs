@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use common::golden;
 use laneformer::Context;
-use laneformer_models::bert::{Batch, Bert, Config};
+use laneformer_models::bert::{Batch, Bert};
 use laneformer_models::checkpoint::Checkpoint;
 use laneformer_models::ragged::{Ragged, Scratch};
 use laneformer_models::weights::Weights;
@@ -109,8 +109,7 @@ fn config() -> serde_json::Value {
 }
 
 fn load(config: serde_json::Value, checkpoint: &Checkpoint) -> Result<Bert> {
-    let path = Path::new("config.json");
-    Bert::load(path, Config::from_json(path, config)?, checkpoint)
+    Bert::load(Path::new("config.json"), &config, checkpoint)
 }
 
 fn last_hidden_state(bert: &Bert) -> Vec<f32> {

@@ -15,8 +15,7 @@ fn model(pre_lnorm: bool) -> TransformerXl {
         "vocab_size": 50, "d_model": 24, "n_head": 3, "d_head": 7, "d_inner": 40, "n_layer": 3, "mem_len": 9,
         "clamp_len": 5, "same_length": true, "pre_lnorm": pre_lnorm,
     });
-    let config = serde_json::from_value(config).unwrap();
-    TransformerXl::load(Path::new("config"), config, &Checkpoint::random(1)).unwrap()
+    TransformerXl::load(Path::new("config"), &config, &Checkpoint::random(1)).unwrap()
 }
 
 /// The inputs of the layers are all of a memory: who has them goes on with the same bits.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use laneformer::Context;
 use laneformer_models::bert::Config;
+use laneformer_models::config::read_json;
 use laneformer_models::sentence::{Buffers, SentenceEncoder};
 use serde::Serialize;
 
@@ -33,7 +34,7 @@ const LINES: [usize; 2] = [1024, 64];
 /// The task for the model in a directory. Its cost is that of the tokens: padding is the peers' own.
 pub fn task(model: &Path, small: bool) -> Result<Task> {
     let path = model.join("config.json");
-    let config = Config::open(&path)?;
+    let config = Config::from_json(&path, &read_json(&path)?)?;
     let lines = lines(LINES[usize::from(small)]);
     let encoder = SentenceEncoder::open(model)?;
     let dims = Dims {

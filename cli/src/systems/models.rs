@@ -5,14 +5,15 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use laneformer::{Context, KvCache};
 use laneformer_models::bart::Bart;
-use laneformer_models::bert::{self, Bert};
+use laneformer_models::bert::Bert;
 use laneformer_models::checkpoint::Checkpoint;
-use laneformer_models::clip::{self, Clip};
+use laneformer_models::clip::Clip;
 use laneformer_models::conv::Images;
 use laneformer_models::detr::{Detr, sine_positions};
-use laneformer_models::gpt::{self, Gpt, Version};
-use laneformer_models::longformer::{self, Longformer};
+use laneformer_models::gpt::{self, Gpt};
+use laneformer_models::longformer::Longformer;
 use laneformer_models::ragged::{Ragged, Scratch};
+use laneformer_models::tokens::Batch;
 use laneformer_models::transformer_xl::{Memory, TransformerXl};
 use laneformer_models::xlnet::{self, XlNet};
 
@@ -42,40 +43,39 @@ pub trait Model {
 
 /// Packs the weights; `path` is for messages.
 pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box<dyn Model>> {
-    let config = || system.config.clone();
+    let config = &system.config;
     Ok(match system.kind {
         Kind::Bert => {
-            let model = Bert::load(path, bert::Config::from_json(path, config())?, checkpoint)?;
-            let vocab_size = model.config().vocab_size;
-            text(vocab_size, move |ctx, text, _, scratch| Ok(model.forward(ctx, text.bert(), scratch)?))
+            let model = Bert::load(path, config, checkpoint)?;
+            let vocab_size = model.config.vocab_size;
+            text(vocab_size, move |ctx, text, _, scratch| Ok(model.forward(ctx, text.batch(), scratch)?))
         }
         Kind::GptPrefill => {
-            let model = Gpt::load(path, Version::Gpt2, serde_json::from_value(config())?, checkpoint)?;
-            let &gpt::Config { vocab_size, n_positions, n_embd, .. } = model.config();
+            let model = Gpt::load(path, config, checkpoint)?;
+            let gpt::Config { vocab_size, n_positions, n_embd, .. } = model.config;
             let mut caches = model.caches(1, n_positions)?;
             text(vocab_size, move |ctx, text, _, scratch| {
                 caches.iter_mut().try_for_each(|cache| cache.truncate(0, 0))?;
-                let hidden = model.forward(ctx, text.gpt(), &mut caches, scratch)?;
+                let hidden = model.forward(ctx, text.batch(), &mut caches, scratch)?;
                 Ok(model.logits(ctx, &hidden[hidden.len() - n_embd..])?)
             })
         }
         Kind::GptDecode => {
-            let model = Gpt::load(path, Version::Gpt2, serde_json::from_value(config())?, checkpoint)?;
+            let model = Gpt::load(path, config, checkpoint)?;
             Box::new(GptDecode { model, text: Text::default(), caches: vec![], scratch: Scratch::default() })
         }
         Kind::Longformer => {
-            let config = longformer::Config::from_json(path, config())?;
             let model = Longformer::load(path, config, checkpoint)?;
-            let (vocab_size, globals) = (model.config().bert.vocab_size, system.size.context);
+            let (vocab_size, globals) = (model.config.bert.vocab_size, system.size.context);
             text(vocab_size, move |ctx, text, _, scratch| {
                 let positions = model.positions(&text.ids);
-                let batch = bert::Batch { positions: &positions, ..text.bert() };
+                let batch = Batch { positions: &positions, ..text.batch() };
                 let is_global: Vec<bool> = (0..text.ids.len()).map(|i| i < globals).collect();
                 Ok(model.forward(ctx, batch, &is_global, &vec![true; text.ids.len()], scratch)?)
             })
         }
         Kind::TransformerXl => {
-            let model = TransformerXl::load(path, serde_json::from_value(config())?, checkpoint)?;
+            let model = TransformerXl::load(path, config, checkpoint)?;
             Box::new(Xl {
                 memory: model.memory(1),
                 model,
@@ -85,8 +85,8 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
             })
         }
         Kind::Xlnet => {
-            let model = XlNet::load(path, serde_json::from_value(config())?, checkpoint)?;
-            let vocab_size = model.config().vocab_size;
+            let model = XlNet::load(path, config, checkpoint)?;
+            let vocab_size = model.config.vocab_size;
             text(vocab_size, move |ctx, text, _, scratch| {
                 let segments: Vec<u32> =
                     (0..text.ids.len()).map(|i| u32::from(i >= text.ids.len() / 2)).collect();
@@ -100,17 +100,17 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
             })
         }
         Kind::Clip => {
-            let model = Clip::load(path, clip::Config::from_json(path, config())?, checkpoint)?;
-            let channels = model.config().vision_config.num_channels;
+            let model = Clip::load(path, config, checkpoint)?;
+            let channels = model.config.vision_config.num_channels;
             image(channels, move |ctx, images, scratch| {
                 let states = model.image_states(ctx, images, scratch)?;
                 Ok(model.embed_images(ctx, &states)?)
             })
         }
         Kind::DetrEncoder => {
-            let model = Detr::load(path, serde_json::from_value(config())?, checkpoint)?;
-            let d = model.config().d_model;
-            let channels = model.config().backbone_config.hidden_sizes.last().copied().unwrap_or(0);
+            let model = Detr::load(path, config, checkpoint)?;
+            let d = model.config.d_model;
+            let channels = model.config.backbone_config.hidden_sizes.last().copied().unwrap_or(0);
             let mut placed = (vec![], [0, 0]);
             image(channels, move |ctx, features, scratch| {
                 let grid = [features.height, features.width];
@@ -122,8 +122,8 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
             })
         }
         Kind::Detr => {
-            let model = Detr::load(path, serde_json::from_value(config())?, checkpoint)?;
-            let (d, channels) = (model.config().d_model, model.config().backbone_config.num_channels);
+            let model = Detr::load(path, config, checkpoint)?;
+            let (d, channels) = (model.config.d_model, model.config.backbone_config.num_channels);
             image(channels, move |ctx, pixels, scratch| {
                 let features = model.features(ctx, pixels, scratch)?;
                 let grid = [features.height, features.width];
@@ -134,13 +134,13 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
             })
         }
         Kind::Bart => {
-            let model = Bart::load(path, serde_json::from_value(config())?, checkpoint)?;
-            let vocab_size = model.config().vocab_size;
+            let model = Bart::load(path, config, checkpoint)?;
+            let vocab_size = model.config.vocab_size;
             let mut writing = Scratch::default();
             text(vocab_size, move |ctx, text, source, scratch| {
-                let memory = model.encode(ctx, source.gpt(), scratch)?;
+                let memory = model.encode(ctx, source.batch(), scratch)?;
                 let mut decoding = model.begin(ctx, &memory, &source.offsets, 0)?;
-                let hidden = model.decode(ctx, &mut decoding, text.gpt(), &mut writing)?;
+                let hidden = model.decode(ctx, &mut decoding, text.batch(), &mut writing)?;
                 Ok(model.logits(ctx, &hidden)?)
             })
         }
@@ -171,13 +171,9 @@ impl Text {
         }
     }
 
-    fn bert(&self) -> bert::Batch<'_> {
+    fn batch(&self) -> Batch<'_> {
         let Text { ids, type_ids, positions, offsets } = self;
-        bert::Batch { ids, type_ids, positions, offsets }
-    }
-
-    fn gpt(&self) -> gpt::Batch<'_> {
-        gpt::Batch { ids: &self.ids, positions: &self.positions, offsets: &self.offsets }
+        Batch { ids, type_ids, positions, offsets }
     }
 
     fn input(&self, name: &str) -> Input {
@@ -275,7 +271,7 @@ struct GptDecode {
 
 impl GptDecode {
     fn vocab_size(&self) -> usize {
-        self.model.config().vocab_size
+        self.model.config.vocab_size
     }
 }
 
@@ -283,7 +279,7 @@ impl Model for GptDecode {
     fn prepare(&mut self, ctx: Context<'_>, size: &Size) -> Result<()> {
         self.caches = self.model.caches(1, size.context + size.tokens)?;
         let before = Text::new(self.vocab_size(), 0, size.context);
-        self.model.forward(ctx, before.gpt(), &mut self.caches, &mut Scratch::default())?;
+        self.model.forward(ctx, before.batch(), &mut self.caches, &mut Scratch::default())?;
         self.text = Text::new(self.vocab_size(), size.context, size.tokens);
         Ok(())
     }
@@ -291,15 +287,15 @@ impl Model for GptDecode {
     fn run(&mut self, ctx: Context<'_>) -> Result<Vec<f32>> {
         let context = self.text.positions.first().map_or(0, |&first| first as usize);
         self.caches.iter_mut().try_for_each(|cache| cache.truncate(0, context))?;
-        let hidden = self.model.forward(ctx, self.text.gpt(), &mut self.caches, &mut self.scratch)?;
+        let hidden = self.model.forward(ctx, self.text.batch(), &mut self.caches, &mut self.scratch)?;
         Ok(self.model.logits(ctx, &hidden)?)
     }
 
     /// As the last row of a pass over the whole text, without a cache.
     fn otherwise(&mut self, ctx: Context<'_>, size: &Size) -> Result<Vec<f32>> {
         let whole = Text::new(self.vocab_size(), 0, size.context + size.tokens);
-        let hidden = self.model.forward(ctx, whole.gpt(), &mut [], &mut Scratch::default())?;
-        Ok(self.model.logits(ctx, &hidden[size.context * self.model.config().n_embd..])?)
+        let hidden = self.model.forward(ctx, whole.batch(), &mut [], &mut Scratch::default())?;
+        Ok(self.model.logits(ctx, &hidden[size.context * self.model.config.n_embd..])?)
     }
 
     fn inputs(&self) -> Vec<Input> {
@@ -319,7 +315,7 @@ struct Xl {
 
 impl Model for Xl {
     fn prepare(&mut self, ctx: Context<'_>, size: &Size) -> Result<()> {
-        let config = self.model.config();
+        let config = &self.model.config;
         self.text = Text::new(config.vocab_size, 0, size.tokens);
         let rows = size.context * config.d_model;
         // As what a norm gives: a mean square of one.
@@ -334,7 +330,7 @@ impl Model for Xl {
     }
 
     fn inputs(&self) -> Vec<Input> {
-        let d = self.model.config().d_model;
+        let d = self.model.config.d_model;
         let memory = |(i, mems): (usize, &Vec<f32>)| {
             (format!("input.mems.{i}"), vec![1, mems.len() / d, d], mems.clone())
         };

@@ -4,17 +4,17 @@ use laneformer::Context;
 
 use super::case::{Case, Outputs};
 use crate::Result;
-use crate::bart::Bart;
-use crate::generate::argmax;
-use crate::gpt::Batch;
+use crate::bart::{Bart, Batch};
+use crate::head::argmax;
 use crate::ragged::Scratch;
 
 pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let model = Bart::load(case.path(), case.config()?, case.weights())?;
-    let (d, run) = (model.config().d_model, case.run());
+    let model = Bart::load(case.path(), case.json(), case.weights())?;
+    let (d, run) = (model.config.d_model, case.run());
     let src = case.ragged("attention_mask")?;
     let src_ids = src.gather(&case.indices("input_ids")?, 1)?;
-    let batch = Batch { ids: &src_ids, positions: src.positions(), offsets: src.offsets() };
+    let batch =
+        Batch { ids: &src_ids, positions: src.positions(), offsets: src.offsets(), ..Batch::default() };
     let memory = model.encode(ctx, batch, &mut Scratch::default())?;
     let begin = |capacity| model.begin(ctx, &memory, src.offsets(), capacity);
 
@@ -28,7 +28,7 @@ pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         let of_step = |sequence| sequence * seq_len + start..sequence * seq_len + start + step;
         let ids: Vec<u32> = (0..sequences).flat_map(|sequence| &ids[of_step(sequence)]).copied().collect();
         let positions = places[start..start + step].repeat(sequences);
-        let batch = Batch { ids: &ids, positions: &positions, offsets: &offsets(step) };
+        let batch = Batch { ids: &ids, positions: &positions, offsets: &offsets(step), ..Batch::default() };
         let x = model.decode(ctx, &mut decoding, batch, scratch)?;
         for (sequence, x) in x.chunks(step * d).enumerate() {
             let range = of_step(sequence);
@@ -44,11 +44,12 @@ pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         return Ok(outputs);
     }
 
-    let (steps, n) = (run.greedy_steps, model.config().vocab_size);
+    let (steps, n) = (run.greedy_steps, model.config.vocab_size);
     let (mut all_ids, mut all_logits) = (vec![0.0; sequences * steps], vec![0.0; sequences * steps * n]);
-    let (mut decoding, mut ids) = (begin(steps)?, vec![model.config().decoder_start_token_id; sequences]);
+    let (mut decoding, mut ids) = (begin(steps)?, vec![model.config.decoder_start_token_id; sequences]);
     for step in 0..steps {
-        let batch = Batch { ids: &ids, positions: &vec![step as u32; sequences], offsets: &offsets(1) };
+        let positions = vec![step as u32; sequences];
+        let batch = Batch { ids: &ids, positions: &positions, offsets: &offsets(1), ..Batch::default() };
         let x = model.decode(ctx, &mut decoding, batch, scratch)?;
         for (sequence, logits) in model.logits(ctx, &x)?.chunks(n).enumerate() {
             let at = sequence * steps + step;

@@ -119,6 +119,11 @@ impl Case {
         &self.weights
     }
 
+    /// The configuration of the model, parsed.
+    pub(super) fn json(&self) -> &serde_json::Value {
+        &self.description.config
+    }
+
     pub(super) fn config<T: DeserializeOwned>(&self) -> Result<T> {
         from_value(&self.path, self.description.config.clone())
     }

@@ -4,25 +4,27 @@ use laneformer::Context;
 
 use super::case::{Case, Outputs};
 use crate::Result;
-use crate::clip::{Clip, Config, Texts};
+use crate::clip::Clip;
 use crate::conv::Images;
 use crate::ragged::Scratch;
+use crate::tokens::Batch;
 
 pub(super) fn clip(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let model = Clip::load(case.path(), Config::from_json(case.path(), case.config()?)?, case.weights())?;
+    let model = Clip::load(case.path(), case.json(), case.weights())?;
     let images = Images::from_planes(&case.f32("pixel_values")?, case.shape("pixel_values")?)?;
     let image_states = model.image_states(ctx, &images, &mut Scratch::default())?;
     let image_embeds = model.embed_images(ctx, &image_states)?;
 
     let tokens = case.ragged_or_full("attention_mask", case.shape("input_ids")?)?;
     let ids = tokens.gather(&case.indices("input_ids")?, 1)?;
-    let texts = Texts { ids: &ids, positions: tokens.positions(), offsets: tokens.offsets() };
+    let texts =
+        Batch { ids: &ids, positions: tokens.positions(), offsets: tokens.offsets(), ..Batch::default() };
     let text_states = model.text.states(ctx, texts, &mut Scratch::default())?;
     let text_embeds = model.text.embed(ctx, texts, &text_states)?;
 
     let text_count = tokens.offsets().len() - 1;
     let logits = model.logits_per_image(ctx, &image_embeds, &text_embeds)?;
-    let d = model.config().text_config.tower.hidden_size;
+    let d = model.config.text_config.tower.hidden_size;
     Ok(Outputs::from([
         ("vision_last_hidden_state".into(), image_states),
         ("text_last_hidden_state".into(), tokens.scatter(&text_states, d)),

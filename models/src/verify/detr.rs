@@ -9,8 +9,8 @@ use crate::detr::{Detr, sine_positions, token_mask};
 use crate::ragged::{Ragged, Scratch};
 
 pub(super) fn detr(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let model = Detr::load(case.path(), case.config()?, case.weights())?;
-    let d = model.config().d_model;
+    let model = Detr::load(case.path(), case.json(), case.weights())?;
+    let d = model.config.d_model;
     let [batch, channels, height, width] = case.shape("pixel_values")?;
     let images = Images::from_planes(&case.f32("pixel_values")?, [batch, channels, height, width])?;
     let pixel_mask =

@@ -4,12 +4,16 @@ use laneformer::Context;
 
 use super::case::{Case, Outputs};
 use crate::Result;
-use crate::gpt::{Batch, Gpt, Version};
+use crate::gpt::{Batch, Gpt};
 use crate::ragged::{Ragged, Scratch};
 
 /// Feeds the tokens in the pieces that the case lists, with a cache, or all at once without.
-pub(super) fn gpt(ctx: Context<'_>, case: &Case, version: Version) -> Result<Outputs> {
-    let model = Gpt::load(case.path(), version, case.config()?, case.weights())?;
+pub(super) fn gpt(ctx: Context<'_>, case: &Case, model_type: &str) -> Result<Outputs> {
+    let mut json = case.json().clone();
+    if let Some(fields) = json.as_object_mut() {
+        fields.insert("model_type".into(), model_type.into());
+    }
+    let model = Gpt::load(case.path(), &json, case.weights())?;
     let [sequences, seq_len] = case.shape("attention_mask")?;
     let (mask, ids) = (case.mask("attention_mask")?, case.indices("input_ids")?);
     let whole = [seq_len];
@@ -19,7 +23,7 @@ pub(super) fn gpt(ctx: Context<'_>, case: &Case, version: Version) -> Result<Out
     }
     let mut caches = if chunks.len() > 1 { model.caches(sequences, seq_len)? } else { vec![] };
 
-    let (d, vocab_size) = (model.config().n_embd, model.config().vocab_size);
+    let (d, vocab_size) = (model.config.n_embd, model.config.vocab_size);
     let mut hidden = vec![0.0; mask.len() * d];
     let mut logits = vec![0.0; mask.len() * vocab_size];
     let (mut scratch, mut start) = (Scratch::default(), 0);
@@ -33,7 +37,7 @@ pub(super) fn gpt(ctx: Context<'_>, case: &Case, version: Version) -> Result<Out
         } else {
             tokens.positions().to_vec()
         };
-        let batch = Batch { ids: &ids, positions: &positions, offsets: tokens.offsets() };
+        let batch = Batch { ids: &ids, positions: &positions, offsets: tokens.offsets(), ..Batch::default() };
         let x = model.forward(ctx, batch, &mut caches, &mut scratch)?;
         tokens.scatter_into(&model.logits(ctx, &x)?, vocab_size, &mut logits);
         tokens.scatter_into(&x, d, &mut hidden);

@@ -8,8 +8,8 @@ use crate::bert;
 use crate::lavit::{Batch, Lavit};
 
 pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let model = Lavit::load(case.path(), case.config()?, case.weights())?;
-    let config = model.config();
+    let model = Lavit::load(case.path(), case.json(), case.weights())?;
+    let config = &model.config;
     let l = case.ragged_or_full("l_mask", case.shape("input_ids")?)?;
     let ids = l.gather(&case.indices("input_ids")?, 1)?;
     let types = vec![0; ids.len()];

@@ -5,12 +5,11 @@ use laneformer::Context;
 use super::case::{Case, Outputs};
 use crate::Result;
 use crate::bert::Batch;
-use crate::longformer::{Config, Longformer};
+use crate::longformer::Longformer;
 use crate::ragged::{Ragged, Scratch};
 
 pub(super) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let config = Config::from_json(case.path(), case.config()?)?;
-    let model = Longformer::load(case.path(), config, case.weights())?;
+    let model = Longformer::load(case.path(), case.json(), case.weights())?;
     let [_, seq_len] = case.shape("input_ids")?;
     let mask = case.mask("attention_mask")?;
     let tokens = Ragged::from_spans(&mask, seq_len);
@@ -25,7 +24,7 @@ pub(super) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let offsets = tokens.offsets();
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets };
     let hidden = model.forward(ctx, batch, &is_global, &is_real, &mut Scratch::default())?;
-    let padded = tokens.scatter(&hidden, model.config().bert.hidden_size);
+    let padded = tokens.scatter(&hidden, model.config.bert.hidden_size);
     let mut outputs = Outputs::from([("last_hidden_state".into(), padded)]);
     if !case.run().no_pooler
         && let Some(pooled) = model.pool(ctx, &hidden, offsets)?

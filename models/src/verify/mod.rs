@@ -26,7 +26,6 @@ use laneformer::Context;
 pub use case::Case;
 pub use compare::{Outcome, Verdict};
 
-use crate::gpt::Version;
 use crate::{Error, Result};
 
 /// Runs the case in `dir` and compares every output. What keeps a case or one of its outputs from being computed is
@@ -60,8 +59,8 @@ fn run(ctx: Context<'_>, case: &Case) -> Result<case::Outputs> {
         "graph" => graph::graph(ctx, case),
         "fusion" => fusion::fusion(ctx, case),
         "bart" => bart::bart(ctx, case),
-        "gpt1" => gpt::gpt(ctx, case, Version::Gpt1),
-        "gpt2" => gpt::gpt(ctx, case, Version::Gpt2),
+        "gpt1" => gpt::gpt(ctx, case, "openai-gpt"),
+        "gpt2" => gpt::gpt(ctx, case, "gpt2"),
         "clip" => clip::clip(ctx, case),
         "videobert" => videobert::videobert(ctx, case),
         "lavit" => lavit::lavit(ctx, case),

@@ -4,16 +4,15 @@ use laneformer::{BatchStats, Context, MatMut, batchnorm_train};
 use serde::Deserialize;
 
 use super::case::{Case, Outputs};
-use crate::bert::{self, Batch, Bert};
+use crate::bert::{Batch, Bert};
 use crate::ragged::Scratch;
 use crate::vanilla::{self, Vanilla};
 use crate::weights::Weights;
-use crate::{Result, encoder, norms};
+use crate::{Result, encoder};
 
 pub(super) fn bert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let config = bert::Config::from_json(case.path(), case.config()?)?;
-    let d = config.hidden_size;
-    let model = Bert::load(case.path(), config, case.weights())?;
+    let model = Bert::load(case.path(), case.json(), case.weights())?;
+    let d = model.config.hidden_size;
     let tokens = case.ragged("attention_mask")?;
     let ids = tokens.gather(&case.indices("input_ids")?, 1)?;
     let type_ids = tokens.gather(&case.indices("token_type_ids")?, 1)?;
@@ -45,7 +44,7 @@ pub(super) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         Some(vocabulary) => vocabulary.source(&src.gather(&case.indices("src_ids")?, 1)?, src.positions())?,
         None => src.gather(&case.f32("src")?, d)?,
     };
-    model.encoder.forward(ctx, &mut memory, src.offsets(), &mut Scratch::default())?;
+    model.encoder.encode(ctx, &mut memory, src.offsets(), &mut Scratch::default())?;
     let mut outputs = Outputs::from([("memory".into(), src.scatter(&memory, d))]);
 
     let Some(decoder) = &model.decoder else { return Ok(outputs) };
@@ -69,10 +68,10 @@ pub(super) fn norms(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         return batchnorm_training(ctx, case);
     }
     let config: encoder::Config = case.config()?;
-    let encoder = norms::load(case.path(), &config, case.weights())?;
+    let encoder = config.load(case.path(), case.weights())?;
     let tokens = case.ragged("attention_mask")?;
     let mut x = tokens.gather(&case.f32("x")?, config.d_model)?;
-    encoder.forward(ctx, &mut x, tokens.offsets(), &mut Scratch::default())?;
+    encoder.encode(ctx, &mut x, tokens.offsets(), &mut Scratch::default())?;
     Ok(Outputs::from([("y".into(), tokens.scatter(&x, config.d_model))]))
 }
 

@@ -9,7 +9,7 @@ use crate::transformer_xl::TransformerXl;
 
 /// Feeds the segments one after another.
 pub(super) fn transformer_xl(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let model = TransformerXl::load(case.path(), case.config()?, case.weights())?;
+    let model = TransformerXl::load(case.path(), case.json(), case.weights())?;
     let [sequences, seq_len] = case.shape("input_ids")?;
     let (ids, segments) = (case.indices("input_ids")?, &case.run().segments);
     if segments.iter().sum::<usize>() != seq_len {
@@ -25,7 +25,7 @@ pub(super) fn transformer_xl(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         outputs.insert(format!("segment{s}.last_hidden_state"), hidden);
         start += len;
     }
-    for i in 0..model.config().n_layer {
+    for i in 0..model.config.n_layer {
         if let Some(inputs) = memory.inputs(i) {
             outputs.insert(format!("mems.{i}"), inputs.to_vec());
         }

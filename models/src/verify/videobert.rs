@@ -9,7 +9,7 @@ use crate::ragged::Scratch;
 use crate::videobert::VideoBert;
 
 pub(super) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let model = VideoBert::load(case.path(), case.config()?, case.weights())?;
+    let model = VideoBert::load(case.path(), case.json(), case.weights())?;
     let video_ids = model.video_ids(ctx, &case.f32("video_features")?)?;
     let (text, masked) = (case.indices("input_ids")?, case.mask("video_masked")?);
     let ([_, text_len], [_, clips]) = (case.shape("input_ids")?, case.shape("video_masked")?);
@@ -27,8 +27,8 @@ pub(super) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let (positions, offsets) = (tokens.positions(), tokens.offsets());
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets };
     let hidden = model.bert.forward(ctx, batch, &mut Scratch::default())?;
-    let config = &model.config().bert;
-    let vocab_size = config.vocab_size + model.config().num_centroids;
+    let config = &model.config.bert;
+    let vocab_size = config.vocab_size + model.config.num_centroids;
     let mut outputs = Outputs::from([
         ("video_ids".into(), video_ids.iter().map(|&id| id as f32).collect()),
         ("last_hidden_state".into(), tokens.scatter(&hidden, config.hidden_size)),

@@ -9,9 +9,9 @@ use crate::ragged::Scratch;
 use crate::xlnet::{Batch, Config, XlNet};
 
 pub(super) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let model = XlNet::load(case.path(), case.config()?, case.weights())?;
+    let model = XlNet::load(case.path(), case.json(), case.weights())?;
     let [sequences, _] = case.shape("input_ids")?;
-    let Config { n_layer, mem_len, .. } = *model.config();
+    let Config { n_layer, mem_len, .. } = model.config;
     let mask = |name| case.has(name).then(|| case.mask(name)).transpose();
     let (is_real, is_hidden) = (mask("attention_mask")?, mask("perm_mask")?);
     let segments = case.has("token_type_ids").then(|| case.indices("token_type_ids")).transpose()?;
