@@ -11,7 +11,7 @@ use laneformer::Context;
 use laneformer_models::Error;
 use laneformer_models::clip::Clip;
 use laneformer_models::config::{self, model_type};
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use laneformer_models::tokens::{Packed, TextTokenizer};
 use serde::Serialize;
 
@@ -73,7 +73,7 @@ pub fn run(args: ClassifyArgs) -> anyhow::Result<()> {
     let (mut scratch, mut out) = (Scratch::default(), io::stdout().lock());
     for image in &args.images {
         let pixels = preprocessor.load(image)?;
-        let states = model.image_states(ctx, &pixels, &mut scratch)?;
+        let states = model.image_states(&mut scratch.with(ctx), &pixels)?;
         let logits = model.logits_per_image(ctx, &model.embed_images(ctx, &states)?, &texts)?;
         let probabilities = model.probabilities(ctx, logits, labels.len())?;
         let mut scores: Vec<_> =
@@ -113,7 +113,7 @@ fn embed_texts(
     };
     let mut packed = Packed::default();
     packed.set(&texts.map(tokens).collect::<anyhow::Result<Vec<_>>>()?);
-    let states = model.text.states(ctx, packed.batch(), &mut Scratch::default())?;
+    let states = model.text.states(&mut Scratch::default().with(ctx), packed.batch())?;
     Ok(model.text.embed(ctx, packed.batch(), &states)?)
 }
 

@@ -11,7 +11,7 @@ use laneformer::Context;
 use laneformer_models::clip::Clip;
 use laneformer_models::config::open;
 use laneformer_models::conv::Images;
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use laneformer_models::tokens::Batch;
 use serde_json::{Value, json};
 
@@ -74,7 +74,7 @@ fn scores_are_those_of_the_model_and_sorted() {
     let ids = [38, 5, 39, 38, 7, 8, 39, 38, 30, 39, 38, 2, 39];
     let positions = [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 0, 1, 2];
     let texts = Batch { ids: &ids, type_ids: &[], positions: &positions, offsets: &[0, 3, 7, 10, 13] };
-    let states = clip.text.states(ctx, texts, &mut scratch).unwrap();
+    let states = clip.text.states(&mut scratch.with(ctx), texts).unwrap();
     let texts = clip.text.embed(ctx, texts, &states).unwrap();
     let all_scores = scores(&stdout);
     assert_eq!(all_scores.len(), 2);
@@ -82,7 +82,7 @@ fn scores_are_those_of_the_model_and_sorted() {
         let value = |c: usize, i: u32| f64::from(picture.get_pixel(i % 20, i / 20)[c]) * (1.0 / 255.0);
         let planes: Vec<_> = (0..3).flat_map(|c| (0..400).map(move |i| value(c, i) as f32)).collect();
         let images = Images::from_planes(&planes, [1, 3, 20, 20]).unwrap();
-        let states = clip.image_states(ctx, &images, &mut Scratch::default()).unwrap();
+        let states = clip.image_states(&mut Scratch::default().with(ctx), &images).unwrap();
         let logits = clip.logits_per_image(ctx, &clip.embed_images(ctx, &states).unwrap(), &texts).unwrap();
         let mut expected: Vec<_> =
             labels.map(String::from).into_iter().zip(clip.probabilities(ctx, logits, 4).unwrap()).collect();

@@ -10,7 +10,7 @@ use laneformer_models::bert::Batch;
 use laneformer_models::checkpoint::Checkpoint;
 use laneformer_models::config::open;
 use laneformer_models::longformer::Longformer;
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
@@ -300,7 +300,7 @@ fn longformer_embeds_with_its_windows_alone() {
         let (n, types, positions) = (ids.len(), vec![0; ids.len()], longformer.positions(ids));
         let batch = Batch { ids, type_ids: &types, positions: &positions, offsets: &[0, n] };
         let (none, all, mut scratch) = (vec![false; n], vec![true; n], Scratch::default());
-        let hidden = longformer.forward(Context::serial(), batch, &none, &all, &mut scratch).unwrap();
+        let hidden = longformer.forward(&mut scratch.with(Context::serial()), batch, &none, &all).unwrap();
         let mean: Vec<f64> =
             (0..36).map(|c| hidden.chunks(36).map(|row| f64::from(row[c])).sum::<f64>()).collect();
         let length = mean.iter().map(|x| x * x).sum::<f64>().sqrt();

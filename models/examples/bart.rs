@@ -3,7 +3,7 @@
 mod common;
 
 use laneformer_models::bart::{Bart, Batch};
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use serde_json::json;
 
 fn main() -> common::Result {
@@ -17,10 +17,11 @@ fn main() -> common::Result {
 
     let (ids, positions) = common::tokens(128, bart.config.vocab_size);
     let text = Batch { ids: &ids, positions: &positions, offsets: &[0, 128], ..Batch::default() };
-    let memory = common::timed("encode", || bart.encode(ctx, text, &mut Scratch::default()))?;
+    let memory = common::timed("encode", || bart.encoder.encode(&mut Scratch::default().with(ctx), text))?;
     common::show("memory", &memory, bart.config.d_model);
 
-    let mut decoding = common::timed("keys of the memory", || bart.begin(ctx, &memory, text.offsets, 8))?;
+    let mut decoding =
+        common::timed("keys of the memory", || bart.decoder.layers.begin(ctx, &memory, text.offsets, 8))?;
     let (mut written, mut scratch) = (vec![bart.config.decoder_start_token_id], Scratch::default());
     for position in 0..8 {
         let batch = Batch {
@@ -30,7 +31,7 @@ fn main() -> common::Result {
             ..Batch::default()
         };
         let logits = common::timed("a token", || {
-            let hidden = bart.decode(ctx, &mut decoding, batch, &mut scratch)?;
+            let hidden = bart.decoder.decode(&mut scratch.with(ctx), batch, &mut decoding)?;
             bart.logits(ctx, &hidden)
         })?;
         written.push((0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0) as u32);

@@ -3,7 +3,7 @@
 mod common;
 
 use laneformer_models::bert::{Batch, Bert};
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use serde_json::json;
 
 fn main() -> common::Result {
@@ -16,7 +16,7 @@ fn main() -> common::Result {
 
     let (ids, positions) = common::tokens(128, bert.config.vocab_size);
     let batch = Batch { ids: &ids, type_ids: &[0; 128], positions: &positions, offsets: &[0, 128] };
-    let hidden = common::timed("encode", || bert.forward(ctx, batch, &mut Scratch::default()))?;
+    let hidden = common::timed("encode", || bert.forward(&mut Scratch::default().with(ctx), batch))?;
     common::show("hidden states", &hidden, d);
     if let Some(pooled) = bert.pool(ctx, &hidden, batch.offsets)? {
         common::show("pooled", &pooled, d);

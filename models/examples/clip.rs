@@ -4,7 +4,7 @@ mod common;
 
 use laneformer_models::clip::Clip;
 use laneformer_models::conv::Images;
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use laneformer_models::tokens::Batch;
 use serde_json::json;
 
@@ -18,7 +18,7 @@ fn main() -> common::Result {
     let pixels = common::features(4, channels * side * side)?;
     let images = Images::from_planes(&pixels, [4, channels, side, side])?;
     let images = common::timed("images", || {
-        let states = clip.image_states(ctx, &images, &mut Scratch::default())?;
+        let states = clip.image_states(&mut Scratch::default().with(ctx), &images)?;
         clip.embed_images(ctx, &states)
     })?;
     common::show("images", &images, clip.config.projection_dim);
@@ -27,7 +27,7 @@ fn main() -> common::Result {
     let positions: Vec<_> = (0..24).map(|i| i % 8).collect();
     let texts = Batch { ids: &ids, positions: &positions, offsets: &[0, 8, 16, 24], ..Batch::default() };
     let texts = common::timed("texts", || {
-        let states = clip.text.states(ctx, texts, &mut Scratch::default())?;
+        let states = clip.text.states(&mut Scratch::default().with(ctx), texts)?;
         clip.text.embed(ctx, texts, &states)
     })?;
     common::show("texts", &texts, clip.config.projection_dim);

@@ -4,7 +4,8 @@ mod common;
 
 use laneformer_models::conv::Images;
 use laneformer_models::detr::{Detr, sine_positions};
-use laneformer_models::ragged::{Ragged, Scratch};
+use laneformer_models::ragged::Ragged;
+use laneformer_models::run::Scratch;
 use serde_json::json;
 
 fn main() -> common::Result {
@@ -23,13 +24,14 @@ fn main() -> common::Result {
     let pixels = common::features(channels, 800 * 1066)?;
     let image = Images::from_planes(&pixels, [1, channels, 800, 1066])?;
     let mut scratch = Scratch::default();
-    let features = common::timed("backbone", || detr.features(ctx, &image, &mut scratch))?;
+    let features = common::timed("backbone", || detr.features(&mut scratch.with(ctx), &image))?;
     println!("features {} x {}, {} channels", features.height, features.width, features.channels);
 
     let size = [features.height, features.width];
     let mask = vec![true; size[0] * size[1]];
     let (tokens, positions) = (Ragged::from_mask(&mask, mask.len()), sine_positions(&mask, size, d));
-    let hidden = common::timed("encoder", || detr.encode(ctx, &features, &tokens, &positions, &mut scratch))?;
+    let hidden =
+        common::timed("encoder", || detr.encode(&mut scratch.with(ctx), &features, &tokens, &positions))?;
     common::show("hidden states", &hidden, d);
     Ok(())
 }

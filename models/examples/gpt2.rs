@@ -2,8 +2,9 @@
 
 mod common;
 
+use laneformer_models::encoder::Decoding;
 use laneformer_models::gpt::{Batch, Gpt};
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use serde_json::json;
 
 fn main() -> common::Result {
@@ -14,12 +15,13 @@ fn main() -> common::Result {
     let (ctx, d) = (common::context(), gpt.config.n_embd);
 
     let (mut ids, mut positions) = common::tokens(64, gpt.config.vocab_size);
-    let (mut caches, mut scratch) = (gpt.caches(1, 64 + 8)?, Scratch::default());
+    let (caches, mut scratch) = (gpt.decoder.layers.caches(1, 64 + 8)?, Scratch::default());
+    let mut state = Decoding { caches, ..Decoding::default() };
     let mut written = vec![];
     while written.len() < 8 {
         let batch = Batch { ids: &ids, positions: &positions, offsets: &[0, ids.len()], ..Batch::default() };
         let logits = common::timed(&format!("{} tokens", ids.len()), || {
-            let hidden = gpt.forward(ctx, batch, &mut caches, &mut scratch)?;
+            let hidden = gpt.decoder.decode(&mut scratch.with(ctx), batch, &mut state)?;
             gpt.logits(ctx, &hidden[hidden.len() - d..])
         })?;
         let next = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0) as u32;

@@ -4,7 +4,7 @@ mod common;
 
 use laneformer_models::bert::Batch;
 use laneformer_models::longformer::Longformer;
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use serde_json::json;
 
 fn main() -> common::Result {
@@ -22,7 +22,7 @@ fn main() -> common::Result {
     let (is_real, mut is_global) = (vec![true; n], vec![false; n]);
     is_global[0] = true;
     let hidden = common::timed("encode", || {
-        longformer.forward(common::context(), batch, &is_global, &is_real, &mut Scratch::default())
+        longformer.forward(&mut Scratch::default().with(common::context()), batch, &is_global, &is_real)
     })?;
     common::show("hidden states", &hidden, longformer.config.bert.hidden_size);
     Ok(())

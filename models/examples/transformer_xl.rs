@@ -2,7 +2,7 @@
 
 mod common;
 
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use laneformer_models::transformer_xl::TransformerXl;
 use serde_json::json;
 
@@ -17,7 +17,7 @@ fn main() -> common::Result {
     let (mut memory, mut scratch) = (model.memory(1), Scratch::default());
     for (i, segment) in ids.chunks(128).enumerate() {
         let hidden = common::timed(&format!("segment {i}"), || {
-            model.forward(ctx, segment, &mut memory, &mut scratch)
+            model.forward(&mut scratch.with(ctx), segment, &mut memory)
         })?;
         common::show("logits", &model.logits(ctx, &hidden)?, model.config.vocab_size);
     }

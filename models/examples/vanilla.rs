@@ -3,7 +3,7 @@
 
 mod common;
 
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use laneformer_models::vanilla::{Config, Vanilla};
 use serde_json::json;
 
@@ -22,13 +22,15 @@ fn main() -> common::Result {
 
     let (ids, positions) = common::tokens(64, config.vocab_size);
     let mut memory = vocabulary.source(&ids, &positions)?;
-    common::timed("encode", || model.encoder.encode(ctx, &mut memory, &offsets, &mut Scratch::default()))?;
+    common::timed("encode", || {
+        model.encoder.encode(&mut Scratch::default().with(ctx), &mut memory, &offsets)
+    })?;
     common::show("memory", &memory, config.d_model);
 
     let mut x = vocabulary.target(&ids, &positions)?;
     let logits = common::timed("decode", || {
-        let sources = decoder.sources(ctx, &memory, &offsets)?;
-        decoder.decode(ctx, &mut x, &offsets, (&sources, &mut []), &mut Scratch::default())?;
+        let mut state = decoder.begin(ctx, &memory, &offsets, 0)?;
+        decoder.decode(&mut Scratch::default().with(ctx), &mut x, &offsets, &mut state)?;
         vocabulary.logits(ctx, &x)
     })?;
     common::show("logits", &logits, config.vocab_size);

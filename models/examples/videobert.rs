@@ -4,7 +4,7 @@
 mod common;
 
 use laneformer_models::bert::Batch;
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use laneformer_models::videobert::VideoBert;
 use serde_json::json;
 
@@ -24,7 +24,7 @@ fn main() -> common::Result {
     let (ids, type_ids) = model.joint_sequence(&text, &video_ids, &[false; 64])?;
     let positions: Vec<_> = (0..ids.len() as u32).collect();
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets: &[0, ids.len()] };
-    let hidden = common::timed("encode", || model.bert.forward(ctx, batch, &mut Scratch::default()))?;
+    let hidden = common::timed("encode", || model.bert.forward(&mut Scratch::default().with(ctx), batch))?;
     common::show("logits", &model.logits(ctx, &hidden)?, config.bert.vocab_size + config.num_centroids);
     if let Some(pooled) = model.bert.pool(ctx, &hidden, batch.offsets)? {
         common::show("alignment", &model.alignment_logits(ctx, &pooled)?, 2);

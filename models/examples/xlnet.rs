@@ -2,7 +2,7 @@
 
 mod common;
 
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use laneformer_models::xlnet::{Batch, XlNet};
 use serde_json::json;
 
@@ -25,7 +25,7 @@ fn main() -> common::Result {
         targets: Some(&targets),
         ..Batch::default()
     };
-    let output = common::timed("both streams", || model.forward(ctx, &batch, &mut Scratch::default()))?;
+    let output = common::timed("both streams", || model.forward(&mut Scratch::default().with(ctx), &batch))?;
     common::show("content", &output.content, model.config.d_model);
     let logits = model.logits(ctx, &output.queries.unwrap_or_default())?;
     common::show("logits of the targets", &logits, model.config.vocab_size);

@@ -5,38 +5,14 @@ use std::borrow::Cow;
 use std::mem;
 
 use laneformer::{
-    Context, Epilogue, Graph, Heads, Inputs, KeyStore, Layer, Linear, MatMut, MatRef, Placement, QueryRows,
+    Context, Epilogue, Graph, Heads, Inputs, KeyStore, Layer, Linear, MatMut, Placement, QueryRows,
     RelativeTable, Stack, SubLayer, Terms,
 };
 
 use crate::embedding::Sinusoid;
-use crate::ragged::Scratch;
+use crate::run::{Run, project, rows};
 use crate::weights::normalize;
 use crate::{Error, Result};
-
-/// The rows of `x`, of `d` columns.
-pub(crate) fn rows(x: &[f32], d: usize) -> Result<MatRef<'_>> {
-    Ok(MatRef::contiguous(x, x.len() / d.max(1), d)?)
-}
-
-/// A linear layer over the rows of `x`.
-pub fn project(ctx: Context<'_>, linear: &Linear, x: &[f32], epilogue: &Epilogue<'_>) -> Result<Vec<f32>> {
-    project_with(ctx, linear, x, epilogue, &mut Scratch::default())
-}
-
-/// The same in rows of `scratch`.
-fn project_with(
-    ctx: Context<'_>,
-    linear: &Linear,
-    x: &[f32],
-    epilogue: &Epilogue<'_>,
-    scratch: &mut Scratch,
-) -> Result<Vec<f32>> {
-    let (x, n) = (rows(x, linear.in_features())?, linear.out_features());
-    let mut y = scratch.take(x.rows() * n);
-    linear.forward(ctx, x, epilogue, MatMut::contiguous(&mut y, x.rows(), n)?)?;
-    Ok(y)
-}
 
 /// The projections of one attention.
 #[derive(Debug)]
@@ -49,54 +25,35 @@ pub struct Projections {
 }
 
 impl Projections {
-    /// The keys and values of the rows of `x`, in a store of `scratch`.
-    pub fn keys(
-        &self,
-        ctx: Context<'_>,
-        x: &[f32],
-        offsets: &[usize],
-        scratch: &mut Scratch,
-    ) -> Result<KeyStore> {
-        let k = project_with(ctx, &self.k, x, &Epilogue::NONE, scratch)?;
-        let v = project_with(ctx, &self.v, x, &Epilogue::NONE, scratch)?;
-        let keys = self.store(ctx, &k, &v, offsets, scratch)?;
-        scratch.give(k);
-        scratch.give(v);
+    /// The keys and values of the rows of `x`, in a store of the scratch.
+    pub fn keys(&self, run: &mut Run<'_>, x: &[f32], offsets: &[usize]) -> Result<KeyStore> {
+        let k = run.project(&self.k, x, &Epilogue::NONE)?;
+        let v = run.project(&self.v, x, &Epilogue::NONE)?;
+        let keys = self.store(run, &k, &v, offsets)?;
+        run.scratch.give(k);
+        run.scratch.give(v);
         Ok(keys)
     }
 
-    /// Keys and values that are projected already, in a store of `scratch`.
-    pub fn store(
-        &self,
-        ctx: Context<'_>,
-        k: &[f32],
-        v: &[f32],
-        offsets: &[usize],
-        scratch: &mut Scratch,
-    ) -> Result<KeyStore> {
+    /// Keys and values that are projected already, in a store of the scratch.
+    pub fn store(&self, run: &mut Run<'_>, k: &[f32], v: &[f32], offsets: &[usize]) -> Result<KeyStore> {
         let (k, v) = (rows(k, self.heads.key_cols())?, rows(v, self.heads.value_cols())?);
-        let mut keys = scratch.take_store(&self.heads, k.rows(), offsets)?;
-        keys.set(ctx, k, v, offsets)?;
+        let mut keys = run.scratch.take_store(&self.heads, k.rows(), offsets)?;
+        keys.set(run.ctx, k, v, offsets)?;
         Ok(keys)
     }
 
-    /// What the queries of the rows of `x` gather, before the output projection, in rows of `scratch`.
-    pub fn attend(
-        &self,
-        ctx: Context<'_>,
-        x: &[f32],
-        seen: &Seen<'_>,
-        scratch: &mut Scratch,
-    ) -> Result<Vec<f32>> {
-        let projected = project_with(ctx, &self.q, x, &Epilogue::NONE, scratch)?;
+    /// What the queries of the rows of `x` gather, before the output projection, in rows of the scratch.
+    pub fn attend(&self, run: &mut Run<'_>, x: &[f32], seen: &Seen<'_>) -> Result<Vec<f32>> {
+        let projected = run.project(&self.q, x, &Epilogue::NONE)?;
         let q = rows(&projected, self.heads.query_cols())?;
         let queries = QueryRows::new(q, seen.offsets);
         let queries = seen.positions.map_or(queries, |positions| queries.at(positions));
         let cols = self.heads.output_cols();
-        let mut y = scratch.take(q.rows() * cols);
+        let mut y = run.scratch.take(q.rows() * cols);
         let out = MatMut::contiguous(&mut y, q.rows(), cols)?;
-        seen.keys.attend(ctx, &self.heads, &queries, seen.graph, &seen.terms, out)?;
-        scratch.give(projected);
+        seen.keys.attend(run.ctx, &self.heads, &queries, seen.graph, &seen.terms, out)?;
+        run.scratch.give(projected);
         Ok(y)
     }
 }
@@ -154,23 +111,17 @@ impl Block {
     }
 
     /// The rest of the layer, from what [`Projections::attend`] gathered.
-    pub fn close(
-        &self,
-        ctx: Context<'_>,
-        x: &mut Vec<f32>,
-        attended: Vec<f32>,
-        scratch: &mut Scratch,
-    ) -> Result<()> {
+    pub fn close(&self, run: &mut Run<'_>, x: &mut Vec<f32>, attended: Vec<f32>) -> Result<()> {
         let alpha = if let Placement::Post { alpha, .. } = self.placement { alpha } else { 1.0 };
         let residual = Epilogue::NONE.with_residual(alpha, rows(x, self.out.out_features())?);
-        let mut y = project_with(ctx, &self.out, &attended, &residual, scratch)?;
-        scratch.give(attended);
+        let mut y = run.project(&self.out, &attended, &residual)?;
+        run.scratch.give(attended);
         if let Placement::Post { norm, .. } = &self.placement {
-            normalize(ctx, norm, &mut y)?;
+            normalize(run.ctx, norm, &mut y)?;
         }
         let tokens = y.len() / self.out.out_features().max(1);
-        scratch.run(ctx, &self.ffn, &mut y, &mut Inputs::new(&[0, tokens], &Graph::full()))?;
-        scratch.give(mem::replace(x, y));
+        run.stack(&self.ffn, &mut y, &mut Inputs::new(&[0, tokens], &Graph::full()))?;
+        run.scratch.give(mem::replace(x, y));
         Ok(())
     }
 }
@@ -195,7 +146,7 @@ impl Distances {
 
     /// The distances as a layer sees them.
     pub fn project(&self, ctx: Context<'_>, r: &Linear, n_heads: usize) -> Result<RelativeTable> {
-        let table = project(ctx, r, &self.sinusoids, &Epilogue::NONE)?;
+        let table = project(ctx, r, &self.sinusoids)?;
         Ok(RelativeTable::new(rows(&table, r.out_features())?, self.first, n_heads)?)
     }
 }

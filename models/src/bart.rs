@@ -3,17 +3,16 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Epilogue, KeyStore, KvCache, Linear};
+use laneformer::{Context, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::attend::project;
 use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Transformer};
-use crate::ragged::Scratch;
+use crate::run::project;
 pub use crate::tokens::Batch;
 use crate::weights::Weights;
 
@@ -53,7 +52,7 @@ const CROSS_ATTENTION: Part =
     Part::CrossAttention(Attention::proj("encoder_attn", "encoder_attn_layer_norm"));
 const FFN: Part = Part::Ffn(["fc1", "fc2"], "final_layer_norm");
 
-/// Encoder, decoder and language-model head.
+/// The encoder, whose output is the memory that the decoder reads, and the decoder with its language-model head.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "see above")]
 pub struct Bart {
@@ -61,15 +60,6 @@ pub struct Bart {
     pub encoder: Transformer,
     pub decoder: Transformer,
     pub head: Linear,
-}
-
-/// What a decoder has of a batch: the keys and values of the memory, and those of its own tokens so far. Without caches (an
-/// empty list) it sees the tokens of the same call only.
-#[derive(Debug)]
-#[allow(missing_docs, reason = "see above")]
-pub struct Decoding {
-    pub sources: Vec<KeyStore>,
-    pub caches: Vec<KvCache>,
 }
 
 impl Bart {
@@ -108,39 +98,8 @@ impl Bart {
         Ok(Bart { head: shared.as_linear(bias.as_deref())?, config, encoder, decoder })
     }
 
-    /// The memory that the decoder reads, [T, d_model].
-    pub fn encode(&self, ctx: Context<'_>, batch: Batch<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
-        self.encoder.encode(ctx, batch, scratch)
-    }
-
-    /// What decoding with this memory begins with; `capacity` is the number of tokens that each cache has room for, 0 is
-    /// without caches.
-    pub fn begin(
-        &self,
-        ctx: Context<'_>,
-        memory: &[f32],
-        offsets: &[usize],
-        capacity: usize,
-    ) -> Result<Decoding> {
-        let layers = &self.decoder.layers;
-        let sequences = offsets.len().saturating_sub(1);
-        let caches = if capacity == 0 { vec![] } else { layers.caches(sequences, capacity)? };
-        Ok(Decoding { sources: layers.sources(ctx, memory, offsets)?, caches })
-    }
-
-    /// The last hidden state of the decoder, [T, d_model], for its next tokens.
-    pub fn decode(
-        &self,
-        ctx: Context<'_>,
-        decoding: &mut Decoding,
-        batch: Batch<'_>,
-        scratch: &mut Scratch,
-    ) -> Result<Vec<f32>> {
-        self.decoder.decode(ctx, batch, (&decoding.sources, &mut decoding.caches), scratch)
-    }
-
     /// The logits of the next token, [T, vocab_size], for any rows of the decoder's hidden state.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.head, hidden, &Epilogue::NONE)
+        project(ctx, &self.head, hidden)
     }
 }

@@ -13,7 +13,7 @@ use crate::config::{activation, check, check_model_type, from_value, heads, with
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::head;
-use crate::ragged::Scratch;
+use crate::run::Run;
 pub use crate::tokens::Batch;
 use crate::weights::Weights;
 
@@ -101,8 +101,8 @@ impl Bert {
     }
 
     /// The last hidden state of every token, [T, hidden_size].
-    pub fn forward(&self, ctx: Context<'_>, batch: Batch<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
-        self.encoder.encode(ctx, batch, scratch)
+    pub fn forward(&self, run: &mut Run<'_>, batch: Batch<'_>) -> Result<Vec<f32>> {
+        self.encoder.encode(run, batch)
     }
 
     /// The input of the first layer, and the output of every layer.

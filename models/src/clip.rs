@@ -3,19 +3,19 @@
 
 use std::path::Path;
 
-use laneformer::{Activation, Context, Epilogue, Linear, MatMut, Norm, softmax};
+use laneformer::{Activation, Context, Linear, MatMut, Norm, softmax};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::attend::{offsets, project};
+use crate::attend::offsets;
 use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, Embeddings};
-use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part, Transformer};
+use crate::encoder::{Attention, Decoding, LayerSpec, Layers, NormPlacement, Part, Transformer};
 use crate::error::check_size;
-use crate::ragged::Scratch;
+use crate::run::{Run, project};
 use crate::tokens::Batch;
 use crate::weights::{Weights, linear, normalize};
 
@@ -162,11 +162,11 @@ impl Clip {
 
     /// The last hidden state of every patch behind that of its image's class token, before any norm: [images * tokens, d].
     /// Images are as large as the configuration says.
-    pub fn image_states(&self, ctx: Context<'_>, images: &Images, scratch: &mut Scratch) -> Result<Vec<f32>> {
+    pub fn image_states(&self, run: &mut Run<'_>, images: &Images) -> Result<Vec<f32>> {
         let (side, d) = (self.config.vision_config.image_size, self.class.len());
         check_size("image height", side, images.height)?;
         check_size("image width", side, images.width)?;
-        let patches = self.patches.forward(ctx, images, Activation::None, None, scratch)?;
+        let patches = self.patches.forward(run, images, Activation::None, None)?;
         let tokens = self.places.rows();
         let mut x = vec![];
         for patches in patches.pixels.chunks_exact((tokens - 1) * d) {
@@ -174,8 +174,8 @@ impl Clip {
             let places = (0..tokens as u32).flat_map(|place| self.places.row(place));
             x.extend(features.zip(places).map(|(x, place)| x + place));
         }
-        normalize(ctx, &self.pre_norm, &mut x)?;
-        self.layers.encode(ctx, &mut x, &offsets(images.batch, tokens), scratch)?;
+        normalize(run.ctx, &self.pre_norm, &mut x)?;
+        self.layers.encode(run, &mut x, &offsets(images.batch, tokens))?;
         Ok(x)
     }
 
@@ -192,7 +192,7 @@ impl Clip {
     pub fn logits_per_image(&self, ctx: Context<'_>, images: &[f32], texts: &[f32]) -> Result<Vec<f32>> {
         let d = self.config.projection_dim;
         let classifier = linear(texts, d, texts.len() / d.max(1), None)?;
-        let mut logits = project(ctx, &classifier, images, &Epilogue::NONE)?;
+        let mut logits = project(ctx, &classifier, images)?;
         logits.iter_mut().for_each(|logit| *logit *= self.logit_scale);
         Ok(logits)
     }
@@ -237,8 +237,8 @@ impl TextEncoder {
     }
 
     /// The last hidden state of every token of texts, normed: [tokens, d].
-    pub fn states(&self, ctx: Context<'_>, texts: Batch<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
-        self.decoder.decode(ctx, texts, (&[], &mut []), scratch)
+    pub fn states(&self, run: &mut Run<'_>, texts: Batch<'_>) -> Result<Vec<f32>> {
+        self.decoder.decode(run, texts, &mut Decoding::default())
     }
 
     /// The embeddings of texts, of length 1, from [`TextEncoder::states`]: [texts, projection_dim]. A text without tokens is
@@ -260,7 +260,7 @@ impl TextEncoder {
 
 /// From pooled states to the common space, on its unit sphere.
 fn embed(ctx: Context<'_>, projection: &Linear, pooled: &[f32]) -> Result<Vec<f32>> {
-    let mut x = project(ctx, projection, pooled, &Epilogue::NONE)?;
+    let mut x = project(ctx, projection, pooled)?;
     for row in x.chunks_exact_mut(projection.out_features().max(1)) {
         let length = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         row.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use laneformer::{Activation, Context, Epilogue, Linear, MatMut, MatRef};
+use laneformer::{Activation, Epilogue, Linear, MatMut, MatRef};
 
 use crate::Result;
 use crate::error::check_size;
-use crate::ragged::Scratch;
+use crate::run::Run;
 use crate::weights::{Weights, linear};
 
 /// Images or feature maps of one size, channels last: a pixel is a row of a linear layer, and a token of a Transformer.
@@ -40,9 +40,9 @@ impl Images {
     }
 
     /// The largest of each channel over windows; what lies outside of the image does not count.
-    pub fn max_pool(&self, window: Window, scratch: &mut Scratch) -> Images {
+    pub fn max_pool(&self, run: &mut Run<'_>, window: Window) -> Images {
         let [height, width] = [window.places(self.height), window.places(self.width)];
-        let pixels = scratch.take(self.batch * height * width * self.channels);
+        let pixels = run.scratch.take(self.batch * height * width * self.channels);
         let mut out = Images { pixels, batch: self.batch, height, width, channels: self.channels };
         out.pixels.fill(f32::NEG_INFINITY);
         for (i, largest) in out.pixels.chunks_exact_mut(self.channels.max(1)).enumerate() {
@@ -132,34 +132,33 @@ impl Conv {
         Ok(Conv { linear: linear(&weight, area * channels, out, bias)?, channels, window })
     }
 
-    /// `activation(convolution + bias) + residual`, in rows of `scratch`.
+    /// `activation(convolution + bias) + residual`, in rows of the scratch.
     pub fn forward(
         &self,
-        ctx: Context<'_>,
+        run: &mut Run<'_>,
         x: &Images,
         activation: Activation,
         residual: Option<&Images>,
-        scratch: &mut Scratch,
     ) -> Result<Images> {
         check_size("channels", self.channels, x.channels)?;
         let n = self.linear.out_features();
         let size = [x.height, x.width].map(|len| self.window.places(len));
         let rows = x.batch * size[0] * size[1];
-        let mut pixels = scratch.take(rows * n);
+        let mut pixels = run.scratch.take(rows * n);
         let mut epilogue = Epilogue::activation(activation);
         if let Some(residual) = residual {
             epilogue = epilogue.with_residual(1.0, MatRef::contiguous(&residual.pixels, rows, n)?);
         }
         let out = MatMut::contiguous(&mut pixels, rows, n)?;
         if matches!(self.window, Window { kernel: 1, stride: 1, padding: 0 }) {
-            self.linear.forward(ctx, MatRef::contiguous(&x.pixels, rows, x.channels)?, &epilogue, out)?;
+            self.linear.forward(run.ctx, MatRef::contiguous(&x.pixels, rows, x.channels)?, &epilogue, out)?;
         } else {
             let fill = |pixels: Range<usize>, mut patches: MatMut<'_>| {
                 for (i, pixel) in pixels.enumerate() {
                     self.patch(x, size, pixel, patches.row_mut(i));
                 }
             };
-            self.linear.forward_filled(ctx, fill, &epilogue, out)?;
+            self.linear.forward_filled(run.ctx, fill, &epilogue, out)?;
         }
         Ok(Images { pixels, batch: x.batch, height: size[0], width: size[1], channels: n })
     }

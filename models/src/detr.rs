@@ -4,18 +4,18 @@
 use std::f64::consts::TAU;
 use std::path::Path;
 
-use laneformer::{Context, Epilogue, Graph, Inputs, Linear};
+use laneformer::{Graph, Inputs, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::attend::{project, rows};
 use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, from_value, heads, with_defaults};
 use crate::conv::Images;
 use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part};
-use crate::ragged::{Ragged, Scratch};
+use crate::ragged::Ragged;
 use crate::resnet::{self, ResNet};
+use crate::run::{Run, project, rows};
 use crate::weights::linear;
 
 /// `config.json` of a DETR directory.
@@ -74,28 +74,27 @@ impl Detr {
     }
 
     /// The feature map of images.
-    pub fn features(&self, ctx: Context<'_>, images: &Images, scratch: &mut Scratch) -> Result<Images> {
-        self.backbone.forward(ctx, images, scratch)
+    pub fn features(&self, run: &mut Run<'_>, images: &Images) -> Result<Images> {
+        self.backbone.forward(run, images)
     }
 
     /// The last hidden state of every token: the pixels of the feature map that `tokens` lists, at these `positions`, both
     /// [T, d_model].
     pub fn encode(
         &self,
-        ctx: Context<'_>,
+        run: &mut Run<'_>,
         features: &Images,
         tokens: &Ragged,
         positions: &[f32],
-        scratch: &mut Scratch,
     ) -> Result<Vec<f32>> {
         let pixels = tokens.gather(&features.pixels, features.channels)?;
-        let mut x = project(ctx, &self.projection, &pixels, &Epilogue::NONE)?;
+        let mut x = project(run.ctx, &self.projection, &pixels)?;
         let graph = Graph::full();
         let mut inputs = Inputs {
             position_embedding: Some(rows(positions, self.config.d_model)?),
             ..Inputs::new(tokens.offsets(), &graph)
         };
-        self.layers.forward(ctx, &mut x, &mut inputs, scratch)?;
+        self.layers.forward(run, &mut x, &mut inputs)?;
         Ok(x)
     }
 }

@@ -8,11 +8,11 @@ use laneformer::{
 };
 use serde::Deserialize;
 
-use crate::attend::{Block, Projections, rows};
+use crate::attend::{Block, Projections};
 use crate::checkpoint::Checkpoint;
 use crate::config::{activation, heads};
 use crate::embedding::Embeddings;
-use crate::ragged::Scratch;
+use crate::run::{Run, rows};
 use crate::tokens::Batch;
 use crate::weights::{NormKind, Weights, normalize};
 use crate::{Error, Result};
@@ -232,40 +232,40 @@ impl Layers {
     }
 
     /// Runs over packed features [T, d_model], in place.
-    pub fn forward(
-        &self,
-        ctx: Context<'_>,
-        x: &mut [f32],
-        inputs: &mut Inputs<'_>,
-        scratch: &mut Scratch,
-    ) -> Result<()> {
-        scratch.run(ctx, &self.stack, x, inputs)?;
-        self.norm.as_ref().map_or(Ok(()), |norm| normalize(ctx, norm, x))
+    pub fn forward(&self, run: &mut Run<'_>, x: &mut [f32], inputs: &mut Inputs<'_>) -> Result<()> {
+        run.stack(&self.stack, x, inputs)?;
+        self.norm.as_ref().map_or(Ok(()), |norm| normalize(run.ctx, norm, x))
     }
 
     /// An encoder's pass: tokens see their whole sequence.
-    pub fn encode(
-        &self,
-        ctx: Context<'_>,
-        x: &mut [f32],
-        offsets: &[usize],
-        scratch: &mut Scratch,
-    ) -> Result<()> {
-        self.forward(ctx, x, &mut Inputs::new(offsets, &Graph::full()), scratch)
+    pub fn encode(&self, run: &mut Run<'_>, x: &mut [f32], offsets: &[usize]) -> Result<()> {
+        self.forward(run, x, &mut Inputs::new(offsets, &Graph::full()))
     }
 
-    /// A decoder's step or pass: tokens see what is before them, and all of the sources. With caches, the tokens continue
-    /// those of earlier calls.
+    /// A decoder's step or pass: tokens see what is before them, and all of the memory.
     pub fn decode(
         &self,
-        ctx: Context<'_>,
+        run: &mut Run<'_>,
         x: &mut [f32],
         offsets: &[usize],
-        (sources, caches): (&[KeyStore], &mut [KvCache]),
-        scratch: &mut Scratch,
+        state: &mut Decoding,
     ) -> Result<()> {
-        let graph = Graph::causal();
-        self.forward(ctx, x, &mut Inputs { sources, caches, ..Inputs::new(offsets, &graph) }, scratch)
+        let (graph, Decoding { sources, caches }) = (Graph::causal(), state);
+        self.forward(run, x, &mut Inputs { sources, caches, ..Inputs::new(offsets, &graph) })
+    }
+
+    /// What decoding begins with: a memory [T, d_model] with its offsets, and room for `capacity` tokens of each sequence, or none and no
+    /// caches.
+    pub fn begin(
+        &self,
+        ctx: Context<'_>,
+        memory: &[f32],
+        offsets: &[usize],
+        capacity: usize,
+    ) -> Result<Decoding> {
+        let n = offsets.len().saturating_sub(1);
+        let caches = if capacity == 0 { vec![] } else { self.caches(n, capacity)? };
+        Ok(Decoding { sources: self.sources(ctx, memory, offsets)?, caches })
     }
 
     /// The keys and values of a source [T, d_model], for each cross-attention.
@@ -282,6 +282,16 @@ impl Layers {
     }
 }
 
+/// What a decoder has of a batch.
+#[derive(Debug, Default)]
+pub struct Decoding {
+    /// The keys and values of the memory that it reads, from [`Layers::sources`].
+    pub sources: Vec<KeyStore>,
+    /// Those of its own tokens so far, from [`Layers::caches`], which new ones continue. Without caches it sees the tokens of
+    /// the same call only.
+    pub caches: Vec<KvCache>,
+}
+
 /// Layers over tokens.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "their types")]
@@ -292,22 +302,16 @@ pub struct Transformer {
 
 impl Transformer {
     /// The last hidden state of every token, [T, d_model], as [`Layers::encode`] makes it.
-    pub fn encode(&self, ctx: Context<'_>, batch: Batch<'_>, scratch: &mut Scratch) -> Result<Vec<f32>> {
-        let mut x = self.embeddings.forward(ctx, batch)?;
-        self.layers.encode(ctx, &mut x, batch.offsets, scratch)?;
+    pub fn encode(&self, run: &mut Run<'_>, batch: Batch<'_>) -> Result<Vec<f32>> {
+        let mut x = self.embeddings.forward(run.ctx, batch)?;
+        self.layers.encode(run, &mut x, batch.offsets)?;
         Ok(x)
     }
 
     /// The last hidden state of every token, [T, d_model], as [`Layers::decode`] makes it.
-    pub fn decode(
-        &self,
-        ctx: Context<'_>,
-        batch: Batch<'_>,
-        state: (&[KeyStore], &mut [KvCache]),
-        scratch: &mut Scratch,
-    ) -> Result<Vec<f32>> {
-        let mut x = self.embeddings.forward(ctx, batch)?;
-        self.layers.decode(ctx, &mut x, batch.offsets, state, scratch)?;
+    pub fn decode(&self, run: &mut Run<'_>, batch: Batch<'_>, state: &mut Decoding) -> Result<Vec<f32>> {
+        let mut x = self.embeddings.forward(run.ctx, batch)?;
+        self.layers.decode(run, &mut x, batch.offsets, state)?;
         Ok(x)
     }
 }

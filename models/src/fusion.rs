@@ -12,7 +12,7 @@ use crate::checkpoint::Checkpoint;
 use crate::embedding::Embedding;
 use crate::encoder::{self, Attention, ENCODER, LayerSpec, Layers, NormPlacement, Part};
 use crate::error::check_size;
-use crate::ragged::Scratch;
+use crate::run::Scratch;
 use crate::weights::{Weights, normalize};
 use crate::{Error, Result};
 
@@ -39,27 +39,34 @@ pub struct Stream {
     pub offsets: Vec<usize>,
 }
 
-/// A fusion of two streams; C(a, b) is their concatenation, sequence by sequence.
+/// A fusion of two streams.
 #[derive(Debug)]
 pub struct Fusion {
-    variant: Variant,
+    steps: Vec<Step>,
+    /// The bottleneck tokens that every sequence begins with, if there are any.
+    bottleneck: Vec<f32>,
     d_model: usize,
 }
 
+/// What happens to the streams; C(a, b) is their concatenation, sequence by sequence.
 #[derive(Debug)]
-enum Variant {
-    /// a = tf(alpha a + beta b)
-    EarlySum { tf: Layers, alpha: f32, beta: f32 },
-    /// a, b = tf(C(a + m[0], b + m[1]))
-    EarlyConcat { tf: Layers, modality: Embedding },
-    /// a, b = tf(C(tf_a(a), tf_b(b)))
-    MultiToOne { tf_a: Layers, tf_b: Layers, tf: Layers },
-    /// a, b = tf(C(a, b)), then tf_a(a), tf_b(b)
-    OneToMulti { tf: Layers, tf_a: Layers, tf_b: Layers },
-    /// Layer by layer a = cross_a(a, b), b = cross_b(b, a), both from the old states; then perhaps tf(C(a, b)).
-    Cross { layers: Vec<[Cross; 2]>, tf: Option<Layers> },
-    /// From a layer on, either stream runs with bottleneck tokens, which become the mean of what both made of them.
-    Bottleneck { layers: Vec<[Layers; 2]>, first: usize, tokens: Vec<f32>, norm: Norm },
+enum Step {
+    /// a = alpha a + beta b
+    Sum { alpha: f32, beta: f32 },
+    /// a = a + m[0], b = b + m[1]
+    Modality(Embedding),
+    /// a = tf(a)
+    A(Layers),
+    /// b = tf(b)
+    B(Layers),
+    /// a, b = tf(C(a, b))
+    Together(Layers),
+    /// a = cross_a(a, b), b = cross_b(b, a), both from the old states
+    Cross(Cross, Cross),
+    /// Either stream runs with the bottleneck tokens, which become the mean of what both made of them.
+    Through(Layers, Layers),
+    /// a = norm(a), b = norm(b)
+    Norm(Norm),
 }
 
 /// A layer whose queries are of one stream, and keys and values of the other.
@@ -86,37 +93,52 @@ impl Fusion {
             Ok::<_, Error>(spec.stack(&w.at("layers"), ENCODER, n)?.with_norm(norm))
         };
         let cross = |name| w.at(name).at("layers").layers(n, |_, w| Cross::load(&w, &spec, is_pre));
-        let both = || Ok::<_, Error>(pairs(cross("cross_a")?, cross("cross_b")?));
-        let with_bottleneck = |name| w.at(name).at("layers").layers(n, |_, w| spec.single(&w, ENCODER));
-        let variant = match config.fusion.as_str() {
-            "early_sum" => Variant::EarlySum {
-                tf: tf("tf")?,
-                alpha: config.alpha.unwrap_or(1.0),
-                beta: config.beta.unwrap_or(1.0),
-            },
+        let crosses = || {
+            let pairs = cross("cross_a")?.into_iter().zip(cross("cross_b")?);
+            Ok::<_, Error>(pairs.map(|(a, b)| Step::Cross(a, b)).collect::<Vec<_>>())
+        };
+        let mut bottleneck = vec![];
+        let steps = match config.fusion.as_str() {
+            "early_sum" => {
+                let (alpha, beta) = (config.alpha.unwrap_or(1.0), config.beta.unwrap_or(1.0));
+                vec![Step::Sum { alpha, beta }, Step::A(tf("tf")?)]
+            }
             "early_concat" => {
-                Variant::EarlyConcat { tf: tf("tf")?, modality: w.embedding("modality_embeddings", 2, d)? }
+                let modality = w.embedding("modality_embeddings", 2, d)?;
+                vec![Step::Modality(modality), Step::Together(tf("tf")?)]
             }
             "hier_multi_to_one" => {
-                Variant::MultiToOne { tf_a: tf("tf_a")?, tf_b: tf("tf_b")?, tf: tf("tf")? }
+                vec![Step::A(tf("tf_a")?), Step::B(tf("tf_b")?), Step::Together(tf("tf")?)]
             }
             "hier_one_to_multi" => {
-                Variant::OneToMulti { tf: tf("tf")?, tf_a: tf("tf_a")?, tf_b: tf("tf_b")? }
+                vec![Step::Together(tf("tf")?), Step::A(tf("tf_a")?), Step::B(tf("tf_b")?)]
             }
-            "cross" => Variant::Cross { layers: both()?, tf: None },
-            "cross_concat" => Variant::Cross { layers: both()?, tf: Some(tf("tf")?) },
-            "mbt" => Variant::Bottleneck {
-                layers: pairs(with_bottleneck("encoder_a")?, with_bottleneck("encoder_b")?),
-                first: config.fusion_layer,
-                tokens: w.tensor("bottleneck", &[1, config.num_bottlenecks, d])?.into_owned(),
-                norm: spec.norm(&w.at("encoder_norm"))?,
-            },
+            "cross" => crosses()?,
+            "cross_concat" => {
+                let mut steps = crosses()?;
+                steps.push(Step::Together(tf("tf")?));
+                steps
+            }
+            "mbt" => {
+                let layers = |name| w.at(name).at("layers").layers(n, |_, w| spec.single(&w, ENCODER));
+                bottleneck = w.tensor("bottleneck", &[1, config.num_bottlenecks, d])?.into_owned();
+                let mut steps = vec![];
+                for (i, (a, b)) in layers("encoder_a")?.into_iter().zip(layers("encoder_b")?).enumerate() {
+                    if i < config.fusion_layer {
+                        steps.extend([Step::A(a), Step::B(b)]);
+                    } else {
+                        steps.push(Step::Through(a, b));
+                    }
+                }
+                steps.push(Step::Norm(spec.norm(&w.at("encoder_norm"))?));
+                steps
+            }
             other => {
                 let known = "early_sum, early_concat, hier_multi_to_one, hier_one_to_multi, cross, cross_concat or mbt";
                 return Err(Error::config(path, "fusion", known, other));
             }
         };
-        Ok(Fusion { variant, d_model: d })
+        Ok(Fusion { steps, bottleneck, d_model: d })
     }
 
     /// Runs over two streams of as many sequences, in place. Summation makes `a` the fused stream and leaves `b` alone; its
@@ -131,65 +153,43 @@ impl Fusion {
                 return Err(laneformer::Error::NotAscending { arg: "offsets", at: i + 1 }.into());
             }
         }
-        match &self.variant {
-            Variant::EarlySum { tf, alpha, beta } => {
-                check_size("b", a.x.len(), b.x.len())?;
-                a.x.iter_mut().zip(&b.x).for_each(|(a, b)| *a = alpha * *a + beta * b);
-                run(ctx, tf, a)?;
-            }
-            Variant::EarlyConcat { tf, modality } => {
-                for (i, stream) in [&mut *a, &mut *b].into_iter().enumerate() {
-                    let rows = stream.x.chunks_exact_mut(d);
-                    rows.for_each(|row| {
-                        row.iter_mut().zip(modality.row(i as u32)).for_each(|(x, m)| *x += m)
-                    });
+        let n = a.offsets.len().saturating_sub(1);
+        let offsets = offsets(n, self.bottleneck.len() / d);
+        let mut bottleneck = Stream { x: self.bottleneck.repeat(n), offsets };
+        for step in &self.steps {
+            match step {
+                Step::Sum { alpha, beta } => {
+                    check_size("b", a.x.len(), b.x.len())?;
+                    a.x.iter_mut().zip(&b.x).for_each(|(a, b)| *a = alpha * *a + beta * b);
                 }
-                together(ctx, tf, a, b, d)?;
-            }
-            Variant::MultiToOne { tf_a, tf_b, tf } => {
-                run(ctx, tf_a, a)?;
-                run(ctx, tf_b, b)?;
-                together(ctx, tf, a, b, d)?;
-            }
-            Variant::OneToMulti { tf, tf_a, tf_b } => {
-                together(ctx, tf, a, b, d)?;
-                run(ctx, tf_a, a)?;
-                run(ctx, tf_b, b)?;
-            }
-            Variant::Cross { layers, tf } => {
-                for [cross_a, cross_b] in layers {
+                Step::Modality(modality) => {
+                    for (i, stream) in [(0, &mut *a), (1, &mut *b)] {
+                        let places = modality.row(i).iter().cycle();
+                        stream.x.iter_mut().zip(places).for_each(|(x, m)| *x += m);
+                    }
+                }
+                Step::A(tf) => run(ctx, tf, a)?,
+                Step::B(tf) => run(ctx, tf, b)?,
+                Step::Together(tf) => together(ctx, tf, a, b, d)?,
+                Step::Cross(cross_a, cross_b) => {
                     let old_a = a.clone();
                     cross_a.forward(ctx, a, b)?;
                     cross_b.forward(ctx, b, &old_a)?;
                 }
-                tf.as_ref().map_or(Ok(()), |tf| together(ctx, tf, a, b, d))?;
-            }
-            Variant::Bottleneck { layers, first, tokens, norm } => {
-                let (sequences, n) = (a.offsets.len().saturating_sub(1), tokens.len() / d);
-                let mut bottleneck = Stream { x: tokens.repeat(sequences), offsets: offsets(sequences, n) };
-                for (i, [layer_a, layer_b]) in layers.iter().enumerate() {
-                    if i < *first {
-                        run(ctx, layer_a, a)?;
-                        run(ctx, layer_b, b)?;
-                        continue;
-                    }
+                Step::Through(tf_a, tf_b) => {
                     let mut of_b = bottleneck.clone();
-                    together(ctx, layer_a, a, &mut bottleneck, d)?;
-                    together(ctx, layer_b, b, &mut of_b, d)?;
+                    together(ctx, tf_a, a, &mut bottleneck, d)?;
+                    together(ctx, tf_b, b, &mut of_b, d)?;
                     bottleneck.x.iter_mut().zip(&of_b.x).for_each(|(a, b)| *a = 0.5 * (*a + b));
                 }
-                normalize(ctx, norm, &mut a.x)?;
-                normalize(ctx, norm, &mut b.x)?;
-                return Ok(Some(bottleneck.x));
+                Step::Norm(norm) => {
+                    normalize(ctx, norm, &mut a.x)?;
+                    normalize(ctx, norm, &mut b.x)?;
+                }
             }
         }
-        Ok(None)
+        Ok((!self.bottleneck.is_empty()).then_some(bottleneck.x))
     }
-}
-
-/// The layers of both streams, side by side.
-fn pairs<T>(a: Vec<T>, b: Vec<T>) -> Vec<[T; 2]> {
-    a.into_iter().zip(b).map(|(a, b)| [a, b]).collect()
 }
 
 impl Cross {
@@ -206,12 +206,12 @@ impl Cross {
         let sources = self.layer.sources(ctx, &x, &source.offsets)?;
         let graph = Graph::full();
         let mut inputs = Inputs { sources: &sources, ..Inputs::new(&queries.offsets, &graph) };
-        self.layer.forward(ctx, &mut queries.x, &mut inputs, &mut Scratch::default())
+        self.layer.forward(&mut Scratch::default().with(ctx), &mut queries.x, &mut inputs)
     }
 }
 
 fn run(ctx: Context<'_>, layers: &Layers, stream: &mut Stream) -> Result<()> {
-    layers.encode(ctx, &mut stream.x, &stream.offsets, &mut Scratch::default())
+    layers.encode(&mut Scratch::default().with(ctx), &mut stream.x, &stream.offsets)
 }
 
 /// Runs over C(a, b) and cuts it into a and b again.

@@ -6,18 +6,18 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use laneformer::{Context, Epilogue, MatMut, softmax};
+use laneformer::{Context, Linear, MatMut, softmax};
 use rand_pcg::Pcg32;
 use rand_pcg::rand_core::{Rng, SeedableRng};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::project;
-use crate::bart::{Bart, Decoding};
+use crate::bart::Bart;
 use crate::config::{check, from_value, model_type, open, read_json, read_json_if_there, with_defaults};
+use crate::encoder::{Decoding, Transformer};
 use crate::gpt::Gpt;
 use crate::head::argmax;
-use crate::ragged::Scratch;
+use crate::run::{Scratch, project};
 use crate::tokens::{Batch, TextTokenizer};
 use crate::{Error, Result};
 
@@ -134,25 +134,29 @@ impl Generator {
     /// The beginning of a generation of up to `max_tokens` tokens. BART reads the prompt here; GPT does so with the first
     /// token.
     pub fn begin(&self, ctx: Context<'_>, prompt: &[u32], max_tokens: usize) -> Result<Generation<'_>> {
-        let room = |first: usize| first.saturating_add(max_tokens).min(self.positions());
-        let (decoding, next, forced) = match &self.model {
-            Model::Gpt(gpt) => {
-                let caches = gpt.caches(1, room(prompt.len()))?;
-                (Decoding { sources: vec![], caches }, prompt.to_vec(), None)
-            }
-            Model::Bart(bart) => {
-                let positions: Vec<_> = (0..prompt.len() as u32).collect();
-                let offsets = [0, prompt.len()];
-                let batch = Batch { ids: prompt, positions: &positions, offsets: &offsets, type_ids: &[] };
-                let memory = bart.encode(ctx, batch, &mut Scratch::default())?;
-                let start = self.special.decoder_start_token_id.or(self.special.bos_token_id);
-                let start = start.unwrap_or(bart.config.decoder_start_token_id);
-                let decoding = bart.begin(ctx, &memory, &offsets, room(1))?;
-                (decoding, vec![start], self.special.forced_bos_token_id)
-            }
-        };
+        let (decoder, _) = self.parts();
+        let (mut sources, mut next, mut forced) = (vec![], prompt.to_vec(), None);
+        if let Model::Bart(bart) = &self.model {
+            let (positions, offsets): (Vec<_>, _) = ((0..prompt.len() as u32).collect(), [0, prompt.len()]);
+            let batch = Batch { ids: prompt, positions: &positions, offsets: &offsets, ..Batch::default() };
+            let memory = bart.encoder.encode(&mut Scratch::default().with(ctx), batch)?;
+            sources = decoder.layers.sources(ctx, &memory, &offsets)?;
+            let start = self.special.decoder_start_token_id.or(self.special.bos_token_id);
+            next = vec![start.unwrap_or(bart.config.decoder_start_token_id)];
+            forced = self.special.forced_bos_token_id;
+        }
+        let room = next.len().saturating_add(max_tokens).min(self.positions());
+        let decoding = Decoding { sources, caches: decoder.layers.caches(1, room)? };
         let scratch = Scratch::default();
         Ok(Generation { generator: self, decoding, next, forced, seen: 0, left: max_tokens, scratch })
+    }
+
+    /// What writes, and its language-model head.
+    fn parts(&self) -> (&Transformer, &Linear) {
+        match &self.model {
+            Model::Gpt(gpt) => (&gpt.decoder, &gpt.head),
+            Model::Bart(bart) => (&bart.decoder, &bart.head),
+        }
     }
 
     /// From tokens to the text that each adds; see [`TextTokenizer::decoder`].
@@ -217,17 +221,13 @@ impl Generation<'_> {
         let end = self.seen + self.next.len();
         let positions: Vec<_> = (self.seen as u32..end as u32).collect();
         let offsets = [0, positions.len()];
-        let batch = Batch { ids: &self.next, positions: &positions, offsets: &offsets, type_ids: &[] };
-        let (decoder, head) = match &self.generator.model {
-            Model::Gpt(gpt) => (&gpt.decoder, &gpt.head),
-            Model::Bart(bart) => (&bart.decoder, &bart.head),
-        };
-        let Decoding { sources, caches } = &mut self.decoding;
-        let hidden = decoder.decode(ctx, batch, (sources, caches), &mut self.scratch)?;
+        let batch = Batch { ids: &self.next, positions: &positions, offsets: &offsets, ..Batch::default() };
+        let (decoder, head) = self.generator.parts();
+        let hidden = decoder.decode(&mut self.scratch.with(ctx), batch, &mut self.decoding)?;
         let last = &hidden[hidden.len() - head.in_features()..];
         self.seen = end;
         self.next.clear();
-        project(ctx, head, last, &Epilogue::NONE)
+        project(ctx, head, last)
     }
 }
 

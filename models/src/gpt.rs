@@ -3,17 +3,16 @@
 
 use std::path::Path;
 
-use laneformer::{Activation, Context, Epilogue, KvCache, Linear};
+use laneformer::{Activation, Context, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::attend::project;
 use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
-use crate::ragged::Scratch;
+use crate::run::project;
 pub use crate::tokens::Batch;
 use crate::weights::Weights;
 
@@ -107,25 +106,8 @@ impl Gpt {
         Ok(Gpt { config, decoder: Transformer { embeddings, layers }, head })
     }
 
-    /// Empty caches for sequences of up to `capacity` tokens.
-    pub fn caches(&self, sequences: usize, capacity: usize) -> Result<Vec<KvCache>> {
-        self.decoder.layers.caches(sequences, capacity)
-    }
-
-    /// The last hidden state of every token, [T, n_embd]. With [`caches`](Gpt::caches), which grow by these tokens, they
-    /// see those of earlier calls; without (an empty slice), only one another.
-    pub fn forward(
-        &self,
-        ctx: Context<'_>,
-        batch: Batch<'_>,
-        caches: &mut [KvCache],
-        scratch: &mut Scratch,
-    ) -> Result<Vec<f32>> {
-        self.decoder.decode(ctx, batch, (&[], caches), scratch)
-    }
-
     /// The logits of the next token, [T, vocab_size], for any rows of the last hidden state.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.head, hidden, &Epilogue::NONE)
+        project(ctx, &self.head, hidden)
     }
 }

@@ -3,7 +3,7 @@
 use laneformer::{Activation, Context, Epilogue, Linear, Norm};
 
 use crate::Result;
-use crate::attend::project;
+use crate::run::{Scratch, project};
 use crate::weights::normalize;
 
 /// `tanh(pooler(first token))` of every sequence, [sequences, d]. A sequence without tokens is the library's
@@ -15,7 +15,7 @@ pub fn pool(ctx: Context<'_>, pooler: &Linear, hidden: &[f32], offsets: &[usize]
         let row = hidden.chunks_exact(pooler.in_features().max(1)).nth(ends[0]).filter(|_| !is_empty);
         first.extend(row.ok_or(laneformer::Error::ZeroDim { arg: "tokens of a sequence" })?);
     }
-    project(ctx, pooler, &first, &Epilogue::activation(Activation::Tanh))
+    Scratch::default().with(ctx).project(pooler, &first, &Epilogue::activation(Activation::Tanh))
 }
 
 /// `out(norm(gelu(dense(x))))`
@@ -30,9 +30,10 @@ pub struct Head {
 impl Head {
     /// The logits of rows.
     pub fn forward(&self, ctx: Context<'_>, x: &[f32]) -> Result<Vec<f32>> {
-        let mut x = project(ctx, &self.dense, x, &Epilogue::activation(Activation::GeluErf))?;
+        let gelu = Epilogue::activation(Activation::GeluErf);
+        let mut x = Scratch::default().with(ctx).project(&self.dense, x, &gelu)?;
         normalize(ctx, &self.norm, &mut x)?;
-        project(ctx, &self.out, &x, &Epilogue::NONE)
+        project(ctx, &self.out, &x)
     }
 }
 

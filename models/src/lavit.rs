@@ -4,18 +4,17 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Epilogue, Graph, Inputs, Linear, Norm};
+use laneformer::{Context, Graph, Inputs, Linear, Norm};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::attend::project;
 use crate::bert::{self, Bert, attention};
 use crate::checkpoint::Checkpoint;
 use crate::config::{from_value, with_defaults};
 use crate::encoder::{Layers, Part};
 use crate::error::check_size;
 use crate::head::{self, Head};
-use crate::ragged::Scratch;
+use crate::run::{Run, Scratch, project};
 use crate::weights::{Weights, normalize};
 use crate::{Error, Result};
 
@@ -133,9 +132,10 @@ impl Lavit {
     /// The last hidden states of language, audio and video.
     pub fn forward(&self, ctx: Context<'_>, batch: &Batch<'_>) -> Result<[Vec<f32>; 3]> {
         let mut scratch = Scratch::default();
-        let l = self.language.forward(ctx, batch.language, &mut scratch)?;
-        let a = self.audio.forward(ctx, batch.audio, batch.audio_offsets, &mut scratch)?;
-        let v = self.video.forward(ctx, &batch.video, batch.video_offsets, &mut scratch)?;
+        let mut run = scratch.with(ctx);
+        let l = self.language.forward(&mut run, batch.language)?;
+        let a = self.audio.forward(&mut run, batch.audio, batch.audio_offsets)?;
+        let v = self.video.forward(&mut run, &batch.video, batch.video_offsets)?;
 
         let (mut states, offsets, mut scratch) = ([l, a, v], batch.offsets(), Scratch::default());
         for layers in &self.cross {
@@ -145,7 +145,7 @@ impl Lavit {
             for (i, state) in states.iter_mut().enumerate() {
                 let graph = Graph::full();
                 let mut inputs = Inputs { sources: &keys[i], ..Inputs::new(offsets[i], &graph) };
-                layers[i].forward(ctx, state, &mut inputs, &mut scratch)?;
+                layers[i].forward(&mut scratch.with(ctx), state, &mut inputs)?;
             }
         }
         Ok(states)
@@ -190,24 +190,18 @@ struct Stream {
 }
 
 impl Stream {
-    fn forward(
-        &self,
-        ctx: Context<'_>,
-        features: &[&[f32]],
-        offsets: &[usize],
-        scratch: &mut Scratch,
-    ) -> Result<Vec<f32>> {
+    fn forward(&self, run: &mut Run<'_>, features: &[&[f32]], offsets: &[usize]) -> Result<Vec<f32>> {
         check_size("features of a token", self.features.len(), features.len())?;
         let mut mean: Vec<f32> = vec![];
         for ((linear, norm), x) in self.features.iter().zip(features) {
-            let mut y = project(ctx, linear, x, &Epilogue::NONE)?;
-            normalize(ctx, norm, &mut y)?;
+            let mut y = project(run.ctx, linear, x)?;
+            normalize(run.ctx, norm, &mut y)?;
             mean.resize(if mean.is_empty() { y.len() } else { mean.len() }, 0.0);
             check_size("features of all tokens", mean.len(), y.len())?;
             mean.iter_mut().zip(y).for_each(|(sum, y)| *sum += y);
         }
         mean.iter_mut().for_each(|sum| *sum /= self.features.len() as f32);
-        self.layers.as_ref().map_or(Ok(()), |layers| layers.encode(ctx, &mut mean, offsets, scratch))?;
+        self.layers.as_ref().map_or(Ok(()), |layers| layers.encode(run, &mut mean, offsets))?;
         Ok(mean)
     }
 }

@@ -8,7 +8,7 @@
 //! - [`embedding`], [`encoder`], [`attend`], [`head`]: what stands before the layers, stacks by the names of their tensors, layers
 //!   whose attention a model runs itself, and what stands behind them.
 //! - [`vanilla`], [`bert`], [`bart`], [`gpt`], [`longformer`], [`transformer_xl`], [`xlnet`], [`videobert`],
-//!   [`clip`], [`detr`], [`lavit`], [`fusion`], [`graph`]: the models.
+//!   [`clip`], [`detr`], [`lavit`], [`fusion`]: the models.
 //! - [`tokens`], [`sentence`], [`generate`]: text to tokens, to embeddings, and to more text.
 //! - [`verify`]: golden cases, computed by independent implementations, run through the models.
 //!
@@ -33,12 +33,12 @@ mod error;
 pub mod fusion;
 pub mod generate;
 pub mod gpt;
-pub mod graph;
 pub mod head;
 pub mod lavit;
 pub mod longformer;
 pub mod ragged;
 pub mod resnet;
+pub mod run;
 pub mod sentence;
 pub mod tokens;
 pub mod transformer_xl;

@@ -16,7 +16,7 @@ use crate::embedding::Embeddings;
 use crate::encoder::LayerSpec;
 use crate::error::check_size;
 use crate::head;
-use crate::ragged::Scratch;
+use crate::run::Run;
 use crate::weights::Weights;
 
 /// `config.json` of a Longformer directory.
@@ -115,15 +115,14 @@ impl Longformer {
     /// sequence; those that are not `is_real`, padding between the others, are not seen.
     pub fn forward(
         &self,
-        ctx: Context<'_>,
+        run: &mut Run<'_>,
         batch: Batch<'_>,
         is_global: &[bool],
         is_real: &[bool],
-        scratch: &mut Scratch,
     ) -> Result<Vec<f32>> {
         check_size("is_global", batch.ids.len(), is_global.len())?;
         check_size("is_real", batch.ids.len(), is_real.len())?;
-        let mut x = self.embeddings.forward(ctx, batch)?;
+        let mut x = self.embeddings.forward(run.ctx, batch)?;
         let globals = Globals::new(batch.offsets, is_global);
         let (columns, real) = (keys(batch.offsets, is_global)?, keys(batch.offsets, is_real)?);
         let real =
@@ -131,8 +130,8 @@ impl Longformer {
         let everything = real(Graph::full());
         for layer in &self.layers {
             let local = real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()));
-            let attended = layer.attend(ctx, &x, batch.offsets, &local, &globals, &everything, scratch)?;
-            layer.block.close(ctx, &mut x, attended, scratch)?;
+            let attended = layer.attend(run, &x, batch.offsets, &local, &globals, &everything)?;
+            layer.block.close(run, &mut x, attended)?;
         }
         Ok(x)
     }
@@ -154,27 +153,26 @@ impl Layer {
     /// The window and the global columns for all rows, then everything for the global rows.
     fn attend(
         &self,
-        ctx: Context<'_>,
+        run: &mut Run<'_>,
         x: &[f32],
         offsets: &[usize],
         local: &Graph,
         globals: &Globals,
         everything: &Graph,
-        scratch: &mut Scratch,
     ) -> Result<Vec<f32>> {
         let projections = &self.block.projections;
-        let keys = projections.keys(ctx, x, offsets, scratch)?;
-        let mut attended = projections.attend(ctx, x, &Seen::new(&keys, offsets, local), scratch)?;
-        scratch.give_store(keys);
+        let keys = projections.keys(run, x, offsets)?;
+        let mut attended = projections.attend(run, x, &Seen::new(&keys, offsets, local))?;
+        run.scratch.give_store(keys);
         if globals.rows.is_empty() {
             return Ok(attended);
         }
-        let keys = self.global.keys(ctx, x, offsets, scratch)?;
+        let keys = self.global.keys(run, x, offsets)?;
         let seen = Seen::new(&keys, &globals.offsets, everything);
         let d = self.global.q.in_features();
         let queries: Vec<f32> = globals.rows.iter().flat_map(|&row| &x[row * d..][..d]).copied().collect();
-        let global = self.global.attend(ctx, &queries, &seen, scratch)?;
-        scratch.give_store(keys);
+        let global = self.global.attend(run, &queries, &seen)?;
+        run.scratch.give_store(keys);
         for (result, &row) in global.chunks_exact(d).zip(&globals.rows) {
             attended[row * d..][..d].copy_from_slice(result);
         }

@@ -4,14 +4,14 @@
 use std::mem;
 use std::path::Path;
 
-use laneformer::{Activation, Context, Function, MatMut, elementwise};
+use laneformer::{Activation, Function, MatMut, elementwise};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::Result;
 use crate::config::{activation, check};
 use crate::conv::{Conv, Images, Window};
-use crate::ragged::Scratch;
+use crate::run::Run;
 use crate::weights::Weights;
 
 /// The epsilon of all batch norms.
@@ -96,15 +96,15 @@ impl ResNet {
     }
 
     /// The last feature map.
-    pub fn forward(&self, ctx: Context<'_>, images: &Images, scratch: &mut Scratch) -> Result<Images> {
-        let stem = self.stem.forward(ctx, images, self.activation.0, None, scratch)?;
-        let mut x = stem.max_pool(POOL, scratch);
-        scratch.give(stem.pixels);
+    pub fn forward(&self, run: &mut Run<'_>, images: &Images) -> Result<Images> {
+        let stem = self.stem.forward(run, images, self.activation.0, None)?;
+        let mut x = stem.max_pool(run, POOL);
+        run.scratch.give(stem.pixels);
         for block in &self.blocks {
-            let next = block.forward(ctx, &x, scratch)?;
-            scratch.give(mem::replace(&mut x, next).pixels);
+            let next = block.forward(run, &x)?;
+            run.scratch.give(mem::replace(&mut x, next).pixels);
             let (rows, channels) = (x.batch * x.height * x.width, x.channels);
-            elementwise(ctx, self.activation.1, MatMut::contiguous(&mut x.pixels, rows, channels)?)?;
+            elementwise(run.ctx, self.activation.1, MatMut::contiguous(&mut x.pixels, rows, channels)?)?;
         }
         Ok(x)
     }
@@ -127,19 +127,18 @@ impl Block {
         Ok(Block { convs, last, shortcut })
     }
 
-    fn forward(&self, ctx: Context<'_>, x: &Images, scratch: &mut Scratch) -> Result<Images> {
+    fn forward(&self, run: &mut Run<'_>, x: &Images) -> Result<Images> {
         let shortcut = self.shortcut.as_ref();
-        let residual =
-            shortcut.map(|conv| conv.forward(ctx, x, Activation::None, None, scratch)).transpose()?;
+        let residual = shortcut.map(|conv| conv.forward(run, x, Activation::None, None)).transpose()?;
         let mut y: Option<Images> = None;
         for conv in &self.convs {
             // Inside of a block it is always this one: as published, whatever the configuration has elsewhere.
-            let next = conv.forward(ctx, y.as_ref().unwrap_or(x), Activation::Relu, None, scratch)?;
-            y.replace(next).into_iter().for_each(|y| scratch.give(y.pixels));
+            let next = conv.forward(run, y.as_ref().unwrap_or(x), Activation::Relu, None)?;
+            y.replace(next).into_iter().for_each(|y| run.scratch.give(y.pixels));
         }
         let (input, shortcut) = (y.as_ref().unwrap_or(x), residual.as_ref().unwrap_or(x));
-        let out = self.last.forward(ctx, input, Activation::None, Some(shortcut), scratch)?;
-        y.into_iter().chain(residual).for_each(|images| scratch.give(images.pixels));
+        let out = self.last.forward(run, input, Activation::None, Some(shortcut))?;
+        y.into_iter().chain(residual).for_each(|images| run.scratch.give(images.pixels));
         Ok(out)
     }
 }

@@ -11,7 +11,7 @@ use crate::bert::Bert;
 use crate::clip::TextEncoder;
 use crate::config::{model_type, open, read_json_if_there};
 use crate::longformer::Longformer;
-use crate::ragged::Scratch;
+use crate::run::Scratch;
 pub use crate::tokens::Tokens;
 use crate::tokens::{Batch, Packed, TextTokenizer};
 use crate::{Error, Result};
@@ -116,16 +116,16 @@ impl SentenceEncoder {
         packed.set(sentences);
         let batch = packed.batch();
         let hidden = match &self.model {
-            Model::Bert(bert) => bert.forward(ctx, batch, scratch)?,
+            Model::Bert(bert) => bert.forward(&mut scratch.with(ctx), batch)?,
             Model::Longformer(longformer) => {
                 let positions = sentences.iter().flat_map(|sentence| longformer.positions(&sentence.ids));
                 let batch = Batch { positions: &positions.collect::<Vec<_>>(), ..batch };
                 // Only windows: sentence-transformers makes no token global.
                 let (is_global, is_real) = (vec![false; batch.ids.len()], vec![true; batch.ids.len()]);
-                longformer.forward(ctx, batch, &is_global, &is_real, scratch)?
+                longformer.forward(&mut scratch.with(ctx), batch, &is_global, &is_real)?
             }
             Model::Clip(clip) => {
-                let states = clip.states(ctx, batch, scratch)?;
+                let states = clip.states(&mut scratch.with(ctx), batch)?;
                 return clip.embed(ctx, batch, &states);
             }
         };

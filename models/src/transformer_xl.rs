@@ -4,18 +4,18 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use laneformer::{Activation, Context, Epilogue, Graph, Heads, Linear, Relative, RelativeTable, Terms};
+use laneformer::{Activation, Context, Graph, Heads, Linear, Relative, RelativeTable, Terms};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets, project};
+use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets};
 use crate::checkpoint::Checkpoint;
 use crate::config::{check, from_value, with_defaults};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
 use crate::error::check_size;
-use crate::ragged::Scratch;
+use crate::run::{Run, project};
 use crate::weights::Weights;
 
 /// The epsilon of PyTorch's LayerNorm.
@@ -133,26 +133,20 @@ impl TransformerXl {
             let Projections { k, v, .. } = &layer.block.projections;
             memory.inputs = last_rows(inputs, sequences, d, mem_len);
             let input = layer.block.input(ctx, &memory.inputs)?;
-            memory.keys = project(ctx, k, &input, &Epilogue::NONE)?;
-            memory.values = project(ctx, v, &input, &Epilogue::NONE)?;
+            memory.keys = project(ctx, k, &input)?;
+            memory.values = project(ctx, v, &input)?;
         }
         memory.len = rows.min(mem_len);
         Ok(memory)
     }
 
     /// The last hidden state of every token of the next segment, [sequences, T, d_model], of ids [sequences, T].
-    pub fn forward(
-        &self,
-        ctx: Context<'_>,
-        ids: &[u32],
-        memory: &mut Memory,
-        scratch: &mut Scratch,
-    ) -> Result<Vec<f32>> {
+    pub fn forward(&self, run: &mut Run<'_>, ids: &[u32], memory: &mut Memory) -> Result<Vec<f32>> {
         check_size("memory layers", self.layers.len(), memory.layers.len())?;
         let n = memory.sequences;
         let queries = len_of_each("tokens", ids.len(), n)?;
         let keys = memory.len + queries;
-        self.reach(ctx, keys, queries, memory)?;
+        self.reach(run.ctx, keys, queries, memory)?;
         let graph = self.graph(memory.len, queries);
         let (offsets, key_offsets) = (offsets(n, queries), offsets(n, keys));
 
@@ -160,22 +154,22 @@ impl TransformerXl {
         for ((layer, memory), table) in self.layers.iter().zip(&mut memory.layers).zip(&memory.positions) {
             let projections = &layer.block.projections;
             let Projections { k, v, heads, .. } = projections;
-            let input = layer.block.input(ctx, &x)?;
-            let keys = behind(&memory.keys, &project(ctx, k, &input, &Epilogue::NONE)?, n);
-            let values = behind(&memory.values, &project(ctx, v, &input, &Epilogue::NONE)?, n);
-            let stored = projections.store(ctx, &keys, &values, &key_offsets, scratch)?;
+            let input = layer.block.input(run.ctx, &x)?;
+            let keys = behind(&memory.keys, &project(run.ctx, k, &input)?, n);
+            let values = behind(&memory.values, &project(run.ctx, v, &input)?, n);
+            let stored = projections.store(run, &keys, &values, &key_offsets)?;
             let terms =
                 Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
             let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };
-            let attended = projections.attend(ctx, &input, &seen, scratch)?;
-            scratch.give_store(stored);
+            let attended = projections.attend(run, &input, &seen)?;
+            run.scratch.give_store(stored);
             let last = |x: &[f32], cols| last_rows(x, n, cols, self.config.mem_len);
             *memory = LayerMemory {
                 inputs: last(&behind(&memory.inputs, &x, n), self.config.d_model),
                 keys: last(&keys, heads.key_cols()),
                 values: last(&values, heads.value_cols()),
             };
-            layer.block.close(ctx, &mut x, attended, scratch)?;
+            layer.block.close(run, &mut x, attended)?;
         }
         memory.len = keys.min(self.config.mem_len);
         Ok(x)
@@ -183,7 +177,7 @@ impl TransformerXl {
 
     /// The logits of the next token, [T, vocab_size], for any rows of the last hidden state.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.head, hidden, &Epilogue::NONE)
+        project(ctx, &self.head, hidden)
     }
 
     /// All of the memory and what comes before; with `same_length` as many keys for every query.

@@ -3,15 +3,15 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Epilogue, Linear};
+use laneformer::{Context, Linear};
 use serde::Deserialize;
 
-use crate::attend::project;
 use crate::checkpoint::Checkpoint;
 use crate::config::{activation, heads};
 use crate::embedding::{Embedding, Sinusoid};
 use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part, Qkv};
 use crate::error::check_size;
+use crate::run::project;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -111,7 +111,7 @@ impl Vocabulary {
     /// The logits of the next token, [T, vocab_size], for any rows of the decoder's output; [`Error::NotBuilt`] for a model
     /// without a decoder.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.decoder("logits")?.1, hidden, &Epilogue::NONE)
+        project(ctx, &self.decoder("logits")?.1, hidden)
     }
 
     fn decoder(&self, what: &str) -> Result<&(Embedding, Linear)> {

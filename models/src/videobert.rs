@@ -3,15 +3,15 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Epilogue, Linear};
+use laneformer::{Context, Linear};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::attend::project;
 use crate::bert::{self, Bert};
 use crate::checkpoint::Checkpoint;
 use crate::config::{from_value, with_defaults};
 use crate::head::{Head, argmax};
+use crate::run::project;
 use crate::weights::{Weights, linear};
 use crate::{Error, Result};
 
@@ -68,7 +68,7 @@ impl VideoBert {
 
     /// The nearest centroid of every clip, from its features [clips, video_feature_dim].
     pub fn video_ids(&self, ctx: Context<'_>, features: &[f32]) -> Result<Vec<u32>> {
-        let scores = project(ctx, &self.centroids, features, &Epilogue::NONE)?;
+        let scores = project(ctx, &self.centroids, features)?;
         let clips = scores.chunks_exact(self.config.num_centroids.max(1));
         Ok(clips.map(|scores| argmax(scores) as u32).collect())
     }
@@ -100,6 +100,6 @@ impl VideoBert {
 
     /// Whether text and video belong together, as two logits per row of the pooler's output.
     pub fn alignment_logits(&self, ctx: Context<'_>, pooled: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.alignment, pooled, &Epilogue::NONE)
+        project(ctx, &self.alignment, pooled)
     }
 }

@@ -5,20 +5,19 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use laneformer::{
-    Bits, Context, Epilogue, Graph, KeyStore, Linear, MatRef, PackedMatrix, Relative, RelativeTable,
-    SegmentTerm, Terms,
+    Bits, Context, Graph, KeyStore, Linear, MatRef, PackedMatrix, Relative, RelativeTable, SegmentTerm, Terms,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets, project};
+use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets};
 use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, from_value, heads, with_defaults};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
 use crate::error::check_size;
-use crate::ragged::Scratch;
+use crate::run::{Run, project};
 use crate::weights::{Weights, linear};
 
 /// `config.json` of an XLNet directory.
@@ -131,7 +130,7 @@ impl XlNet {
     }
 
     /// Runs the content stream and, if there are targets, the query stream.
-    pub fn forward(&self, ctx: Context<'_>, batch: &Batch<'_>, scratch: &mut Scratch) -> Result<Output> {
+    pub fn forward(&self, run: &mut Run<'_>, batch: &Batch<'_>) -> Result<Output> {
         let sizes = self.sizes(batch)?;
         let (n, d) = (batch.sequences, self.config.d_model);
         let key_offsets = offsets(n, sizes.memory + sizes.queries);
@@ -150,13 +149,13 @@ impl XlNet {
         for (i, layer) in self.layers.iter().enumerate() {
             // Both streams read the content as it enters the layer.
             let source = behind(batch.mems.get(i).map_or(&[], |mems| mems), &h, n);
-            let keys = layer.block.projections.keys(ctx, &source, &key_offsets, scratch)?;
-            let table = distances.project(ctx, &layer.r, self.config.n_head)?;
-            layer.advance(ctx, &mut h, &content, &keys, &table, scratch)?;
+            let keys = layer.block.projections.keys(run, &source, &key_offsets)?;
+            let table = distances.project(run.ctx, &layer.r, self.config.n_head)?;
+            layer.advance(run, &mut h, &content, &keys, &table)?;
             if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
-                layer.advance(ctx, g, targets, &keys, &table, scratch)?;
+                layer.advance(run, g, targets, &keys, &table)?;
             }
-            scratch.give_store(keys);
+            run.scratch.give_store(keys);
             mems.push(last_rows(&source, n, d, mem_len));
         }
         Ok(Output { content: h, queries: g, mems })
@@ -164,7 +163,7 @@ impl XlNet {
 
     /// The logits of tokens, [T, vocab_size], for any rows of a stream.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.head, hidden, &Epilogue::NONE)
+        project(ctx, &self.head, hidden)
     }
 
     /// In one direction only what comes before, with `same_length` as many keys for every query.
@@ -226,12 +225,11 @@ impl Layer {
     /// The layer over the rows of a stream.
     fn advance(
         &self,
-        ctx: Context<'_>,
+        run: &mut Run<'_>,
         x: &mut Vec<f32>,
         stream: &Stream,
         keys: &KeyStore,
         table: &RelativeTable,
-        scratch: &mut Scratch,
     ) -> Result<()> {
         let segment = stream.same.as_ref();
         let segment = segment.map(|same| SegmentTerm { s: &self.s, e: &self.seg_embed, same });
@@ -239,8 +237,8 @@ impl Layer {
         let terms = Terms { relative, segment, ..Terms::default() };
         let positions = stream.positions.as_deref();
         let seen = Seen { positions, terms, ..Seen::new(keys, &stream.offsets, &stream.graph) };
-        let attended = self.block.projections.attend(ctx, x, &seen, scratch)?;
-        self.block.close(ctx, x, attended, scratch)
+        let attended = self.block.projections.attend(run, x, &seen)?;
+        self.block.close(run, x, attended)
     }
 }
 

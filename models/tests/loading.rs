@@ -9,7 +9,8 @@ use common::golden;
 use laneformer::Context;
 use laneformer_models::bert::{Batch, Bert};
 use laneformer_models::checkpoint::Checkpoint;
-use laneformer_models::ragged::{Ragged, Scratch};
+use laneformer_models::ragged::Ragged;
+use laneformer_models::run::Scratch;
 use laneformer_models::weights::Weights;
 use laneformer_models::{Error, Result};
 use safetensors::tensor::{SafeTensors, TensorView};
@@ -115,7 +116,7 @@ fn load(config: serde_json::Value, checkpoint: &Checkpoint) -> Result<Bert> {
 fn last_hidden_state(bert: &Bert) -> Vec<f32> {
     let batch =
         Batch { ids: &[1, 2, 3, 4, 5], type_ids: &[0; 5], positions: &[0, 1, 0, 1, 2], offsets: &[0, 2, 5] };
-    bert.forward(Context::serial(), batch, &mut Scratch::default()).unwrap()
+    bert.forward(&mut Scratch::default().with(Context::serial()), batch).unwrap()
 }
 
 #[test]
@@ -179,7 +180,7 @@ fn tokens_outside_the_tables_are_refused() {
     let bert = load(config(), &checkpoint).unwrap();
     let forward = |ids, type_ids, positions| {
         let batch = Batch { ids, type_ids, positions, offsets: &[0, 2] };
-        bert.forward(Context::serial(), batch, &mut Scratch::default()).unwrap_err().to_string()
+        bert.forward(&mut Scratch::default().with(Context::serial()), batch).unwrap_err().to_string()
     };
     assert!(forward(&[1, 60], &[0, 0], &[0, 1]).contains("word_embeddings: index 60 at token 1"));
     assert!(forward(&[1, 2], &[2, 0], &[0, 1]).contains("token_type_embeddings: index 2 at token 0"));

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use laneformer::Context;
 use laneformer_models::checkpoint::Checkpoint;
-use laneformer_models::ragged::Scratch;
+use laneformer_models::run::Scratch;
 use laneformer_models::transformer_xl::TransformerXl;
 use serde_json::json;
 
@@ -28,12 +28,12 @@ fn a_memory_of_inputs_is_the_one_that_grew() {
         // Fewer rows than the memory holds, then more.
         for len in [4, 8] {
             let ids: Vec<u32> = (0..(SEQUENCES * len) as u32).collect();
-            model.forward(ctx, &ids, &mut grown, &mut scratch).unwrap();
+            model.forward(&mut scratch.with(ctx), &ids, &mut grown).unwrap();
             let inputs: Vec<Vec<f32>> = (0..3).map(|i| grown.inputs(i).unwrap().to_vec()).collect();
             let mut given = model.memory_of(ctx, &inputs, SEQUENCES).unwrap();
             let next = [7, 8, 9, 10];
-            let got = model.forward(ctx, &next, &mut given, &mut scratch).unwrap();
-            assert_eq!(got, model.forward(ctx, &next, &mut grown, &mut scratch).unwrap());
+            let got = model.forward(&mut scratch.with(ctx), &next, &mut given).unwrap();
+            assert_eq!(got, model.forward(&mut scratch.with(ctx), &next, &mut grown).unwrap());
         }
     }
 }

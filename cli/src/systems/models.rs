@@ -3,16 +3,18 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use laneformer::{Context, KvCache};
+use laneformer::Context;
 use laneformer_models::bart::Bart;
 use laneformer_models::bert::Bert;
 use laneformer_models::checkpoint::Checkpoint;
 use laneformer_models::clip::Clip;
 use laneformer_models::conv::Images;
 use laneformer_models::detr::{Detr, sine_positions};
+use laneformer_models::encoder::Decoding;
 use laneformer_models::gpt::{self, Gpt};
 use laneformer_models::longformer::Longformer;
-use laneformer_models::ragged::{Ragged, Scratch};
+use laneformer_models::ragged::Ragged;
+use laneformer_models::run::Scratch;
 use laneformer_models::tokens::Batch;
 use laneformer_models::transformer_xl::{Memory, TransformerXl};
 use laneformer_models::xlnet::{self, XlNet};
@@ -48,21 +50,25 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
         Kind::Bert => {
             let model = Bert::load(path, config, checkpoint)?;
             let vocab_size = model.config.vocab_size;
-            text(vocab_size, move |ctx, text, _, scratch| Ok(model.forward(ctx, text.batch(), scratch)?))
+            text(vocab_size, move |ctx, text, _, scratch| {
+                Ok(model.forward(&mut scratch.with(ctx), text.batch())?)
+            })
         }
         Kind::GptPrefill => {
             let model = Gpt::load(path, config, checkpoint)?;
             let gpt::Config { vocab_size, n_positions, n_embd, .. } = model.config;
-            let mut caches = model.caches(1, n_positions)?;
+            let caches = model.decoder.layers.caches(1, n_positions)?;
+            let mut state = Decoding { caches, ..Decoding::default() };
             text(vocab_size, move |ctx, text, _, scratch| {
-                caches.iter_mut().try_for_each(|cache| cache.truncate(0, 0))?;
-                let hidden = model.forward(ctx, text.batch(), &mut caches, scratch)?;
+                state.caches.iter_mut().try_for_each(|cache| cache.truncate(0, 0))?;
+                let hidden = model.decoder.decode(&mut scratch.with(ctx), text.batch(), &mut state)?;
                 Ok(model.logits(ctx, &hidden[hidden.len() - n_embd..])?)
             })
         }
         Kind::GptDecode => {
             let model = Gpt::load(path, config, checkpoint)?;
-            Box::new(GptDecode { model, text: Text::default(), caches: vec![], scratch: Scratch::default() })
+            let (text, state, scratch) = (Text::default(), Decoding::default(), Scratch::default());
+            Box::new(GptDecode { model, text, state, scratch })
         }
         Kind::Longformer => {
             let model = Longformer::load(path, config, checkpoint)?;
@@ -71,7 +77,7 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
                 let positions = model.positions(&text.ids);
                 let batch = Batch { positions: &positions, ..text.batch() };
                 let is_global: Vec<bool> = (0..text.ids.len()).map(|i| i < globals).collect();
-                Ok(model.forward(ctx, batch, &is_global, &vec![true; text.ids.len()], scratch)?)
+                Ok(model.forward(&mut scratch.with(ctx), batch, &is_global, &vec![true; text.ids.len()])?)
             })
         }
         Kind::TransformerXl => {
@@ -96,14 +102,14 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
                     segments: Some(&segments),
                     ..xlnet::Batch::default()
                 };
-                Ok(model.forward(ctx, &batch, scratch)?.content)
+                Ok(model.forward(&mut scratch.with(ctx), &batch)?.content)
             })
         }
         Kind::Clip => {
             let model = Clip::load(path, config, checkpoint)?;
             let channels = model.config.vision_config.num_channels;
             image(channels, move |ctx, images, scratch| {
-                let states = model.image_states(ctx, images, scratch)?;
+                let states = model.image_states(&mut scratch.with(ctx), images)?;
                 Ok(model.embed_images(ctx, &states)?)
             })
         }
@@ -118,19 +124,24 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
                 if placed.1 != grid {
                     placed = (sine_positions(&mask, grid, d), grid);
                 }
-                Ok(model.encode(ctx, features, &Ragged::from_mask(&mask, mask.len()), &placed.0, scratch)?)
+                Ok(model.encode(
+                    &mut scratch.with(ctx),
+                    features,
+                    &Ragged::from_mask(&mask, mask.len()),
+                    &placed.0,
+                )?)
             })
         }
         Kind::Detr => {
             let model = Detr::load(path, config, checkpoint)?;
             let (d, channels) = (model.config.d_model, model.config.backbone_config.num_channels);
             image(channels, move |ctx, pixels, scratch| {
-                let features = model.features(ctx, pixels, scratch)?;
+                let features = model.features(&mut scratch.with(ctx), pixels)?;
                 let grid = [features.height, features.width];
                 let mask = vec![true; grid[0] * grid[1]];
                 let (tokens, positions) =
                     (Ragged::from_mask(&mask, mask.len()), sine_positions(&mask, grid, d));
-                Ok(model.encode(ctx, &features, &tokens, &positions, scratch)?)
+                Ok(model.encode(&mut scratch.with(ctx), &features, &tokens, &positions)?)
             })
         }
         Kind::Bart => {
@@ -138,9 +149,9 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
             let vocab_size = model.config.vocab_size;
             let mut writing = Scratch::default();
             text(vocab_size, move |ctx, text, source, scratch| {
-                let memory = model.encode(ctx, source.batch(), scratch)?;
-                let mut decoding = model.begin(ctx, &memory, &source.offsets, 0)?;
-                let hidden = model.decode(ctx, &mut decoding, text.batch(), &mut writing)?;
+                let memory = model.encoder.encode(&mut scratch.with(ctx), source.batch())?;
+                let mut decoding = model.decoder.layers.begin(ctx, &memory, &source.offsets, 0)?;
+                let hidden = model.decoder.decode(&mut writing.with(ctx), text.batch(), &mut decoding)?;
                 Ok(model.logits(ctx, &hidden)?)
             })
         }
@@ -265,7 +276,7 @@ where
 struct GptDecode {
     model: Gpt,
     text: Text,
-    caches: Vec<KvCache>,
+    state: Decoding,
     scratch: Scratch,
 }
 
@@ -277,24 +288,30 @@ impl GptDecode {
 
 impl Model for GptDecode {
     fn prepare(&mut self, ctx: Context<'_>, size: &Size) -> Result<()> {
-        self.caches = self.model.caches(1, size.context + size.tokens)?;
+        self.state.caches = self.model.decoder.layers.caches(1, size.context + size.tokens)?;
         let before = Text::new(self.vocab_size(), 0, size.context);
-        self.model.forward(ctx, before.batch(), &mut self.caches, &mut Scratch::default())?;
+        let (mut scratch, before) = (Scratch::default(), before.batch());
+        self.model.decoder.decode(&mut scratch.with(ctx), before, &mut self.state)?;
         self.text = Text::new(self.vocab_size(), size.context, size.tokens);
         Ok(())
     }
 
     fn run(&mut self, ctx: Context<'_>) -> Result<Vec<f32>> {
         let context = self.text.positions.first().map_or(0, |&first| first as usize);
-        self.caches.iter_mut().try_for_each(|cache| cache.truncate(0, context))?;
-        let hidden = self.model.forward(ctx, self.text.batch(), &mut self.caches, &mut self.scratch)?;
+        self.state.caches.iter_mut().try_for_each(|cache| cache.truncate(0, context))?;
+        let hidden =
+            self.model.decoder.decode(&mut self.scratch.with(ctx), self.text.batch(), &mut self.state)?;
         Ok(self.model.logits(ctx, &hidden)?)
     }
 
     /// As the last row of a pass over the whole text, without a cache.
     fn otherwise(&mut self, ctx: Context<'_>, size: &Size) -> Result<Vec<f32>> {
         let whole = Text::new(self.vocab_size(), 0, size.context + size.tokens);
-        let hidden = self.model.forward(ctx, whole.batch(), &mut [], &mut Scratch::default())?;
+        let hidden = self.model.decoder.decode(
+            &mut Scratch::default().with(ctx),
+            whole.batch(),
+            &mut Decoding::default(),
+        )?;
         Ok(self.model.logits(ctx, &hidden[size.context * self.model.config.n_embd..])?)
     }
 
@@ -326,7 +343,7 @@ impl Model for Xl {
     }
 
     fn run(&mut self, ctx: Context<'_>) -> Result<Vec<f32>> {
-        Ok(self.model.forward(ctx, &self.text.ids, &mut self.memory, &mut self.scratch)?)
+        Ok(self.model.forward(&mut self.scratch.with(ctx), &self.text.ids, &mut self.memory)?)
     }
 
     fn inputs(&self) -> Vec<Input> {

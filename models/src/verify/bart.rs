@@ -6,7 +6,7 @@ use super::case::{Case, Outputs};
 use crate::Result;
 use crate::bart::{Bart, Batch};
 use crate::head::argmax;
-use crate::ragged::Scratch;
+use crate::run::Scratch;
 
 pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Bart::load(case.path(), case.json(), case.weights())?;
@@ -15,8 +15,8 @@ pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let src_ids = src.gather(&case.indices("input_ids")?, 1)?;
     let batch =
         Batch { ids: &src_ids, positions: src.positions(), offsets: src.offsets(), ..Batch::default() };
-    let memory = model.encode(ctx, batch, &mut Scratch::default())?;
-    let begin = |capacity| model.begin(ctx, &memory, src.offsets(), capacity);
+    let memory = model.encoder.encode(&mut Scratch::default().with(ctx), batch)?;
+    let begin = |capacity| model.decoder.layers.begin(ctx, &memory, src.offsets(), capacity);
 
     let [sequences, seq_len] = case.shape("decoder_input_ids")?;
     let (ids, scratch) = (case.indices("decoder_input_ids")?, &mut Scratch::default());
@@ -29,7 +29,7 @@ pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         let ids: Vec<u32> = (0..sequences).flat_map(|sequence| &ids[of_step(sequence)]).copied().collect();
         let positions = places[start..start + step].repeat(sequences);
         let batch = Batch { ids: &ids, positions: &positions, offsets: &offsets(step), ..Batch::default() };
-        let x = model.decode(ctx, &mut decoding, batch, scratch)?;
+        let x = model.decoder.decode(&mut scratch.with(ctx), batch, &mut decoding)?;
         for (sequence, x) in x.chunks(step * d).enumerate() {
             let range = of_step(sequence);
             hidden[range.start * d..range.end * d].copy_from_slice(x);
@@ -50,7 +50,7 @@ pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     for step in 0..steps {
         let positions = vec![step as u32; sequences];
         let batch = Batch { ids: &ids, positions: &positions, offsets: &offsets(1), ..Batch::default() };
-        let x = model.decode(ctx, &mut decoding, batch, scratch)?;
+        let x = model.decoder.decode(&mut scratch.with(ctx), batch, &mut decoding)?;
         for (sequence, logits) in model.logits(ctx, &x)?.chunks(n).enumerate() {
             let at = sequence * steps + step;
             ids[sequence] = argmax(logits) as u32;

@@ -6,7 +6,8 @@ use super::case::{Case, Outputs};
 use crate::Result;
 use crate::conv::Images;
 use crate::detr::{Detr, sine_positions, token_mask};
-use crate::ragged::{Ragged, Scratch};
+use crate::ragged::Ragged;
+use crate::run::Scratch;
 
 pub(super) fn detr(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Detr::load(case.path(), case.json(), case.weights())?;
@@ -20,12 +21,12 @@ pub(super) fn detr(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     }
 
     let mut scratch = Scratch::default();
-    let features = model.features(ctx, &images, &mut scratch)?;
+    let features = model.features(&mut scratch.with(ctx), &images)?;
     let size = [features.height, features.width];
     let mask = token_mask(&pixel_mask, [height, width], size);
     let tokens = Ragged::from_mask(&mask, size[0] * size[1]);
     let positions = sine_positions(&mask, size, d);
-    let hidden = model.encode(ctx, &features, &tokens, &tokens.gather(&positions, d)?, &mut scratch)?;
+    let hidden = model.encode(&mut scratch.with(ctx), &features, &tokens, &tokens.gather(&positions, d)?)?;
     Ok(Outputs::from([
         ("feature_map".into(), features.to_planes()),
         ("token_mask".into(), mask.iter().map(|&real| f32::from(u8::from(real))).collect()),

@@ -4,8 +4,10 @@ use laneformer::Context;
 
 use super::case::{Case, Outputs};
 use crate::Result;
+use crate::encoder::Decoding;
 use crate::gpt::{Batch, Gpt};
-use crate::ragged::{Ragged, Scratch};
+use crate::ragged::Ragged;
+use crate::run::Scratch;
 
 /// Feeds the tokens in the pieces that the case lists, with a cache, or all at once without.
 pub(super) fn gpt(ctx: Context<'_>, case: &Case, model_type: &str) -> Result<Outputs> {
@@ -21,7 +23,9 @@ pub(super) fn gpt(ctx: Context<'_>, case: &Case, model_type: &str) -> Result<Out
     if chunks.iter().sum::<usize>() != seq_len {
         return Err(case.error(format!("run.chunks: expected a sum of {seq_len}, got {chunks:?}")));
     }
-    let mut caches = if chunks.len() > 1 { model.caches(sequences, seq_len)? } else { vec![] };
+    let layers = &model.decoder.layers;
+    let caches = if chunks.len() > 1 { layers.caches(sequences, seq_len)? } else { vec![] };
+    let mut state = Decoding { caches, ..Decoding::default() };
 
     let (d, vocab_size) = (model.config.n_embd, model.config.vocab_size);
     let mut hidden = vec![0.0; mask.len() * d];
@@ -38,7 +42,7 @@ pub(super) fn gpt(ctx: Context<'_>, case: &Case, model_type: &str) -> Result<Out
             tokens.positions().to_vec()
         };
         let batch = Batch { ids: &ids, positions: &positions, offsets: tokens.offsets(), ..Batch::default() };
-        let x = model.forward(ctx, batch, &mut caches, &mut scratch)?;
+        let x = model.decoder.decode(&mut scratch.with(ctx), batch, &mut state)?;
         tokens.scatter_into(&model.logits(ctx, &x)?, vocab_size, &mut logits);
         tokens.scatter_into(&x, d, &mut hidden);
         start = end;

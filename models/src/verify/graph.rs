@@ -1,23 +1,42 @@
 //! Cases of attention along a graph.
 
-use laneformer::Context;
+use laneformer::{Bias, Bits, Context, Graph, Inputs, Terms};
 
 use super::case::{Case, Outputs};
-use crate::Result;
-use crate::graph::{Edges, GraphLayer};
+use crate::attend::offsets;
+use crate::encoder::{Config, ENCODER};
+use crate::run::Scratch;
+use crate::weights::Weights;
+use crate::{Error, Result};
 
+/// Edges, groups of tokens and key padding are combined by AND.
 pub(super) fn graph(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let layer = GraphLayer::load(case.path(), &case.config()?, case.weights())?;
-    let mask = |name| if case.has(name) { case.mask(name).map(Some) } else { Ok(None) };
-    let (allowed, table, real) = (mask("allowed")?, mask("group_table")?, mask("attention_mask")?);
-    let ids = if table.is_some() { case.indices("group_ids")? } else { vec![] };
-    let edges = Edges {
-        allowed: allowed.as_deref(),
-        groups: table.as_deref().map(|table| (&ids[..], table)),
-        real: real.as_deref(),
-    };
-    let [sequences, ..] = case.shape::<3>("x")?;
+    let config: Config = case.config()?;
+    let layer = config.layers(case.path())?.single(&Weights::new(case.weights(), "layer"), ENCODER)?;
+    let [sequences, seq_len, _] = case.shape("x")?;
+    let (mut graph, offsets) = (Graph::full(), offsets(sequences, seq_len));
+    if case.has("allowed") {
+        let allowed = case.mask("allowed")?;
+        let n = if allowed.len() == seq_len * seq_len { 1 } else { sequences };
+        if allowed.len() != n * seq_len * seq_len {
+            return Err(case.error(format!("in.allowed: expected edges of {seq_len} tokens")));
+        }
+        let sees = |sequence, _, query, key| allowed[(sequence * seq_len + query) * seq_len + key];
+        graph = graph.with_bits(Bits::dense([n, 1, seq_len, seq_len], sees)?);
+    }
+    if case.has("group_table") {
+        let (ids, table) = (case.indices("group_ids")?, case.mask("group_table")?);
+        graph = graph.with_bits(Bits::groups(&ids, &ids, &offsets, table.len().isqrt(), &table)?);
+    }
+    if case.has("attention_mask") {
+        let real = case.mask("attention_mask")?;
+        graph = graph.with_bits(Bits::keys(&real.chunks(seq_len.max(1)).collect::<Vec<_>>())?);
+    }
+    let bias = case.f32_if_there("edge_bias")?;
+    let bias = bias.as_ref().map(|bias| Bias::new(bias, [1, 1, seq_len, seq_len]).map_err(Error::from));
+    let terms = Terms { bias: bias.transpose()?, ..Terms::default() };
     let mut y = case.f32("x")?;
-    layer.forward(ctx, &mut y, sequences, &edges, case.f32_if_there("edge_bias")?.as_deref())?;
+    let mut inputs = Inputs { terms, ..Inputs::new(&offsets, &graph) };
+    layer.forward(&mut Scratch::default().with(ctx), &mut y, &mut inputs)?;
     Ok(Outputs::from([("y".into(), y)]))
 }

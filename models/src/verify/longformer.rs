@@ -6,7 +6,8 @@ use super::case::{Case, Outputs};
 use crate::Result;
 use crate::bert::Batch;
 use crate::longformer::Longformer;
-use crate::ragged::{Ragged, Scratch};
+use crate::ragged::Ragged;
+use crate::run::Scratch;
 
 pub(super) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Longformer::load(case.path(), case.json(), case.weights())?;
@@ -23,7 +24,7 @@ pub(super) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
 
     let offsets = tokens.offsets();
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets };
-    let hidden = model.forward(ctx, batch, &is_global, &is_real, &mut Scratch::default())?;
+    let hidden = model.forward(&mut Scratch::default().with(ctx), batch, &is_global, &is_real)?;
     let padded = tokens.scatter(&hidden, model.config.bert.hidden_size);
     let mut outputs = Outputs::from([("last_hidden_state".into(), padded)]);
     if !case.run().no_pooler

@@ -5,7 +5,7 @@ use serde::Deserialize;
 
 use super::case::{Case, Outputs};
 use crate::bert::{Batch, Bert};
-use crate::ragged::Scratch;
+use crate::run::Scratch;
 use crate::vanilla::{self, Vanilla};
 use crate::weights::Weights;
 use crate::{Result, encoder};
@@ -20,7 +20,7 @@ pub(super) fn bert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets };
 
     let mut outputs = Outputs::new();
-    let hidden = model.forward(ctx, batch, &mut Scratch::default())?;
+    let hidden = model.forward(&mut Scratch::default().with(ctx), batch)?;
     outputs.insert("last_hidden_state".into(), tokens.scatter(&hidden, d));
     if !case.run().no_pooler
         && let Some(pooled) = model.pool(ctx, &hidden, offsets)?
@@ -44,7 +44,7 @@ pub(super) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         Some(vocabulary) => vocabulary.source(&src.gather(&case.indices("src_ids")?, 1)?, src.positions())?,
         None => src.gather(&case.f32("src")?, d)?,
     };
-    model.encoder.encode(ctx, &mut memory, src.offsets(), &mut Scratch::default())?;
+    model.encoder.encode(&mut Scratch::default().with(ctx), &mut memory, src.offsets())?;
     let mut outputs = Outputs::from([("memory".into(), src.scatter(&memory, d))]);
 
     let Some(decoder) = &model.decoder else { return Ok(outputs) };
@@ -53,8 +53,8 @@ pub(super) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         Some(vocabulary) => vocabulary.target(&tgt.gather(&case.indices("tgt_ids")?, 1)?, tgt.positions())?,
         None => tgt.gather(&case.f32("tgt")?, d)?,
     };
-    let sources = decoder.sources(ctx, &memory, src.offsets())?;
-    decoder.decode(ctx, &mut x, tgt.offsets(), (&sources, &mut []), &mut Scratch::default())?;
+    let mut state = decoder.begin(ctx, &memory, src.offsets(), 0)?;
+    decoder.decode(&mut Scratch::default().with(ctx), &mut x, tgt.offsets(), &mut state)?;
     if let Some(vocabulary) = &model.vocabulary {
         let logits = vocabulary.logits(ctx, &x)?;
         outputs.insert("logits".into(), tgt.scatter(&logits, config.vocab_size));
@@ -71,7 +71,7 @@ pub(super) fn norms(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let encoder = config.load(case.path(), case.weights())?;
     let tokens = case.ragged("attention_mask")?;
     let mut x = tokens.gather(&case.f32("x")?, config.d_model)?;
-    encoder.encode(ctx, &mut x, tokens.offsets(), &mut Scratch::default())?;
+    encoder.encode(&mut Scratch::default().with(ctx), &mut x, tokens.offsets())?;
     Ok(Outputs::from([("y".into(), tokens.scatter(&x, config.d_model))]))
 }
 

@@ -4,7 +4,7 @@ use laneformer::Context;
 
 use super::case::{Case, Outputs};
 use crate::Result;
-use crate::ragged::Scratch;
+use crate::run::Scratch;
 use crate::transformer_xl::TransformerXl;
 
 /// Feeds the segments one after another.
@@ -20,7 +20,7 @@ pub(super) fn transformer_xl(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     for (s, len) in segments.iter().enumerate() {
         let segment: Vec<_> =
             ids.chunks(seq_len.max(1)).flat_map(|ids| &ids[start..start + len]).copied().collect();
-        let hidden = model.forward(ctx, &segment, &mut memory, &mut scratch)?;
+        let hidden = model.forward(&mut scratch.with(ctx), &segment, &mut memory)?;
         outputs.insert(format!("segment{s}.logits"), model.logits(ctx, &hidden)?);
         outputs.insert(format!("segment{s}.last_hidden_state"), hidden);
         start += len;

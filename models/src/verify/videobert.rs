@@ -5,7 +5,7 @@ use laneformer::Context;
 use super::case::{Case, Outputs};
 use crate::Result;
 use crate::bert::Batch;
-use crate::ragged::Scratch;
+use crate::run::Scratch;
 use crate::videobert::VideoBert;
 
 pub(super) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
@@ -26,7 +26,7 @@ pub(super) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let (ids, type_ids) = (tokens.gather(&ids, 1)?, tokens.gather(&type_ids, 1)?);
     let (positions, offsets) = (tokens.positions(), tokens.offsets());
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets };
-    let hidden = model.bert.forward(ctx, batch, &mut Scratch::default())?;
+    let hidden = model.bert.forward(&mut Scratch::default().with(ctx), batch)?;
     let config = &model.config.bert;
     let vocab_size = config.vocab_size + model.config.num_centroids;
     let mut outputs = Outputs::from([

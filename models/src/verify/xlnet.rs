@@ -5,7 +5,7 @@ use laneformer::Context;
 use super::case::{Case, Outputs};
 use crate::Result;
 use crate::attend::{behind, last_rows};
-use crate::ragged::Scratch;
+use crate::run::Scratch;
 use crate::xlnet::{Batch, Config, XlNet};
 
 pub(super) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
@@ -28,7 +28,7 @@ pub(super) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         targets: targets.as_deref(),
         mems: &mems,
     };
-    let output = model.forward(ctx, &batch, &mut Scratch::default())?;
+    let output = model.forward(&mut Scratch::default().with(ctx), &batch)?;
 
     let mut outputs = Outputs::new();
     let mut last = output.content;
