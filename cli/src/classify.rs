@@ -8,11 +8,10 @@ use anyhow::{Context as _, ensure};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use laneformer::Context;
-use laneformer_models::Error;
 use laneformer_models::clip::Clip;
 use laneformer_models::config::{self, model_type};
-use laneformer_models::run::Scratch;
 use laneformer_models::tokens::{Packed, TextTokenizer};
+use laneformer_models::{Error, Scratch};
 use serde::Serialize;
 
 use crate::pixels::Preprocessor;

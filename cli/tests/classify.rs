@@ -11,8 +11,7 @@ use laneformer::Context;
 use laneformer_models::clip::Clip;
 use laneformer_models::config::open;
 use laneformer_models::conv::Images;
-use laneformer_models::run::Scratch;
-use laneformer_models::tokens::Batch;
+use laneformer_models::{Batch, Scratch};
 use serde_json::{Value, json};
 
 /// A CLIP of 20 x 20 pixels, which it takes as they are.

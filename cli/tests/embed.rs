@@ -6,11 +6,9 @@ use std::fs;
 
 use common::{Model, golden, laneformer, parts, words};
 use laneformer::Context;
-use laneformer_models::bert::Batch;
-use laneformer_models::checkpoint::Checkpoint;
 use laneformer_models::config::open;
 use laneformer_models::longformer::Longformer;
-use laneformer_models::run::Scratch;
+use laneformer_models::{Batch, Checkpoint, Scratch};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 

@@ -2,10 +2,10 @@
 
 mod common;
 
+use laneformer_models::Checkpoint;
 use std::fs;
 
 use common::{Model, golden, laneformer, parts, refused, words};
-use laneformer_models::checkpoint::Checkpoint;
 use safetensors::SafeTensors;
 use serde_json::json;
 

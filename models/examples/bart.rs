@@ -2,8 +2,8 @@
 
 mod common;
 
-use laneformer_models::bart::{Bart, Batch};
-use laneformer_models::run::Scratch;
+use laneformer_models::bart::Bart;
+use laneformer_models::{Batch, Scratch};
 use serde_json::json;
 
 fn main() -> common::Result {

@@ -2,8 +2,8 @@
 
 mod common;
 
-use laneformer_models::bert::{Batch, Bert};
-use laneformer_models::run::Scratch;
+use laneformer_models::bert::Bert;
+use laneformer_models::{Batch, Scratch};
 use serde_json::json;
 
 fn main() -> common::Result {

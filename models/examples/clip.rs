@@ -4,8 +4,7 @@ mod common;
 
 use laneformer_models::clip::Clip;
 use laneformer_models::conv::Images;
-use laneformer_models::run::Scratch;
-use laneformer_models::tokens::Batch;
+use laneformer_models::{Batch, Scratch};
 use serde_json::json;
 
 fn main() -> common::Result {

@@ -2,10 +2,10 @@
 
 mod common;
 
+use laneformer_models::Scratch;
 use laneformer_models::conv::Images;
 use laneformer_models::detr::{Detr, sine_positions};
 use laneformer_models::ragged::Ragged;
-use laneformer_models::run::Scratch;
 use serde_json::json;
 
 fn main() -> common::Result {

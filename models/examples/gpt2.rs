@@ -3,8 +3,8 @@
 mod common;
 
 use laneformer_models::encoder::Decoding;
-use laneformer_models::gpt::{Batch, Gpt};
-use laneformer_models::run::Scratch;
+use laneformer_models::gpt::Gpt;
+use laneformer_models::{Batch, Scratch};
 use serde_json::json;
 
 fn main() -> common::Result {

@@ -2,7 +2,6 @@
 
 mod common;
 
-use laneformer_models::bert;
 use laneformer_models::lavit::{Batch, Lavit};
 use serde_json::json;
 
@@ -20,7 +19,12 @@ fn main() -> common::Result {
     let (objects, places) =
         (common::features(36, config.visual_feat_dim)?, common::features(36, config.visual_coord_dim)?);
     let batch = Batch {
-        language: bert::Batch { ids: &ids, type_ids: &[0; 20], positions: &positions, offsets: &[0, 20] },
+        language: laneformer_models::Batch {
+            ids: &ids,
+            type_ids: &[0; 20],
+            positions: &positions,
+            offsets: &[0, 20],
+        },
         audio: &[&sound, &sound],
         audio_offsets: &[0, 3],
         video: [&objects, &places],

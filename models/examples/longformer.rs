@@ -2,9 +2,8 @@
 
 mod common;
 
-use laneformer_models::bert::Batch;
 use laneformer_models::longformer::Longformer;
-use laneformer_models::run::Scratch;
+use laneformer_models::{Batch, Scratch};
 use serde_json::json;
 
 fn main() -> common::Result {

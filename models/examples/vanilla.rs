@@ -3,7 +3,7 @@
 
 mod common;
 
-use laneformer_models::run::Scratch;
+use laneformer_models::Scratch;
 use laneformer_models::vanilla::{Config, Vanilla};
 use serde_json::json;
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use laneformer_models::run::Scratch;
+use laneformer_models::Scratch;
 use laneformer_models::xlnet::{Batch, XlNet};
 use serde_json::json;
 

@@ -10,9 +10,9 @@ use laneformer::{
 };
 
 use crate::embedding::Sinusoid;
-use crate::run::{Run, project, rows};
+use crate::run::{project, rows};
 use crate::weights::normalize;
-use crate::{Error, Result};
+use crate::{Error, Result, Run};
 
 /// The projections of one attention.
 #[derive(Debug)]
@@ -54,6 +54,21 @@ impl Projections {
         let out = MatMut::contiguous(&mut y, q.rows(), cols)?;
         seen.keys.attend(run.ctx, &self.heads, &queries, seen.graph, &seen.terms, out)?;
         run.scratch.give(projected);
+        Ok(y)
+    }
+
+    /// The same over the keys and values of a source, its rows and offsets, which are not kept.
+    pub fn attend_to(
+        &self,
+        run: &mut Run<'_>,
+        x: &[f32],
+        offsets: &[usize],
+        (source, source_offsets): (&[f32], &[usize]),
+        graph: &Graph,
+    ) -> Result<Vec<f32>> {
+        let keys = self.keys(run, source, source_offsets)?;
+        let y = self.attend(run, x, &Seen::new(&keys, offsets, graph))?;
+        run.scratch.give_store(keys);
         Ok(y)
     }
 }

@@ -7,14 +7,11 @@ use laneformer::{Context, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
-use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Transformer};
 use crate::run::project;
-pub use crate::tokens::Batch;
-use crate::weights::Weights;
+use crate::{Checkpoint, Result, Weights};
 
 /// Rows of the position tables before that of position 0.
 const POSITION_OFFSET: u32 = 2;

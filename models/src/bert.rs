@@ -7,15 +7,11 @@ use laneformer::{Context, Graph, Linear, MatMut};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
-use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::head;
-use crate::run::Run;
-pub use crate::tokens::Batch;
-use crate::weights::Weights;
+use crate::{Batch, Checkpoint, Result, Run, Weights};
 
 /// `config.json` of a BERT directory.
 #[derive(Clone, Debug, Deserialize)]

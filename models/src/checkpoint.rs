@@ -14,8 +14,7 @@ use rand_pcg::rand_core::{Rng, SeedableRng};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, SafeTensors, TensorInfo};
 
-use crate::weights::Weights;
-use crate::{Error, Result};
+use crate::{Error, Result, Weights};
 
 /// The length of the header stands before it, in this many bytes.
 const HEADER_LEN_BYTES: usize = 8;

@@ -7,17 +7,15 @@ use laneformer::{Activation, Context, Linear, MatMut, Norm, softmax};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
 use crate::attend::offsets;
-use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, Embeddings};
 use crate::encoder::{Attention, Decoding, LayerSpec, Layers, NormPlacement, Part, Transformer};
 use crate::error::check_size;
-use crate::run::{Run, project};
-use crate::tokens::Batch;
-use crate::weights::{Weights, linear, normalize};
+use crate::run::project;
+use crate::weights::{linear, normalize};
+use crate::{Batch, Checkpoint, Result, Run, Weights};
 
 const LAYER: &[Part] = &[
     Part::SelfAttention(Attention::proj("self_attn", "layer_norm1")),
@@ -130,7 +128,8 @@ pub struct Clip {
 pub struct TextEncoder {
     /// The configuration.
     pub config: TextConfig,
-    decoder: Transformer,
+    /// The layers with their embeddings.
+    pub decoder: Transformer,
     projection: Linear,
 }
 
@@ -229,11 +228,6 @@ impl TextEncoder {
         let projection = projection.linear_without_bias(d, config.projection_dim)?;
         let decoder = Transformer { embeddings: Embeddings::new(words, positions), layers };
         Ok(TextEncoder { config, decoder, projection })
-    }
-
-    /// Every token is in the embedding table.
-    pub fn check(&self, ids: &[u32]) -> Result<()> {
-        self.decoder.embeddings.words.check(ids)
     }
 
     /// The last hidden state of every token of texts, normed: [tokens, d].

@@ -4,10 +4,9 @@ use std::ops::Range;
 
 use laneformer::{Activation, Epilogue, Linear, MatMut, MatRef};
 
-use crate::Result;
 use crate::error::check_size;
-use crate::run::Run;
-use crate::weights::{Weights, linear};
+use crate::weights::linear;
+use crate::{Result, Run, Weights};
 
 /// Images or feature maps of one size, channels last: a pixel is a row of a linear layer, and a token of a Transformer.
 #[derive(Clone, Debug)]

@@ -8,15 +8,14 @@ use laneformer::{Graph, Inputs, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
-use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, from_value, heads, with_defaults};
 use crate::conv::Images;
 use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part};
 use crate::ragged::Ragged;
 use crate::resnet::{self, ResNet};
-use crate::run::{Run, project, rows};
+use crate::run::{project, rows};
 use crate::weights::linear;
+use crate::{Checkpoint, Result, Run};
 
 /// `config.json` of a DETR directory.
 #[derive(Clone, Debug, Deserialize)]

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use laneformer::{Context, Linear, Norm};
 
 use crate::error::check_size;
-use crate::tokens::Batch;
 use crate::weights::{linear, normalize};
-use crate::{Error, Result};
+use crate::{Batch, Error, Result};
 
 /// A table of vectors, one per index; clones share it.
 #[derive(Clone, Debug)]

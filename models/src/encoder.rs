@@ -9,13 +9,11 @@ use laneformer::{
 use serde::Deserialize;
 
 use crate::attend::{Block, Projections};
-use crate::checkpoint::Checkpoint;
 use crate::config::{activation, heads};
 use crate::embedding::Embeddings;
-use crate::run::{Run, rows};
-use crate::tokens::Batch;
-use crate::weights::{NormKind, Weights, normalize};
-use crate::{Error, Result};
+use crate::run::rows;
+use crate::weights::{NormKind, normalize};
+use crate::{Batch, Checkpoint, Error, Result, Run, Weights};
 
 /// What a stack is made of.
 #[derive(Clone, Debug, Deserialize)]

@@ -8,13 +8,11 @@ use laneformer::{Context, Graph, Inputs, Norm};
 use serde::Deserialize;
 
 use crate::attend::offsets;
-use crate::checkpoint::Checkpoint;
 use crate::embedding::Embedding;
 use crate::encoder::{self, Attention, ENCODER, LayerSpec, Layers, NormPlacement, Part};
 use crate::error::check_size;
-use crate::run::Scratch;
-use crate::weights::{Weights, normalize};
-use crate::{Error, Result};
+use crate::weights::normalize;
+use crate::{Checkpoint, Error, Result, Scratch, Weights};
 
 /// Which variant, and what its layers are made of.
 #[derive(Clone, Debug, Deserialize)]

@@ -17,9 +17,9 @@ use crate::config::{check, from_value, model_type, open, read_json, read_json_if
 use crate::encoder::{Decoding, Transformer};
 use crate::gpt::Gpt;
 use crate::head::argmax;
-use crate::run::{Scratch, project};
-use crate::tokens::{Batch, TextTokenizer};
-use crate::{Error, Result};
+use crate::run::project;
+use crate::tokens::TextTokenizer;
+use crate::{Batch, Error, Result, Scratch};
 
 /// A language model with its tokenizer.
 #[derive(Debug)]

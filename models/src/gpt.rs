@@ -7,14 +7,11 @@ use laneformer::{Activation, Context, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
-use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::run::project;
-pub use crate::tokens::Batch;
-use crate::weights::Weights;
+use crate::{Checkpoint, Result, Weights};
 
 /// `config.json` of a GPT or GPT-2 directory.
 #[derive(Clone, Debug, Deserialize)]

@@ -2,9 +2,9 @@
 
 use laneformer::{Activation, Context, Epilogue, Linear, Norm};
 
-use crate::Result;
-use crate::run::{Scratch, project};
+use crate::run::project;
 use crate::weights::normalize;
+use crate::{Result, Scratch};
 
 /// `tanh(pooler(first token))` of every sequence, [sequences, d]. A sequence without tokens is the library's
 /// [`ZeroDim`](laneformer::Error::ZeroDim).

@@ -9,14 +9,13 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::bert::{self, Bert, attention};
-use crate::checkpoint::Checkpoint;
 use crate::config::{from_value, with_defaults};
 use crate::encoder::{Layers, Part};
 use crate::error::check_size;
 use crate::head::{self, Head};
-use crate::run::{Run, Scratch, project};
-use crate::weights::{Weights, normalize};
-use crate::{Error, Result};
+use crate::run::project;
+use crate::weights::normalize;
+use crate::{Checkpoint, Error, Result, Run, Scratch, Weights};
 
 /// The configuration; BERT's is that of the language stream.
 #[derive(Clone, Debug, Deserialize)]
@@ -38,7 +37,7 @@ pub struct Config {
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
     /// The question.
-    pub language: bert::Batch<'a>,
+    pub language: crate::Batch<'a>,
     /// What the audio encoder reads: the features of each channel, and with an `_st` encoder the coordinates.
     pub audio: &'a [&'a [f32]],
     /// Where the audio of each sequence begins, and the end.

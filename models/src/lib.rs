@@ -48,4 +48,8 @@ pub mod videobert;
 pub mod weights;
 pub mod xlnet;
 
+pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
+pub use run::{Run, Scratch};
+pub use tokens::Batch;
+pub use weights::Weights;

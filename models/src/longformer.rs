@@ -7,17 +7,14 @@ use laneformer::{Bits, Context, Graph, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
-use crate::attend::{Block, Projections, Seen};
-use crate::bert::{self, ATTENTION, Batch, FFN};
-use crate::checkpoint::Checkpoint;
+use crate::attend::{Block, Projections};
+use crate::bert::{self, ATTENTION, FFN};
 use crate::config::{check, check_model_type, from_value, with_defaults};
 use crate::embedding::Embeddings;
 use crate::encoder::LayerSpec;
 use crate::error::check_size;
 use crate::head;
-use crate::run::Run;
-use crate::weights::Weights;
+use crate::{Batch, Checkpoint, Result, Run, Weights};
 
 /// `config.json` of a Longformer directory.
 #[derive(Clone, Debug, Deserialize)]
@@ -61,7 +58,8 @@ impl Config {
 pub struct Longformer {
     /// The configuration.
     pub config: Config,
-    embeddings: Embeddings,
+    /// Of words, types and positions.
+    pub embeddings: Embeddings,
     layers: Vec<Layer>,
     pooler: Option<Linear>,
 }
@@ -95,11 +93,6 @@ impl Longformer {
         self.config.bert.max_position_embeddings.saturating_sub(before)
     }
 
-    /// Every token and type is in its embedding table.
-    pub fn check(&self, ids: &[u32], type_ids: &[u32]) -> Result<()> {
-        self.embeddings.check(ids, type_ids)
-    }
-
     /// The positions of a sequence's tokens, padding included: they count the tokens that are not padding, from behind its id.
     pub fn positions(&self, ids: &[u32]) -> Vec<u32> {
         let pad = self.config.pad_token_id;
@@ -129,8 +122,20 @@ impl Longformer {
             |graph: Graph| if is_real.contains(&false) { graph.with_bits(real.clone()) } else { graph };
         let everything = real(Graph::full());
         for layer in &self.layers {
+            // The window and the global columns for all rows, then everything for the global rows.
             let local = real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()));
-            let attended = layer.attend(run, &x, batch.offsets, &local, &globals, &everything)?;
+            let own = &layer.block.projections;
+            let mut attended = own.attend_to(run, &x, batch.offsets, (&x, batch.offsets), &local)?;
+            if !globals.rows.is_empty() {
+                let d = layer.global.q.in_features();
+                let rows: Vec<f32> =
+                    globals.rows.iter().flat_map(|&row| &x[row * d..][..d]).copied().collect();
+                let source = (&x[..], batch.offsets);
+                let seen = layer.global.attend_to(run, &rows, &globals.offsets, source, &everything)?;
+                for (seen, &row) in seen.chunks_exact(d).zip(&globals.rows) {
+                    attended[row * d..][..d].copy_from_slice(seen);
+                }
+            }
             layer.block.close(run, &mut x, attended)?;
         }
         Ok(x)
@@ -148,35 +153,6 @@ impl Layer {
         let (q, k, v) = (global("query_global")?, global("key_global")?, global("value_global")?);
         let block = spec.block(w, &ATTENTION, spec.ffn(w, FFN.0, FFN.1)?)?;
         Ok(Layer { block, global: Projections { q, k, v, heads: spec.heads }, reach })
-    }
-
-    /// The window and the global columns for all rows, then everything for the global rows.
-    fn attend(
-        &self,
-        run: &mut Run<'_>,
-        x: &[f32],
-        offsets: &[usize],
-        local: &Graph,
-        globals: &Globals,
-        everything: &Graph,
-    ) -> Result<Vec<f32>> {
-        let projections = &self.block.projections;
-        let keys = projections.keys(run, x, offsets)?;
-        let mut attended = projections.attend(run, x, &Seen::new(&keys, offsets, local))?;
-        run.scratch.give_store(keys);
-        if globals.rows.is_empty() {
-            return Ok(attended);
-        }
-        let keys = self.global.keys(run, x, offsets)?;
-        let seen = Seen::new(&keys, &globals.offsets, everything);
-        let d = self.global.q.in_features();
-        let queries: Vec<f32> = globals.rows.iter().flat_map(|&row| &x[row * d..][..d]).copied().collect();
-        let global = self.global.attend(run, &queries, &seen)?;
-        run.scratch.give_store(keys);
-        for (result, &row) in global.chunks_exact(d).zip(&globals.rows) {
-            attended[row * d..][..d].copy_from_slice(result);
-        }
-        Ok(attended)
     }
 }
 

@@ -8,11 +8,9 @@ use laneformer::{Activation, Function, MatMut, elementwise};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
 use crate::config::{activation, check};
 use crate::conv::{Conv, Images, Window};
-use crate::run::Run;
-use crate::weights::Weights;
+use crate::{Result, Run, Weights};
 
 /// The epsilon of all batch norms.
 const EPS: f64 = 1e-5;

@@ -11,10 +11,9 @@ use crate::bert::Bert;
 use crate::clip::TextEncoder;
 use crate::config::{model_type, open, read_json_if_there};
 use crate::longformer::Longformer;
-use crate::run::Scratch;
 pub use crate::tokens::Tokens;
-use crate::tokens::{Batch, Packed, TextTokenizer};
-use crate::{Error, Result};
+use crate::tokens::{Packed, TextTokenizer};
+use crate::{Batch, Error, Result, Scratch};
 
 /// `sentence_bert_config.json`.
 #[derive(Debug, Default, Deserialize)]
@@ -92,20 +91,18 @@ impl SentenceEncoder {
 
     /// The tokens of a sentence, which may be empty, if the model has as many positions ([`Error::TooLong`]) and these tokens.
     pub fn tokenize(&self, sentence: &str) -> Result<Tokens> {
-        let tokens = if self.config.do_lower_case {
-            self.tokenizer.encode(&sentence.to_lowercase())?
-        } else {
-            self.tokenizer.encode(sentence)?
-        };
+        let lower = self.config.do_lower_case.then(|| sentence.to_lowercase());
+        let tokens = self.tokenizer.encode(lower.as_deref().unwrap_or(sentence))?;
         let positions = self.model.positions();
         if tokens.len() > positions {
             return Err(Error::TooLong { tokens: tokens.len(), positions });
         }
-        match &self.model {
-            Model::Bert(bert) => bert.encoder.embeddings.check(&tokens.ids, &tokens.type_ids)?,
-            Model::Longformer(longformer) => longformer.check(&tokens.ids, &tokens.type_ids)?,
-            Model::Clip(clip) => clip.check(&tokens.ids)?,
-        }
+        let embeddings = match &self.model {
+            Model::Bert(bert) => &bert.encoder.embeddings,
+            Model::Longformer(longformer) => &longformer.embeddings,
+            Model::Clip(clip) => &clip.decoder.embeddings,
+        };
+        embeddings.check(&tokens.ids, &tokens.type_ids)?;
         Ok(tokens)
     }
 

@@ -9,8 +9,10 @@ use crate::{Error, Result};
 /// The tokens of one text.
 #[derive(Clone, Debug)]
 pub struct Tokens {
-    pub(crate) ids: Vec<u32>,
-    pub(crate) type_ids: Vec<u32>,
+    /// Special ones included.
+    pub ids: Vec<u32>,
+    /// To which part of the text each belongs.
+    pub type_ids: Vec<u32>,
     /// Whether tokens were cut off.
     pub truncated: bool,
 }
@@ -24,11 +26,6 @@ impl Tokens {
     /// Whether there is no token at all, not even a special one.
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
-    }
-
-    /// The tokens.
-    pub fn ids(&self) -> &[u32] {
-        &self.ids
     }
 }
 

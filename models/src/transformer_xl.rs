@@ -8,15 +8,13 @@ use laneformer::{Activation, Context, Graph, Heads, Linear, Relative, RelativeTa
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
 use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets};
-use crate::checkpoint::Checkpoint;
 use crate::config::{check, from_value, with_defaults};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
 use crate::error::check_size;
-use crate::run::{Run, project};
-use crate::weights::Weights;
+use crate::run::project;
+use crate::{Checkpoint, Result, Run, Weights};
 
 /// The epsilon of PyTorch's LayerNorm.
 const EPS: f32 = 1e-5;

@@ -6,14 +6,12 @@ use std::path::Path;
 use laneformer::{Context, Linear};
 use serde::Deserialize;
 
-use crate::checkpoint::Checkpoint;
 use crate::config::{activation, heads};
 use crate::embedding::{Embedding, Sinusoid};
 use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part, Qkv};
 use crate::error::check_size;
 use crate::run::project;
-use crate::weights::Weights;
-use crate::{Error, Result};
+use crate::{Checkpoint, Error, Result, Weights};
 
 /// The arguments of `nn.Transformer`.
 #[derive(Clone, Debug, Deserialize)]

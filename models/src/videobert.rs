@@ -8,12 +8,11 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::bert::{self, Bert};
-use crate::checkpoint::Checkpoint;
 use crate::config::{from_value, with_defaults};
 use crate::head::{Head, argmax};
 use crate::run::project;
-use crate::weights::{Weights, linear};
-use crate::{Error, Result};
+use crate::weights::linear;
+use crate::{Checkpoint, Error, Result, Weights};
 
 /// BERT's configuration, and what the video adds to it.
 #[derive(Clone, Debug, Deserialize)]

@@ -7,9 +7,8 @@ use std::fmt::Display;
 use laneformer::{Affine, Context, Linear, MatMut, MatRef, Norm, PackedMatrix, layernorm, rmsnorm};
 use serde::Deserialize;
 
-use crate::checkpoint::Checkpoint;
 use crate::embedding::Embedding;
-use crate::{Error, Result};
+use crate::{Checkpoint, Error, Result};
 
 /// The tensors of a checkpoint whose names begin with a prefix.
 #[derive(Clone, Debug)]

@@ -10,15 +10,14 @@ use laneformer::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
 use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets};
-use crate::checkpoint::Checkpoint;
 use crate::config::{activation, check, from_value, heads, with_defaults};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
 use crate::error::check_size;
-use crate::run::{Run, project};
-use crate::weights::{Weights, linear};
+use crate::run::project;
+use crate::weights::linear;
+use crate::{Checkpoint, Result, Run, Weights};
 
 /// `config.json` of an XLNet directory.
 #[derive(Clone, Debug, Deserialize)]
@@ -131,16 +130,19 @@ impl XlNet {
 
     /// Runs the content stream and, if there are targets, the query stream.
     pub fn forward(&self, run: &mut Run<'_>, batch: &Batch<'_>) -> Result<Output> {
-        let sizes = self.sizes(batch)?;
+        let [t, memory] = self.sizes(batch)?;
         let (n, d) = (batch.sequences, self.config.d_model);
-        let key_offsets = offsets(n, sizes.memory + sizes.queries);
-        let nearest = 1 - sizes.queries as isize;
-        let distances = sizes.memory + 2 * sizes.queries - 1;
-        let distances = Distances::new(nearest, distances, self.config.clamp_len, d);
-        let graph = self.graph(sizes.memory);
-        let content = Stream::content(batch, &sizes, &graph)?;
-        let targets =
-            batch.targets.map(|targets| Stream::targets(batch, &sizes, &graph, targets)).transpose()?;
+        let key_offsets = offsets(n, memory + t);
+        let distances = Distances::new(1 - t as isize, memory + 2 * t - 1, self.config.clamp_len, d);
+        // In one direction only what comes before, with `same_length` as many keys for every query.
+        let graph = match (&self.config.attn_type[..], self.config.same_length) {
+            ("bi", _) => Graph::full(),
+            (_, false) => Graph::causal(),
+            (_, true) => Graph::window(memory, 0),
+        };
+        let content = Stream::new(batch, [t, memory], graph.clone(), None)?;
+        let stream = |targets| Stream::new(batch, [t, memory], graph, Some(targets));
+        let targets = batch.targets.map(stream).transpose()?;
         let mem_len = self.config.mem_len.filter(|&len| len > 0).unwrap_or(usize::MAX);
 
         let mut h = self.tokens.gather(batch.ids, 1.0)?;
@@ -166,17 +168,8 @@ impl XlNet {
         project(ctx, &self.head, hidden)
     }
 
-    /// In one direction only what comes before, with `same_length` as many keys for every query.
-    fn graph(&self, memory: usize) -> Graph {
-        match (&self.config.attn_type[..], self.config.same_length) {
-            ("bi", _) => Graph::full(),
-            (_, false) => Graph::causal(),
-            (_, true) => Graph::window(memory, 0),
-        }
-    }
-
-    /// The lengths, if everything fits.
-    fn sizes(&self, batch: &Batch<'_>) -> Result<Sizes> {
+    /// Tokens of every sequence and rows of its memory, if everything fits.
+    fn sizes(&self, batch: &Batch<'_>) -> Result<[usize; 2]> {
         let (n, tokens) = (batch.sequences, batch.ids.len());
         let queries = len_of_each("tokens", tokens, n)?;
         let memory = batch.mems.first().map_or(0, Vec::len) / (n * self.config.d_model);
@@ -195,7 +188,7 @@ impl XlNet {
                 return Err(laneformer::Error::TooLarge { arg: "target", max: queries - 1, actual }.into());
             }
         }
-        Ok(Sizes { queries, memory })
+        Ok([queries, memory])
     }
 }
 
@@ -242,12 +235,6 @@ impl Layer {
     }
 }
 
-/// The lengths of every sequence.
-struct Sizes {
-    queries: usize,
-    memory: usize,
-}
-
 /// The rows of a stream: where they stand, and what they see.
 struct Stream {
     offsets: Vec<usize>,
@@ -258,36 +245,23 @@ struct Stream {
 }
 
 impl Stream {
-    /// A row for every token, which always sees itself.
-    fn content(batch: &Batch<'_>, sizes: &Sizes, graph: &Graph) -> Result<Stream> {
-        Stream::new(batch, sizes, graph, sizes.queries, |_, i| i, true)
-    }
-
-    /// A row for every target, which knows its place but not its token.
-    fn targets(batch: &Batch<'_>, sizes: &Sizes, graph: &Graph, targets: &[usize]) -> Result<Stream> {
-        let rows = targets.len() / batch.sequences;
-        let stream = Stream::new(batch, sizes, graph, rows, |b, i| targets[b * rows + i], false)?;
-        let positions = targets.iter().map(|&place| (sizes.memory + place) as isize).collect();
-        Ok(Stream { positions: Some(positions), ..stream })
-    }
-
-    /// `rows` rows per sequence, row `i` of sequence `b` at `place(b, i)`.
+    /// A row for every token, which always sees itself; or one for every target, which knows its place but not its token.
+    /// Sequences have `t` tokens and `memory` rows before them.
     fn new(
         batch: &Batch<'_>,
-        &Sizes { queries: t, memory }: &Sizes,
-        graph: &Graph,
-        rows: usize,
-        place: impl Fn(usize, usize) -> usize,
-        sees_itself: bool,
+        [t, memory]: [usize; 2],
+        mut graph: Graph,
+        targets: Option<&[usize]>,
     ) -> Result<Stream> {
+        let rows = targets.map_or(t, |targets| targets.len() / batch.sequences);
+        let place = |b: usize, i: usize| targets.map_or(i, |targets| targets[b * rows + i]);
         let dims = [batch.sequences, 1, rows, memory + t];
-        let mut graph = graph.clone();
         if batch.is_real.is_some() || batch.is_hidden.is_some() {
             graph = graph.with_bits(Bits::dense(dims, |b, _, i, key| {
                 let (i, Some(j)) = (place(b, i), key.checked_sub(memory)) else { return true };
                 let is_real = batch.is_real.is_none_or(|is_real| is_real[b * t + j]);
                 let is_hidden = batch.is_hidden.is_some_and(|is_hidden| is_hidden[(b * t + i) * t + j]);
-                (sees_itself && i == j) || (is_real && !is_hidden)
+                (targets.is_none() && i == j) || (is_real && !is_hidden)
             })?);
         }
         let same = |segments: &[u32]| {
@@ -297,6 +271,8 @@ impl Stream {
             })
         };
         let same = batch.segments.map(same).transpose()?;
-        Ok(Stream { offsets: offsets(batch.sequences, rows), positions: None, graph, same })
+        let position = |&place: &usize| (memory + place) as isize;
+        let positions = targets.map(|targets| targets.iter().map(position).collect());
+        Ok(Stream { offsets: offsets(batch.sequences, rows), positions, graph, same })
     }
 }

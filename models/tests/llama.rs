@@ -8,9 +8,8 @@ use laneformer::{
     Activation, Context, Executor, Ffn, Graph, Heads, Inputs, Isa, KvCache, Layer, MatMut, Placement,
     QkvProjection, Rotary, RotaryPairs, SelfAttention, Serial, SubLayer,
 };
-use laneformer_models::Result;
-use laneformer_models::checkpoint::Checkpoint;
-use laneformer_models::weights::{NormKind, Weights};
+use laneformer_models::weights::NormKind;
+use laneformer_models::{Checkpoint, Result, Weights};
 
 const D: usize = 32;
 const D_FF: usize = 44;

@@ -7,12 +7,9 @@ use std::path::{Path, PathBuf};
 
 use common::golden;
 use laneformer::Context;
-use laneformer_models::bert::{Batch, Bert};
-use laneformer_models::checkpoint::Checkpoint;
+use laneformer_models::bert::Bert;
 use laneformer_models::ragged::Ragged;
-use laneformer_models::run::Scratch;
-use laneformer_models::weights::Weights;
-use laneformer_models::{Error, Result};
+use laneformer_models::{Batch, Checkpoint, Error, Result, Scratch, Weights};
 use safetensors::tensor::{SafeTensors, TensorView};
 use safetensors::{Dtype, serialize};
 use tempfile::TempDir;

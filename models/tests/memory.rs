@@ -3,9 +3,8 @@
 use std::path::Path;
 
 use laneformer::Context;
-use laneformer_models::checkpoint::Checkpoint;
-use laneformer_models::run::Scratch;
 use laneformer_models::transformer_xl::TransformerXl;
+use laneformer_models::{Checkpoint, Scratch};
 use serde_json::json;
 
 const SEQUENCES: usize = 2;

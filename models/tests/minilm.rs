@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use common::{golden, on_every_isa};
 use laneformer::{Context, Executor, Isa, Serial};
-use laneformer_models::checkpoint::Checkpoint;
+use laneformer_models::Checkpoint;
 use laneformer_models::sentence::{Buffers, SentenceEncoder, Tokens};
 use libtest_mimic::{Arguments, Failed, Trial};
 

@@ -51,7 +51,7 @@ fn special_and_unknown_tokens_have_no_text() {
 fn texts_are_tokens_and_back() {
     let tokenizer = bytes();
     let tokens = tokenizer.encode("aé😀").unwrap();
-    assert_eq!(tokens.ids(), [6, 0, 1, 2, 3, 4, 5]);
-    let text: String = decoded(tokens.ids()).into_iter().flatten().collect();
+    assert_eq!(tokens.ids, [6, 0, 1, 2, 3, 4, 5]);
+    let text: String = decoded(&tokens.ids).into_iter().flatten().collect();
     assert_eq!(text, "aé😀");
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use laneformer::{Context, Isa, Rayon};
-use laneformer_models::checkpoint::Checkpoint;
+use laneformer_models::Checkpoint;
 use laneformer_models::config::read_json;
 use serde_json::Value;
 

@@ -3,10 +3,9 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
-use crate::bart::{Bart, Batch};
+use crate::bart::Bart;
 use crate::head::argmax;
-use crate::run::Scratch;
+use crate::{Batch, Result, Scratch};
 
 pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Bart::load(case.path(), case.json(), case.weights())?;

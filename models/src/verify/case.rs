@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::checkpoint::Checkpoint;
 use crate::config::{from_value, read_json};
 use crate::ragged::Ragged;
-use crate::{Error, Result};
+use crate::{Checkpoint, Error, Result};
 
 /// The version of the format that is read here.
 const FORMAT: u64 = 1;

@@ -3,11 +3,9 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
 use crate::clip::Clip;
 use crate::conv::Images;
-use crate::run::Scratch;
-use crate::tokens::Batch;
+use crate::{Batch, Result, Scratch};
 
 pub(super) fn clip(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Clip::load(case.path(), case.json(), case.weights())?;

@@ -1,8 +1,7 @@
 //! An output against the reference: the largest error, its limit, and special values.
 
 use super::case::{Case, OutputSpec};
-use crate::Result;
-use crate::checkpoint::Checkpoint;
+use crate::{Checkpoint, Result};
 
 /// How one output of a case came out.
 #[derive(Clone, Debug)]

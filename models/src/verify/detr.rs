@@ -3,11 +3,10 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
 use crate::conv::Images;
 use crate::detr::{Detr, sine_positions, token_mask};
 use crate::ragged::Ragged;
-use crate::run::Scratch;
+use crate::{Result, Scratch};
 
 pub(super) fn detr(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Detr::load(case.path(), case.json(), case.weights())?;

@@ -3,11 +3,10 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
 use crate::encoder::Decoding;
-use crate::gpt::{Batch, Gpt};
+use crate::gpt::Gpt;
 use crate::ragged::Ragged;
-use crate::run::Scratch;
+use crate::{Batch, Result, Scratch};
 
 /// Feeds the tokens in the pieces that the case lists, with a cache, or all at once without.
 pub(super) fn gpt(ctx: Context<'_>, case: &Case, model_type: &str) -> Result<Outputs> {

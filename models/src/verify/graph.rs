@@ -5,9 +5,7 @@ use laneformer::{Bias, Bits, Context, Graph, Inputs, Terms};
 use super::case::{Case, Outputs};
 use crate::attend::offsets;
 use crate::encoder::{Config, ENCODER};
-use crate::run::Scratch;
-use crate::weights::Weights;
-use crate::{Error, Result};
+use crate::{Error, Result, Scratch, Weights};
 
 /// Edges, groups of tokens and key padding are combined by AND.
 pub(super) fn graph(ctx: Context<'_>, case: &Case) -> Result<Outputs> {

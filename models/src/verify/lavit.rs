@@ -4,7 +4,6 @@ use laneformer::Context;
 
 use super::case::{Case, Outputs};
 use crate::Result;
-use crate::bert;
 use crate::lavit::{Batch, Lavit};
 
 pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
@@ -40,7 +39,7 @@ pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
 
     let (positions, offsets) = (l.positions(), l.offsets());
     let batch = Batch {
-        language: bert::Batch { ids: &ids, type_ids: &types, positions, offsets },
+        language: crate::Batch { ids: &ids, type_ids: &types, positions, offsets },
         audio: &audio.iter().map(Vec::as_slice).collect::<Vec<_>>(),
         audio_offsets: a.offsets(),
         video: [&v_feat, &v_coord],

@@ -3,11 +3,9 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
-use crate::bert::Batch;
 use crate::longformer::Longformer;
 use crate::ragged::Ragged;
-use crate::run::Scratch;
+use crate::{Batch, Result, Scratch};
 
 pub(super) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Longformer::load(case.path(), case.json(), case.weights())?;

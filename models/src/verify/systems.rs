@@ -4,11 +4,9 @@ use laneformer::{BatchStats, Context, MatMut, batchnorm_train};
 use serde::Deserialize;
 
 use super::case::{Case, Outputs};
-use crate::bert::{Batch, Bert};
-use crate::run::Scratch;
+use crate::bert::Bert;
 use crate::vanilla::{self, Vanilla};
-use crate::weights::Weights;
-use crate::{Result, encoder};
+use crate::{Batch, Result, Scratch, Weights, encoder};
 
 pub(super) fn bert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Bert::load(case.path(), case.json(), case.weights())?;

@@ -3,9 +3,8 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
-use crate::run::Scratch;
 use crate::transformer_xl::TransformerXl;
+use crate::{Result, Scratch};
 
 /// Feeds the segments one after another.
 pub(super) fn transformer_xl(ctx: Context<'_>, case: &Case) -> Result<Outputs> {

@@ -3,10 +3,8 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
-use crate::bert::Batch;
-use crate::run::Scratch;
 use crate::videobert::VideoBert;
+use crate::{Batch, Result, Scratch};
 
 pub(super) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = VideoBert::load(case.path(), case.json(), case.weights())?;

@@ -3,10 +3,9 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
 use crate::attend::{behind, last_rows};
-use crate::run::Scratch;
 use crate::xlnet::{Batch, Config, XlNet};
+use crate::{Result, Scratch};
 
 pub(super) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = XlNet::load(case.path(), case.json(), case.weights())?;
