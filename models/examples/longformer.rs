@@ -15,7 +15,7 @@ fn main() -> common::Result {
     let longformer = common::timed("load", || Longformer::load(&path, &config, &checkpoint))?;
 
     let n = longformer.max_tokens();
-    let (ids, _) = common::tokens(n, longformer.config.bert.vocab_size);
+    let (ids, _) = common::tokens(n, longformer.config.vocab_size);
     let (positions, type_ids) = (longformer.positions(&ids), vec![0; n]);
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets: &[0, n] };
     let (is_real, mut is_global) = (vec![true; n], vec![false; n]);
@@ -23,6 +23,6 @@ fn main() -> common::Result {
     let hidden = common::timed("encode", || {
         longformer.forward(&mut Scratch::default().with(common::context()), batch, &is_global, &is_real)
     })?;
-    common::show("hidden states", &hidden, longformer.config.bert.hidden_size);
+    common::show("hidden states", &hidden, longformer.config.hidden_size);
     Ok(())
 }

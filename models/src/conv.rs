@@ -99,36 +99,19 @@ pub struct Conv {
 
 impl Conv {
     /// The convolution here: `weight` [out, in, kernel, kernel], without a bias.
-    pub fn load(w: &Weights<'_>, channels: [usize; 2], window: Window) -> Result<Conv> {
-        Conv::new(w, channels, window, |_| 1.0, None)
+    pub fn load(w: &Weights<'_>, [channels, out]: [usize; 2], window: Window) -> Result<Conv> {
+        let weight = w.tensor("weight", &[out, channels, window.kernel, window.kernel])?;
+        let area = window.kernel * window.kernel;
+        // Patches have their channels last, and so have the packed weights.
+        let weight = transposed(&weight, channels, area);
+        Ok(Conv { linear: linear(&weight, area * channels, out, None)?, channels, window })
     }
 
     /// `convolution` with the running statistics of `normalization` folded into it.
-    pub fn load_normalized(w: &Weights<'_>, channels: [usize; 2], window: Window, eps: f64) -> Result<Conv> {
-        let of = |name| w.at("normalization").tensor(name, &channels[1..]);
-        let (gain, bias) = (of("weight")?, of("bias")?);
-        let (mean, var) = (of("running_mean")?, of("running_var")?);
-        let scale = |c: usize| f64::from(gain[c]) / (f64::from(var[c]) + eps).sqrt();
-        let shift = |c: usize| (f64::from(bias[c]) - f64::from(mean[c]) * scale(c)) as f32;
-        let bias: Vec<_> = (0..channels[1]).map(shift).collect();
-        Conv::new(&w.at("convolution"), channels, window, scale, Some(&bias))
-    }
-
-    /// Each output channel scaled by `scale`. Patches have their channels last, and so have the packed weights.
-    fn new(
-        w: &Weights<'_>,
-        [channels, out]: [usize; 2],
-        window: Window,
-        scale: impl Fn(usize) -> f64,
-        bias: Option<&[f32]>,
-    ) -> Result<Conv> {
-        let weight = w.tensor("weight", &[out, channels, window.kernel, window.kernel])?;
-        let area = window.kernel * window.kernel;
-        let mut weight = transposed(&weight, channels, area);
-        for (c, row) in weight.chunks_exact_mut((area * channels).max(1)).enumerate() {
-            row.iter_mut().for_each(|weight| *weight = (f64::from(*weight) * scale(c)) as f32);
-        }
-        Ok(Conv { linear: linear(&weight, area * channels, out, bias)?, channels, window })
+    pub fn load_normalized(w: &Weights<'_>, channels: [usize; 2], window: Window, eps: f32) -> Result<Conv> {
+        let norm = w.at("normalization").batch_norm(channels[1], eps)?;
+        let conv = Conv::load(&w.at("convolution"), channels, window)?;
+        Ok(Conv { linear: conv.linear.with_affine_after(&norm)?, ..conv })
     }
 
     /// `activation(convolution + bias) + residual`, in rows of the scratch.

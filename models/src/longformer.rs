@@ -16,18 +16,14 @@ use crate::error::check_size;
 use crate::head;
 use crate::{Batch, Checkpoint, Result, Run, Weights};
 
-/// `config.json` of a Longformer directory.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Config {
-    /// What it has in common with BERT.
-    #[serde(flatten)]
-    pub bert: bert::Config,
+/// What `config.json` of a Longformer directory has beyond that of a BERT.
+#[derive(Deserialize)]
+struct Fields {
     attention_window: Windows,
-    /// The token of padding, which has no position of its own.
-    pub pad_token_id: u32,
+    pad_token_id: u32,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a number, or one for each layer")]
 enum Windows {
     Same(usize),
@@ -37,27 +33,26 @@ enum Windows {
 /// One window for all layers is written out for each: more than so many are a mistake, not a model.
 const MOST_LAYERS: usize = 1 << 16;
 
-impl Config {
-    /// Keys that a token sees on each side, by layer.
-    fn reach(&self, path: &Path) -> Result<Vec<usize>> {
-        let n = self.bert.num_hidden_layers;
-        check(path, "num_hidden_layers", n, n <= MOST_LAYERS, format!("at most {MOST_LAYERS}"))?;
-        let windows = match &self.attention_window {
-            Windows::Same(window) => vec![*window; n],
-            Windows::Each(windows) => windows.clone(),
-        };
-        let fit = windows.len() == n && windows.iter().all(|&window| window > 0 && window.is_multiple_of(2));
-        let expected = format!("a positive even number for each of {n} layers");
-        check(path, "attention_window", format!("{windows:?}"), fit, expected)?;
-        Ok(windows.iter().map(|window| window / 2).collect())
-    }
+/// Keys that a token sees on each side, by layer.
+fn reach(path: &Path, n: usize, windows: Windows) -> Result<Vec<usize>> {
+    check(path, "num_hidden_layers", n, n <= MOST_LAYERS, format!("at most {MOST_LAYERS}"))?;
+    let windows = match windows {
+        Windows::Same(window) => vec![window; n],
+        Windows::Each(windows) => windows,
+    };
+    let fit = windows.len() == n && windows.iter().all(|&window| window > 0 && window.is_multiple_of(2));
+    let expected = format!("a positive even number for each of {n} layers");
+    check(path, "attention_window", format!("{windows:?}"), fit, expected)?;
+    Ok(windows.iter().map(|window| window / 2).collect())
 }
 
 /// The encoder and, if the checkpoint has one, its pooler.
 #[derive(Debug)]
 pub struct Longformer {
-    /// The configuration.
-    pub config: Config,
+    /// What its configuration has in common with BERT's.
+    pub config: bert::Config,
+    /// The token of padding, which has no position of its own.
+    pub pad_token_id: u32,
     /// Of words, types and positions.
     pub embeddings: Embeddings,
     layers: Vec<Layer>,
@@ -75,27 +70,31 @@ impl Longformer {
     /// Packs the weights of a checkpoint, with or without `longformer.` before their names; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Longformer> {
         check_model_type(path, json, "longformer")?;
-        let defaults = with_defaults(Some(&json!({ "pad_token_id": 1 })), bert::defaults());
-        let config: Config = from_value(path, with_defaults(Some(json), defaults))?;
-        let (spec, reach) = (config.bert.layers(path)?, config.reach(path)?);
+        let json = with_defaults(Some(json), bert::defaults());
+        let json = with_defaults(Some(&json), json!({ "pad_token_id": 1 }));
+        let Fields { attention_window, pad_token_id } = from_value(path, json.clone())?;
+        let config: bert::Config = from_value(path, json)?;
+        let spec = config.layers(path)?;
+        let reach = reach(path, config.num_hidden_layers, attention_window)?;
         let w = checkpoint.root(&["", "longformer."], "embeddings.word_embeddings.weight");
         Ok(Longformer {
-            embeddings: config.bert.embeddings(&w.at("embeddings"))?,
+            embeddings: config.embeddings(&w.at("embeddings"))?,
             layers: w.at("encoder.layer").layers(reach.len(), |i, w| Layer::load(&w, &spec, reach[i]))?,
             pooler: bert::pooler(&w, spec.d_model)?,
             config,
+            pad_token_id,
         })
     }
 
     /// The longest sequence: the first rows of the position table are before that of the first token.
     pub fn max_tokens(&self) -> usize {
-        let before = (self.config.pad_token_id as usize).saturating_add(1);
-        self.config.bert.max_position_embeddings.saturating_sub(before)
+        let before = (self.pad_token_id as usize).saturating_add(1);
+        self.config.max_position_embeddings.saturating_sub(before)
     }
 
     /// The positions of a sequence's tokens, padding included: they count the tokens that are not padding, from behind its id.
     pub fn positions(&self, ids: &[u32]) -> Vec<u32> {
-        let pad = self.config.pad_token_id;
+        let pad = self.pad_token_id;
         let mut last = pad;
         let position = |&id: &u32| {
             last = last.saturating_add(u32::from(id != pad));

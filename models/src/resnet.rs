@@ -13,7 +13,7 @@ use crate::conv::{Conv, Images, Window};
 use crate::{Result, Run, Weights};
 
 /// The epsilon of all batch norms.
-const EPS: f64 = 1e-5;
+const EPS: f32 = 1e-5;
 
 /// How the pooling behind the stem moves.
 const POOL: Window = Window { kernel: 3, stride: 2, padding: 1 };

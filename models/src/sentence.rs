@@ -79,7 +79,7 @@ impl SentenceEncoder {
     pub fn dim(&self) -> usize {
         match &self.model {
             Model::Bert(bert) => bert.config.hidden_size,
-            Model::Longformer(longformer) => longformer.config.bert.hidden_size,
+            Model::Longformer(longformer) => longformer.config.hidden_size,
             Model::Clip(clip) => clip.config.projection_dim,
         }
     }

@@ -99,23 +99,24 @@ impl<'a> Weights<'a> {
 
     /// The norm here; old checkpoints call a LayerNorm's `weight` and `bias` `gamma` and `beta`.
     pub fn norm(&self, kind: NormKind, d: usize, eps: f32) -> Result<Norm> {
-        if !(eps.is_finite() && eps >= 0.0) {
-            let expected = "a finite number of at least 0";
-            return Err(laneformer::Error::Mismatch { arg: "epsilon of a norm", expected }.into());
-        }
         let of = |name| self.tensor(name, &[d]).map(Cow::into_owned);
-        Ok(match kind {
+        let norm = match kind {
             NormKind::LayerNorm if self.has("gamma") => {
                 Norm::LayerNorm { gain: of("gamma")?, bias: Some(of("beta")?), eps }
             }
             NormKind::LayerNorm => Norm::LayerNorm { gain: of("weight")?, bias: Some(of("bias")?), eps },
             NormKind::RmsNorm => Norm::RmsNorm { gain: of("weight")?, eps },
-            NormKind::BatchNorm => {
-                let (gain, bias) = (of("weight")?, of("bias")?);
-                let (mean, var) = (of("running_mean")?, of("running_var")?);
-                Norm::BatchNorm(Affine::from_running(&gain, &bias, &mean, &var, eps)?)
-            }
-        })
+            NormKind::BatchNorm => Norm::BatchNorm(self.batch_norm(d, eps)?),
+        };
+        check_eps(eps).map(|()| norm)
+    }
+
+    /// The batch norm here with its running statistics, as one scale and shift per channel.
+    pub fn batch_norm(&self, d: usize, eps: f32) -> Result<Affine> {
+        let of = |name| self.tensor(name, &[d]);
+        check_eps(eps)?;
+        let (gain, bias) = (of("weight")?, of("bias")?);
+        Ok(Affine::from_running(&gain, &bias, &of("running_mean")?, &of("running_var")?, eps)?)
     }
 
     /// The LayerNorm here.
@@ -133,6 +134,14 @@ impl<'a> Weights<'a> {
     }
 }
 
+fn check_eps(eps: f32) -> Result<()> {
+    if eps.is_finite() && eps >= 0.0 {
+        return Ok(());
+    }
+    let expected = "a finite number of at least 0";
+    Err(laneformer::Error::Mismatch { arg: "epsilon of a norm", expected }.into())
+}
+
 /// The kinds of norms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -142,7 +151,7 @@ pub enum NormKind {
     LayerNorm,
     /// With a gain.
     RmsNorm,
-    /// With running statistics, as one scale and shift per channel.
+    /// With running statistics.
     BatchNorm,
 }
 

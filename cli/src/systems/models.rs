@@ -70,7 +70,7 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
         }
         Kind::Longformer => {
             let model = Longformer::load(path, config, checkpoint)?;
-            let (vocab_size, globals) = (model.config.bert.vocab_size, system.size.context);
+            let (vocab_size, globals) = (model.config.vocab_size, system.size.context);
             text(vocab_size, move |ctx, text, _, scratch| {
                 let positions = model.positions(&text.ids);
                 let batch = Batch { positions: &positions, ..text.batch() };

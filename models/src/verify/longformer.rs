@@ -23,7 +23,7 @@ pub(super) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let offsets = tokens.offsets();
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets };
     let hidden = model.forward(&mut Scratch::default().with(ctx), batch, &is_global, &is_real)?;
-    let padded = tokens.scatter(&hidden, model.config.bert.hidden_size);
+    let padded = tokens.scatter(&hidden, model.config.hidden_size);
     let mut outputs = Outputs::from([("last_hidden_state".into(), padded)]);
     if !case.run().no_pooler
         && let Some(pooled) = model.pool(ctx, &hidden, offsets)?
