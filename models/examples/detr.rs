@@ -24,7 +24,7 @@ fn main() -> common::Result {
     let pixels = common::features(channels, 800 * 1066)?;
     let image = Images::from_planes(&pixels, [1, channels, 800, 1066])?;
     let mut scratch = Scratch::default();
-    let features = common::timed("backbone", || detr.features(&mut scratch.with(ctx), &image))?;
+    let features = common::timed("backbone", || detr.backbone.forward(&mut scratch.with(ctx), &image))?;
     println!("features {} x {}, {} channels", features.height, features.width, features.channels);
 
     let size = [features.height, features.width];

@@ -74,8 +74,8 @@ impl Checkpoint {
     pub fn has(&self, name: &str) -> bool {
         match &self.source {
             Source::File { metadata, .. } => metadata.info(name).is_some(),
-            // All, but each once: these are other names for the same.
-            Source::Random { .. } => !matches!(last(name), "gamma" | "in_proj_weight"),
+            // All, but each once: this is another name for the same.
+            Source::Random { .. } => last(name) != "gamma",
         }
     }
 
@@ -110,14 +110,13 @@ impl Checkpoint {
     /// A tensor of floats of a file; halves and bfloats are widened, which is exact.
     pub fn f32(&self, name: &str) -> Result<Cow<'_, [f32]>> {
         let (info, bytes) = self.find(name)?;
+        let widened = |widen: fn(u16) -> f32| {
+            Ok(Cow::Owned(elements::<u16>(bytes).iter().map(|&bits| widen(bits)).collect()))
+        };
         match info.dtype {
             Dtype::F32 => Ok(elements(bytes)),
-            Dtype::F16 => {
-                Ok(Cow::Owned(elements::<u16>(bytes).iter().map(|&b| f16::from_bits(b).to_f32()).collect()))
-            }
-            Dtype::BF16 => {
-                Ok(Cow::Owned(elements::<u16>(bytes).iter().map(|&b| bf16::from_bits(b).to_f32()).collect()))
-            }
+            Dtype::F16 => widened(|bits| f16::from_bits(bits).to_f32()),
+            Dtype::BF16 => widened(|bits| bf16::from_bits(bits).to_f32()),
             _ => Err(self.wrong_dtype(name, "F32, F16 or BF16", info)),
         }
     }

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::config::{activation, check, from_value, heads, with_defaults};
 use crate::conv::Images;
+use crate::embedding::Sinusoid;
 use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part};
 use crate::ragged::Ragged;
 use crate::resnet::{self, ResNet};
@@ -40,7 +41,8 @@ const LAYER: &[Part] = &[
 pub struct Detr {
     /// The configuration.
     pub config: Config,
-    backbone: ResNet,
+    /// From images to their feature maps.
+    pub backbone: ResNet,
     projection: Linear,
     layers: Layers,
 }
@@ -70,11 +72,6 @@ impl Detr {
         let projection = linear(&weight, channels, d, Some(&bias))?;
         let backbone = ResNet::load(path, &w.at("backbone.model"), &config.backbone_config)?;
         Ok(Detr { config, backbone, projection, layers })
-    }
-
-    /// The feature map of images.
-    pub fn features(&self, run: &mut Run<'_>, images: &Images) -> Result<Images> {
-        self.backbone.forward(run, images)
     }
 
     /// The last hidden state of every token: the pixels of the feature map that `tokens` lists, at these `positions`, both
@@ -127,11 +124,8 @@ pub fn sine_positions(mask: &[bool], [rows, columns]: [usize; 2], d: usize) -> V
                 count(&mut (y * columns..(y + 1) * columns)),
             ];
             for (up_to, all) in up_to.into_iter().zip(all) {
-                let angle = up_to / (all + 1e-6) * TAU;
-                positions.extend((0..half).map(|c| {
-                    let angle = angle / 10000f64.powf((2 * (c / 2)) as f64 / half as f64);
-                    (if c % 2 == 0 { angle.sin() } else { angle.cos() }) as f32
-                }));
+                let place = up_to / (all + 1e-6) * TAU;
+                positions.extend((0..half).map(|c| Sinusoid::Interleaved.at(place, c, half)));
             }
         }
     }

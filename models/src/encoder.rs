@@ -58,8 +58,7 @@ impl Config {
     /// The layers `layers.N` of a checkpoint and, if asked for, the closing `norm`; `path` is for messages.
     pub fn load(&self, path: &Path, checkpoint: &Checkpoint) -> Result<Layers> {
         let (spec, w) = (self.layers(path)?, Weights::new(checkpoint, ""));
-        let norm = self.final_norm.then(|| spec.norm(&w.at("norm"))).transpose()?;
-        Ok(spec.stack(&w.at("layers"), ENCODER, self.num_layers)?.with_norm(norm))
+        spec.closed_stack(&w, ENCODER, self.num_layers, self.final_norm)
     }
 }
 
@@ -144,6 +143,12 @@ impl LayerSpec {
     /// The layers `0` to `n - 1` here.
     pub fn stack(&self, w: &Weights<'_>, parts: &[Part], n: usize) -> Result<Layers> {
         self.layers(w.layers(n, |_, w| self.layer(&w, parts))?)
+    }
+
+    /// The layers `layers.0` to `layers.{n - 1}` and, if it `is_closed`, the `norm` behind them.
+    pub fn closed_stack(&self, w: &Weights<'_>, parts: &[Part], n: usize, is_closed: bool) -> Result<Layers> {
+        let norm = is_closed.then(|| self.norm(&w.at("norm"))).transpose()?;
+        Ok(self.stack(&w.at("layers"), parts, n)?.with_norm(norm))
     }
 
     /// The layer here, alone.

@@ -85,11 +85,7 @@ impl Fusion {
         let (spec, n, d) = (config.layers.layers(path)?, config.layers.num_layers, config.layers.d_model);
         let w = Weights::new(checkpoint, "");
         let is_pre = spec.placement == NormPlacement::Pre;
-        let tf = |name| {
-            let w = w.at(name);
-            let norm = is_pre.then(|| spec.norm(&w.at("norm"))).transpose()?;
-            Ok::<_, Error>(spec.stack(&w.at("layers"), ENCODER, n)?.with_norm(norm))
-        };
+        let tf = |name| spec.closed_stack(&w.at(name), ENCODER, n, is_pre);
         let cross = |name| w.at(name).at("layers").layers(n, |_, w| Cross::load(&w, &spec, is_pre));
         let crosses = || {
             let pairs = cross("cross_a")?.into_iter().zip(cross("cross_b")?);

@@ -99,13 +99,8 @@ impl Generator {
             Some("gpt2" | "openai-gpt") => |dir: &Path| open(dir, Gpt::load).map(Model::Gpt),
             Some("bart") => |dir: &Path| open(dir, Bart::load).map(Model::Bart),
             other => {
-                let served = "\"gpt2\", \"openai-gpt\" or \"bart\"";
-                return Err(Error::config(
-                    &dir.join("config.json"),
-                    "model_type",
-                    served,
-                    other.unwrap_or("none"),
-                ));
+                let (path, served) = (dir.join("config.json"), "\"gpt2\", \"openai-gpt\" or \"bart\"");
+                return Err(Error::config(&path, "model_type", served, other.unwrap_or("none")));
             }
         };
         let ((path, special), tokenizer) = (Special::open(dir)?, TextTokenizer::open(dir)?);

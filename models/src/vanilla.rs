@@ -65,11 +65,7 @@ impl Vanilla {
         let spec =
             LayerSpec::new(heads, config.dim_feedforward, activation, placement, config.layer_norm_eps);
         let w = Weights::new(checkpoint, "");
-        let stack = |name, parts, n| {
-            let w = w.at(name);
-            let norm = config.final_norm.then(|| spec.norm(&w.at("norm"))).transpose()?;
-            Ok::<_, Error>(spec.stack(&w.at("layers"), parts, n)?.with_norm(norm))
-        };
+        let stack = |name, parts, n| spec.closed_stack(&w.at(name), parts, n, config.final_norm);
         let n_decoder = Some(config.num_decoder_layers).filter(|&n| n > 0);
         Ok(Vanilla {
             encoder: stack("encoder", ENCODER, config.num_encoder_layers)?,

@@ -134,7 +134,7 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
             let model = Detr::load(path, config, checkpoint)?;
             let (d, channels) = (model.config.d_model, model.config.backbone_config.num_channels);
             image(channels, move |ctx, pixels, scratch| {
-                let features = model.features(&mut scratch.with(ctx), pixels)?;
+                let features = model.backbone.forward(&mut scratch.with(ctx), pixels)?;
                 let grid = [features.height, features.width];
                 let mask = vec![true; grid[0] * grid[1]];
                 let (tokens, positions) =

@@ -20,7 +20,7 @@ pub(super) fn detr(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     }
 
     let mut scratch = Scratch::default();
-    let features = model.features(&mut scratch.with(ctx), &images)?;
+    let features = model.backbone.forward(&mut scratch.with(ctx), &images)?;
     let size = [features.height, features.width];
     let mask = token_mask(&pixel_mask, [height, width], size);
     let tokens = Ragged::from_mask(&mask, size[0] * size[1]);
