@@ -69,8 +69,8 @@ pub(crate) const fn attention(at: &'static str, norm: &'static str) -> Attention
 }
 
 pub(crate) const ATTENTION: Attention = attention("attention", "attention.output.LayerNorm");
-pub(crate) const FFN: ([&str; 2], &str) = (["intermediate.dense", "output.dense"], "output.LayerNorm");
-pub(crate) const LAYER: &[Part] = &[Part::SelfAttention(ATTENTION), Part::Ffn(FFN.0, FFN.1)];
+pub(crate) const FFN: Part = Part::Ffn(["intermediate.dense", "output.dense"], "output.LayerNorm");
+pub(crate) const LAYER: &[Part] = &[Part::SelfAttention(ATTENTION), FFN];
 
 /// The encoder and, if the checkpoint has one, its pooler.
 #[derive(Debug)]

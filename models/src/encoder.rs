@@ -182,9 +182,9 @@ impl LayerSpec {
     }
 
     /// A layer whose attention the model runs itself.
-    pub(crate) fn block(&self, w: &Weights<'_>, names: &Attention, ffn: SubLayer) -> Result<Block> {
+    pub(crate) fn block(&self, w: &Weights<'_>, names: &Attention, ffn: &Part) -> Result<Block> {
         let (projections, out, placement) = self.attention(w, names)?;
-        Block::new(projections, out, placement, ffn)
+        Block::new(projections, out, placement, self.part(w, ffn)?)
     }
 
     fn attention(&self, w: &Weights<'_>, names: &Attention) -> Result<(Projections, Linear, Placement)> {

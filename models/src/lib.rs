@@ -7,13 +7,14 @@
 //! - [`checkpoint`] and [`weights`]: a memory-mapped safetensors file, and the parts of a layer read from it.
 //! - [`embedding`], [`encoder`], [`attend`], [`head`]: what stands before the layers, stacks by the names of their tensors, layers
 //!   whose attention a model runs itself, and what stands behind them.
+//! - [`run`] and [`ragged`]: a context with its scratch, and padded batches as packed ones.
 //! - [`vanilla`], [`bert`], [`bart`], [`gpt`], [`longformer`], [`transformer_xl`], [`xlnet`], [`videobert`],
 //!   [`clip`], [`detr`], [`lavit`], [`fusion`]: the models.
 //! - [`tokens`], [`sentence`], [`generate`]: text to tokens, to embeddings, and to more text.
 //! - [`verify`]: golden cases, computed by independent implementations, run through the models.
 //!
 //! # Errors
-//! Nothing here panics on bad input. Loading fails with the file and what of it is missing or disagrees: the tensor and both
+//! No model panics on bad input. Loading fails with the file and what of it is missing or disagrees: the tensor and both
 //! shapes or types, or the field, what would have worked, and its value. Running fails with the table and the index of a token
 //! outside of it, or with what the library says of sizes that do not fit one another. Functions name only what they add to this.
 

@@ -150,7 +150,7 @@ impl Layer {
     fn load(w: &Weights<'_>, spec: &LayerSpec, reach: usize) -> Result<Layer> {
         let global = |name| w.at("attention.self").at(name).linear(spec.d_model, spec.d_model);
         let (q, k, v) = (global("query_global")?, global("key_global")?, global("value_global")?);
-        let block = spec.block(w, &ATTENTION, spec.ffn(w, FFN.0, FFN.1)?)?;
+        let block = spec.block(w, &ATTENTION, &FFN)?;
         Ok(Layer { block, global: Projections { q, k, v, heads: spec.heads }, reach })
     }
 }
