@@ -67,7 +67,7 @@ impl Graph {
         let has_row = self.bits.iter().chain(&self.columns).all(|bits| bits.has(query));
         has_row
             && p <= isize::MAX as usize
-            && self.word(query, p as isize, j / 64, usize::MAX) >> (j % 64) & 1 == 1
+            && self.words(query, j / 64, usize::MAX)(query, p as isize) >> (j % 64) & 1 == 1
     }
 
     pub(crate) fn check(
@@ -120,13 +120,6 @@ impl Graph {
         if outside && !self.columns.as_ref().is_some_and(has_column) { Cover::Empty } else { Cover::Partial }
     }
 
-    /// Whether queries of one sequence, from position `first` to `last`, see of its keys `keys.0..keys.1` the global columns and nothing
-    /// else: the same for each of them.
-    #[inline(always)]
-    pub(crate) fn sees_columns_only(&self, span: (isize, isize), keys: (usize, usize), len: usize) -> bool {
-        self.bits.is_empty() && self.is_outside(span, keys, len)
-    }
-
     /// Whether the keys are in the interval of none of the queries.
     #[inline(always)]
     fn is_outside(&self, (first, last): (isize, isize), keys: (usize, usize), len: usize) -> bool {
@@ -134,19 +127,19 @@ impl Graph {
         keys.1 <= low || keys.0 >= high
     }
 
-    /// Bit `i` says whether a query at `p` sees key `64 * block + i` of a sequence of `len`.
+    /// What queries of the sequence and head of `first` see of a block of a sequence of `len`: bit `i` of the word of a query and its
+    /// position is key `64 * block + i`.
     #[inline(always)]
-    pub(crate) fn word(&self, query: Query, p: isize, block: usize, len: usize) -> u64 {
+    pub(crate) fn words(&self, first: Query, block: usize, len: usize) -> impl Fn(Query, isize) -> u64 {
         let start = 64 * block;
-        let (low, high) = self.interval(p, len);
-        let mut word = below(high.saturating_sub(start)) & !below(low.saturating_sub(start));
-        if let Some(columns) = &self.columns {
-            word |= columns.word(query, block) & below(len - start);
+        // The columns are those of any query.
+        let columns =
+            self.columns.as_ref().map_or(0, |columns| columns.word(first, block) & below(len - start));
+        move |query, position| {
+            let (low, high) = self.interval(position, len);
+            let word = below(high.saturating_sub(start)) & !below(low.saturating_sub(start)) | columns;
+            self.bits.iter().fold(word, |word, bits| word & bits.word(query, block))
         }
-        for bits in &self.bits {
-            word &= bits.word(query, block);
-        }
-        word
     }
 }
 

@@ -10,7 +10,7 @@ use crate::attention::Heads;
 use crate::attention::bits::Query;
 use crate::attention::keys::{BLOCK, CHUNK, CHUNK_BLOCKS, Keys};
 use crate::attention::terms::{Relative, SegmentTerm};
-use crate::attention::tiles::{Call, Queries, ROWS, Tiles, Words};
+use crate::attention::tiles::{Call, Queries, ROWS, Seen, Tiles, Words, runs};
 use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
@@ -44,7 +44,7 @@ pub(crate) fn attend<S: Simd>(
     out: &mut MatMut<'_>,
     scratch: &mut [f32],
 ) {
-    let (rows, head_dim, stride) = (queries.q.rows(), queries.q.cols(), keys.layout.value_stride());
+    let (n, head_dim, stride) = (queries.q.rows(), queries.q.cols(), keys.layout.value_stride());
     let head = queries.first.head;
     let kv_head = head * call.heads.n_kv_heads / call.heads.n_heads;
     let (score, rest) = scratch.split_at_mut(ROWS * SCORE_STRIDE);
@@ -52,63 +52,45 @@ pub(crate) fn attend<S: Simd>(
     let (total, rest) = rest.split_at_mut(ROWS * stride);
     let (max, rest) = rest.split_at_mut(ROWS);
     let (sum, rest) = rest.split_at_mut(ROWS);
-    max[..rows].fill(f32::NEG_INFINITY);
     // Short rows far apart are nothing that the hardware foresees.
-    for row in 0..rows {
+    for row in 0..n {
         for line in queries.q.row(row).chunks(LANES).chain(out.row(row).chunks(LANES)) {
             s.prefetch(line.as_ptr());
         }
     }
-    let mut score = MatMut::scratch(score, rows, CHUNK, SCORE_STRIDE);
-    let mut part = MatMut::scratch(part, rows, stride, stride);
-    let mut total = MatMut::scratch(total, rows, stride, stride);
+    let mut rows = Rows {
+        q: queries.q,
+        score: MatMut::scratch(score, n, CHUNK, SCORE_STRIDE),
+        part: MatMut::scratch(part, n, stride, stride),
+        total: MatMut::scratch(total, n, stride, stride),
+        max: &mut max[..n],
+        sum: &mut sum[..n],
+    };
 
     // With relative positions the queries meet keys as q + u and positions as q + w.
-    let mut q = queries.q;
     let mut positions = None;
     if let Some(relative) = &call.terms.relative {
         let (with_u, rest) = rest.split_at_mut(ROWS * padded_stride(head_dim));
         let (with_w, rest) = rest.split_at_mut(ROWS * padded_stride(head_dim));
         let dims = head * head_dim..(head + 1) * head_dim;
-        q = shifted(s, queries.q, &relative.u[dims.clone()], with_u);
+        rows.q = shifted(s, queries.q, &relative.u[dims.clone()], with_u);
         let w = shifted(s, queries.q, &relative.w[dims], with_w);
-        positions = Some((w, MatMut::scratch(rest, rows, RELATIVE_COLS, RELATIVE_STRIDE)));
+        positions = Some((w, MatMut::scratch(rest, n, RELATIVE_COLS, RELATIVE_STRIDE)));
     }
 
-    for chunk in keys.first_block() / CHUNK_BLOCKS..keys.len.div_ceil(CHUNK) {
-        let Some(step) = Tiles::step(call, queries, keys.len, chunk) else { continue };
-        for first in (0..rows).step_by(step) {
-            let group = first..rows.min(first + step);
-            let queries = queries.rows(group.clone());
-            let mut rows = Rows {
-                q: q.block(group.clone(), 0..head_dim),
-                score: score.block(group.clone(), 0..CHUNK),
-                part: part.block(group.clone(), 0..stride),
-                total: total.block(group.clone(), 0..stride),
-                max: &mut max[group.clone()],
-                sum: &mut sum[group.clone()],
-            };
-            let positions = positions.as_mut().map(|(w, buffer)| {
-                (w.block(group.clone(), 0..head_dim), buffer.block(group.clone(), 0..RELATIVE_COLS))
-            });
-            attend_chunk(s, call, &queries, keys, kv_head, chunk, &mut rows, positions);
+    let mut tiles = Tiles::NONE;
+    for is_careful in [false, true] {
+        rows.max.fill(f32::NEG_INFINITY);
+        let mut is_masked = false;
+        for chunk in keys.first_block() / CHUNK_BLOCKS..keys.len.div_ceil(CHUNK) {
+            if tiles.find(call, queries, keys.len, chunk) {
+                is_masked |= tiles.is_masked;
+                attend_chunk(s, call, queries, keys, kv_head, &tiles, &mut rows, &mut positions, is_careful);
+            }
         }
-    }
-
-    for row in 0..rows {
-        let out = out.row_mut(row);
-        if max[row] == f32::NEG_INFINITY {
-            out.fill(0.0);
-            continue;
-        }
-        let inv = s.splat(1.0 / sum[row]);
-        let (total, (whole, tail)) = (total.row(row), out.as_chunks_mut::<LANES>());
-        let mut total = total.as_chunks::<LANES>().0.iter();
-        for (out, total) in whole.iter_mut().zip(&mut total) {
-            (s.load(total) * inv).store(out);
-        }
-        for total in total {
-            (s.load(total) * inv).store_partial(tail);
+        // A NaN or infinity behind the mask may have come in as 0 * NaN.
+        if write(s, &rows, out) || !is_masked {
+            break;
         }
     }
 }
@@ -125,7 +107,38 @@ struct Rows<'a> {
     sum: &'a mut [f32],
 }
 
-/// Takes one chunk of keys into some rows.
+/// Writes what the rows have gathered, over their sums; whether all of it is finite.
+#[inline(always)]
+fn write<S: Simd>(s: S, rows: &Rows<'_>, out: &mut MatMut<'_>) -> bool {
+    let zero = s.splat(0.0);
+    let mut zeros = zero;
+    for (row, (&max, &sum)) in rows.max.iter().zip(&*rows.sum).enumerate() {
+        let out = out.row_mut(row);
+        if max == f32::NEG_INFINITY {
+            out.fill(0.0);
+            continue;
+        }
+        let inv = s.splat(1.0 / sum);
+        let (total, (whole, tail)) = (rows.total.row(row), out.as_chunks_mut::<LANES>());
+        let mut total = total.as_chunks::<LANES>().0.iter();
+        // 0 times what is not finite is a NaN.
+        let mut zeros_of_row = zero;
+        for (out, total) in whole.iter_mut().zip(&mut total) {
+            let x = s.load(total) * inv;
+            zeros_of_row = x.mul_add(zero, zeros_of_row);
+            x.store(out);
+        }
+        for total in total {
+            let x = s.load(total) * inv;
+            zeros_of_row = x.mul_add(zero, zeros_of_row);
+            x.store_partial(tail);
+        }
+        zeros = zeros + zeros_of_row;
+    }
+    zeros.sum() == 0.0
+}
+
+/// Takes one chunk of keys into the rows; careful of what is behind the mask, if something there may not be finite.
 #[inline(always)]
 fn attend_chunk<S: Simd>(
     s: S,
@@ -133,22 +146,26 @@ fn attend_chunk<S: Simd>(
     queries: &Queries<'_>,
     keys: &Keys<'_>,
     kv_head: usize,
-    chunk: usize,
+    tiles: &Tiles,
     rows: &mut Rows<'_>,
-    positions: Option<(MatRef<'_>, MatMut<'_>)>,
+    positions: &mut Option<(MatRef<'_>, MatMut<'_>)>,
+    is_careful: bool,
 ) {
     let Rows { q, score, part, total, max, sum } = rows;
-    let (n, stride) = (q.rows(), keys.layout.value_stride());
-    let tiles = Tiles::new(call, queries, keys.len, chunk);
-    for (i, block, seen) in tiles.iter() {
-        let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
-        let mut tile = score.block(0..n, cols);
-        let panel = Rhs::rows(&keys.keys(block, kv_head)[seen.start..], BLOCK);
-        let next = tiles.after(i).map_or(&[][..], |block| keys.unit(block, kv_head));
-        product(s, *q, panel, Start::Zero, &mut tile, next);
+    let (n, head_dim, stride) = (q.rows(), q.cols(), keys.layout.value_stride());
+    let chunk = tiles.first_block / CHUNK_BLOCKS;
+    for i in 0..CHUNK_BLOCKS {
+        for (rows, seen) in tiles.parts(i).filter(|(_, seen)| !seen.is_empty()) {
+            let block = tiles.first_block + i;
+            let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
+            let panel = Rhs::rows(&keys.keys(block, kv_head)[seen.start..], BLOCK);
+            let next = keys.after(block, kv_head);
+            let q = q.block(rows.clone(), 0..head_dim);
+            product(s, q, panel, Start::Zero, &mut score.block(rows, cols), next);
+        }
     }
-    if let (Some(relative), Some((w, mut buffer))) = (&call.terms.relative, positions) {
-        add_relative(s, relative, w, queries.first.head, queries.position, chunk, &mut buffer, score);
+    if let (Some(relative), Some((w, buffer))) = (&call.terms.relative, positions) {
+        add_relative(s, relative, *w, queries.first.head, queries.position, chunk, buffer, score);
     }
     let mut chunk_max = [f32::NEG_INFINITY; ROWS];
     let mut chunk_sum = [0.0; ROWS];
@@ -162,37 +179,39 @@ fn attend_chunk<S: Simd>(
             let scores = score.row_mut(row);
             if let Some(term) = &call.terms.segment {
                 let (query, _) = queries.query(row);
-                add_segment(s, term, queries.q.row(row), query, &tiles, scores);
+                add_segment(s, term, queries.q.row(row), query, tiles.blocks(row), scores);
             }
             if !is_plain {
-                finish(s, scores, &tiles, call, queries.query(row).0);
+                finish(s, scores, tiles.blocks(row), call, queries.query(row).0);
             }
             // Rounding keeps the order of products with a positive scale, so the largest can be scaled alone.
             chunk_max[row] = largest(s, scores, tiles.words(row)) * scale;
         }
         for row in group {
-            chunk_sum[row] =
-                exponentials(s, score.row_mut(row), &tiles.seen, tiles.words(row), scale, chunk_max[row]);
+            let (seen, words) = (tiles.seen(row), tiles.words(row));
+            chunk_sum[row] = exponentials(s, score.row_mut(row), seen, words, scale, chunk_max[row]);
         }
     }
     // The first chunk that any of the rows sees is the output so far, and needs no fold.
     let is_first = max.iter().all(|&max| max == f32::NEG_INFINITY);
     let out = if is_first { &mut *total } else { &mut *part };
-    let mut start = Start::Zero;
-    for seen in tiles.runs() {
-        let values = keys.values_from(tiles.first_block + seen.start / BLOCK, kv_head);
-        let first = seen.start % BLOCK;
-        let gap = keys.layout.block_len() - BLOCK * stride;
-        let values = Rhs::rows(&values[first * stride..], stride).in_runs(BLOCK - first, BLOCK, gap);
-        let p = score.as_ref().block(0..n, seen);
-        product(s, p, values, start, out, keys.after(chunk, kv_head));
-        start = Start::Continue;
+    let next = keys.after(tiles.first_block + CHUNK_BLOCKS - 1, kv_head);
+    for (rows, seen) in tiles.bands() {
+        let mut start = Start::Zero;
+        for keys_seen in runs(seen) {
+            let values = keys.values_from(tiles.first_block + keys_seen.start / BLOCK, kv_head);
+            let first = keys_seen.start % BLOCK;
+            let gap = keys.layout.block_len() - BLOCK * stride;
+            let values = Rhs::rows(&values[first * stride..], stride).in_runs(BLOCK - first, BLOCK, gap);
+            let p = score.as_ref().block(rows.clone(), keys_seen);
+            product(s, p, values, start, &mut out.block(rows.clone(), 0..stride), next);
+            start = Start::Continue;
+        }
     }
-    if !tiles.full && !is_finite(s, out, 0..n) {
-        // A NaN or infinity behind the mask may have come in as 0 * NaN.
+    if is_careful && tiles.is_masked {
         for (row, &max) in chunk_max[..n].iter().enumerate() {
-            if max != f32::NEG_INFINITY && !is_finite(s, out, row..row + 1) {
-                only_allowed(s, score.row(row), &tiles, row, keys, kv_head, out.row_mut(row));
+            if max != f32::NEG_INFINITY && out.row(row).iter().any(|x| !x.is_finite()) {
+                only_allowed(s, score.row(row), tiles, row, keys, kv_head, out.row_mut(row));
             }
         }
     }
@@ -262,7 +281,7 @@ fn add_segment<S: Simd>(
     term: &SegmentTerm<'_>,
     q: &[f32],
     query: Query,
-    tiles: &Tiles,
+    blocks: impl Iterator<Item = (usize, usize, Range<usize>)>,
     row: &mut [f32],
 ) {
     let dims = query.head * q.len()..(query.head + 1) * q.len();
@@ -271,7 +290,7 @@ fn add_segment<S: Simd>(
     let dot =
         |e: &[f32]| q.iter().zip(shift).zip(e).fold(0.0_f32, |sum, ((q, s), e)| (q + s).mul_add(*e, sum));
     let (same, other) = (s.splat(dot(&same[dims.clone()])), s.splat(dot(&other[dims])));
-    for (i, block, seen) in tiles.iter() {
+    for (i, block, seen) in blocks {
         let word = term.same.word(query, block) >> seen.start;
         let scores = &mut row[i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES)];
         for (j, x) in scores.chunks_exact_mut(LANES).enumerate() {
@@ -283,11 +302,17 @@ fn add_segment<S: Simd>(
 
 /// Finishes a row of scores: scale, soft cap, bias. The mask comes with the passes of softmax.
 #[inline(always)]
-fn finish<S: Simd>(s: S, scores: &mut [f32], tiles: &Tiles, call: &Call<'_>, query: Query) {
+fn finish<S: Simd>(
+    s: S,
+    scores: &mut [f32],
+    blocks: impl Iterator<Item = (usize, usize, Range<usize>)>,
+    call: &Call<'_>,
+    query: Query,
+) {
     let least = s.splat(f32::NEG_INFINITY);
     let (scale, cap) = (s.splat(call.heads.scale), s.splat(call.heads.softcap));
     let bias = call.terms.bias.map(|bias| bias.row(query));
-    for (i, block, seen) in tiles.iter() {
+    for (i, block, seen) in blocks {
         for j in seen.start / LANES..seen.end.div_ceil(LANES) {
             let x = &mut scores[i * BLOCK + j * LANES..][..LANES];
             let mut v = s.load(x) * scale;
@@ -333,14 +358,7 @@ fn largest<S: Simd>(s: S, scores: &[f32], words: &Words) -> f32 {
 
 /// Replaces the scores of a row by `exp(score * scale - max)`, by 0 where the row sees no key, and returns their canonical sum.
 #[inline(always)]
-fn exponentials<S: Simd>(
-    s: S,
-    scores: &mut [f32],
-    seen: &[Range<usize>],
-    words: &Words,
-    scale: f32,
-    max: f32,
-) -> f32 {
+fn exponentials<S: Simd>(s: S, scores: &mut [f32], seen: &Seen, words: &Words, scale: f32, max: f32) -> f32 {
     let blocks = scores.as_chunks_mut::<BLOCK>().0;
     if max == f32::NEG_INFINITY {
         blocks.as_flattened_mut().fill(0.0);
@@ -437,19 +455,6 @@ fn fold_chunk<S: Simd>(
     }
 }
 
-/// Whether rows of whole vectors have neither a NaN nor an infinity: `0 * x` is 0 then.
-#[inline(always)]
-fn is_finite<S: Simd>(s: S, x: &MatMut<'_>, rows: Range<usize>) -> bool {
-    let zero = s.splat(0.0);
-    let mut sum = zero;
-    for row in rows {
-        for x in x.row(row).as_chunks::<LANES>().0 {
-            sum = s.load(x).mul_add(zero, sum);
-        }
-    }
-    sum.sum() == 0.0
-}
-
 /// The chunk's output of one row over its allowed keys only: the same chain without the masked zeros.
 #[inline(always)]
 fn only_allowed<S: Simd>(
@@ -462,7 +467,7 @@ fn only_allowed<S: Simd>(
     out: &mut [f32],
 ) {
     out.fill(0.0);
-    for (i, block, seen) in tiles.iter() {
+    for (i, block, seen) in tiles.blocks(row) {
         let (values, stride) = (keys.values(block, head), keys.layout.value_stride());
         for key in seen {
             if tiles.words(row)[i] >> key & 1 == 0 {

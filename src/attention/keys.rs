@@ -178,10 +178,10 @@ impl<'a> Keys<'a> {
         &data[start + self.layout.head_dim * BLOCK..]
     }
 
-    /// What is mostly read after a chunk: the unit of the next chunk's first block, or after the last chunk the next head's.
+    /// What is mostly read after a block: the next one's unit, or after the last block the next head's first.
     #[inline(always)]
-    pub(crate) fn after(&self, chunk: usize, head: usize) -> &'a [f32] {
-        let block = (chunk + 1) * CHUNK_BLOCKS;
+    pub(crate) fn after(&self, block: usize, head: usize) -> &'a [f32] {
+        let block = block + 1;
         let next = if block * BLOCK < self.len { (block, head) } else { (self.first_block(), head + 1) };
         let (data, start) = self.place(next.0, next.1);
         let end = data.len().min(start + self.layout.unit_len());

@@ -14,9 +14,10 @@ use crate::view::MatRef;
 
 /// Queries of a tile at most.
 pub(crate) const ROWS: usize = BLOCK;
-/// Rows that are taken together where not all see all: six register tiles. Fewer would compute less that is masked, and go through the
-/// chunk more often.
-const GROUP: usize = 32;
+/// Rows whose keys are told apart: three register tiles. Fewer rows have less in common that not all of them see, and more calls of the
+/// product.
+const BAND: usize = LANES;
+const BANDS: usize = ROWS / BAND;
 
 /// What all tiles of a call share.
 #[derive(Clone, Copy)]
@@ -45,14 +46,7 @@ pub(crate) struct Queries<'a> {
     pub(crate) position: isize,
 }
 
-impl<'a> Queries<'a> {
-    /// Some of the rows.
-    #[inline(always)]
-    pub(super) fn rows(&self, rows: Range<usize>) -> Queries<'a> {
-        let (first, position) = self.query(rows.start);
-        Queries { q: self.q.block(rows, 0..self.q.cols()), first, position }
-    }
-
+impl Queries<'_> {
     /// A row and its position.
     #[inline(always)]
     pub(super) fn query(&self, row: usize) -> (Query, isize) {
@@ -61,23 +55,60 @@ impl<'a> Queries<'a> {
     }
 }
 
-/// What some rows see of a chunk.
+/// What the rows of a tile see of a chunk.
 pub(super) struct Tiles {
     pub(super) first_block: usize,
-    /// The keys of each block that some row sees, begun at a whole vector; empty if none.
-    pub(super) seen: [Range<usize>; CHUNK_BLOCKS],
-    /// Every row sees all of those keys.
-    pub(super) full: bool,
-    /// The keys that every row sees, if `full`.
-    common: Words,
-    /// The keys that each row sees, unless `full`.
+    /// Some of the scores that are computed are masked.
+    pub(super) is_masked: bool,
+    rows: usize,
+    /// The keys of each block that some row of a band sees, begun at a whole vector; empty if none.
+    seen: [Seen; BANDS],
+    /// The keys that each row sees, or of the first if all see the same.
     words: [Words; ROWS],
+    are_alike: bool,
 }
 
+/// Keys of each block of a chunk.
+pub(super) type Seen = [Range<usize>; CHUNK_BLOCKS];
 /// Keys of a chunk, a bit for each.
 pub(super) type Words = [u64; CHUNK_BLOCKS];
 
 impl Tiles {
+    /// Of no chunk yet.
+    pub(super) const NONE: Tiles = Tiles {
+        first_block: 0,
+        is_masked: false,
+        rows: 0,
+        seen: [const { [const { 0..0 }; CHUNK_BLOCKS] }; BANDS],
+        words: [[0; CHUNK_BLOCKS]; ROWS],
+        are_alike: false,
+    };
+
+    /// Finds what the rows see of a chunk of `len` keys; false if that is nothing for sure.
+    #[inline(always)]
+    pub(super) fn find(&mut self, call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> bool {
+        let cover = Self::cover(call, queries, chunk * CHUNK..len.min((chunk + 1) * CHUNK), len);
+        if cover == Cover::Empty {
+            return false;
+        }
+        (self.first_block, self.rows) = (chunk * CHUNK_BLOCKS, queries.q.rows());
+        (self.is_masked, self.are_alike) = (false, cover == Cover::Full);
+        if self.are_alike {
+            let valid: Seen = core::array::from_fn(|i| 0..self.valid(i, len));
+            self.words[0] = core::array::from_fn(|i| bits(&valid[i]));
+            self.seen.fill(valid);
+        } else {
+            self.find_words(call, queries, len);
+        }
+        true
+    }
+
+    /// Keys of block `i`.
+    #[inline(always)]
+    fn valid(&self, i: usize, len: usize) -> usize {
+        len.saturating_sub((self.first_block + i) * BLOCK).min(BLOCK)
+    }
+
     /// What of some keys the rows see, as far as that can be told without looking at each row.
     #[inline(always)]
     fn cover(call: &Call<'_>, queries: &Queries<'_>, keys: Range<usize>, len: usize) -> Cover {
@@ -88,128 +119,109 @@ impl Tiles {
         }
     }
 
-    /// Whether all rows see the same of some keys: columns away from their intervals.
-    #[inline(always)]
-    fn are_alike(call: &Call<'_>, queries: &Queries<'_>, keys: Range<usize>, len: usize) -> bool {
-        let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
-        call.terms.bias.is_none() && call.graph.sees_columns_only(span, (keys.start, keys.end), len)
-    }
-
-    /// The keys of a block that a row sees.
-    #[inline(always)]
-    fn word_of(call: &Call<'_>, queries: &Queries<'_>, row: usize, block: usize, len: usize) -> u64 {
-        let (query, position) = queries.query(row);
-        let word = call.graph.word(query, position, block, len);
-        let Some(bias) = &call.terms.bias else { return word };
-        let bias = bias.row(query)[block * BLOCK..].iter().take(BLOCK).enumerate();
-        word & !bias.fold(0, |word, (j, &b)| word | u64::from(b == f32::NEG_INFINITY) << j)
-    }
-
-    /// The keys of a chunk.
-    #[inline(always)]
-    fn keys(chunk: usize, len: usize) -> Range<usize> {
-        chunk * CHUNK..len.min((chunk + 1) * CHUNK)
-    }
-
-    /// Rows that are taken together; none if no row sees a key. Where not all see all, a few at a time: the fewer, the closer their
-    /// common keys are to each one's own.
-    #[inline(always)]
-    pub(super) fn step(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Option<usize> {
-        let rows = queries.q.rows();
-        match Self::cover(call, queries, Self::keys(chunk, len), len) {
-            Cover::Empty => None,
-            Cover::Partial if Self::are_alike(call, queries, Self::keys(chunk, len), len) => Some(rows),
-            Cover::Partial => Some(GROUP),
-            Cover::Full => Some(rows),
-        }
-    }
-
-    #[inline(always)]
-    pub(super) fn new(call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> Tiles {
-        let first_block = chunk * CHUNK_BLOCKS;
-        let valid = |i: usize| len.saturating_sub((first_block + i) * BLOCK).min(BLOCK);
-        let mut tiles = Tiles {
-            first_block,
-            seen: core::array::from_fn(|i| 0..valid(i)),
-            full: true,
-            common: [0; CHUNK_BLOCKS],
-            words: [[0; CHUNK_BLOCKS]; ROWS],
-        };
-        match Self::cover(call, queries, Self::keys(chunk, len), len) {
-            Cover::Empty => tiles.seen = core::array::from_fn(|_| 0..0),
-            Cover::Partial => tiles.find_words(call, queries, len),
-            Cover::Full => {}
-        }
-        for (word, seen) in tiles.common.iter_mut().zip(&tiles.seen) {
-            *word = bits(seen);
-        }
-        tiles
-    }
-
-    /// The keys that each row sees, and what of the blocks is left.
+    /// The keys that each row sees, and what of the blocks is left for each band.
     #[inline(never)]
     fn find_words(&mut self, call: &Call<'_>, queries: &Queries<'_>, len: usize) {
-        for (i, seen) in self.seen.iter_mut().enumerate().filter(|(_, seen)| seen.start < seen.end) {
-            let block = self.first_block + i;
-            let valid = bits(seen);
-            let cover = Self::cover(call, queries, block * BLOCK..block * BLOCK + seen.end, len);
-            let (mut any, mut all) = (0, valid);
-            for row in 0..queries.q.rows() {
-                let word = match cover {
-                    Cover::Full => valid,
-                    Cover::Empty => 0,
-                    Cover::Partial => valid & Self::word_of(call, queries, row, block, len),
-                };
-                self.words[row][i] = word;
-                any |= word;
-                all &= word;
+        for i in 0..CHUNK_BLOCKS {
+            let (block, end) = (self.first_block + i, self.valid(i, len));
+            let (start, valid) = (block * BLOCK, bits(&(0..end)));
+            let cover =
+                if end == 0 { Cover::Empty } else { Self::cover(call, queries, start..start + end, len) };
+            if cover == Cover::Partial {
+                let words = call.graph.words(queries.first, block, len);
+                for (row, out) in self.words[..self.rows].iter_mut().enumerate() {
+                    let (query, position) = queries.query(row);
+                    out[i] = valid & words(query, position) & !bias_mask(call, query, block);
+                }
+            } else {
+                let word = if cover == Cover::Full { valid } else { 0 };
+                self.words[..self.rows].iter_mut().for_each(|words| words[i] = word);
             }
-            let vectors = |bits: u32| bits as usize / LANES;
-            let from = if any == 0 { seen.end } else { vectors(any.trailing_zeros()) * LANES };
-            let to = (vectors(63 - (any | 1).leading_zeros()) + 1) * LANES;
-            *seen = from..seen.end.min(to).max(from);
-            self.full &= any == 0 || all == bits(seen);
+            for (band, words) in self.words[..self.rows].chunks(BAND).enumerate() {
+                let (any, all) =
+                    words.iter().fold((0, u64::MAX), |(any, all), words| (any | words[i], all & words[i]));
+                let vectors = |bits: u32| bits as usize / LANES;
+                let from = if any == 0 { end } else { vectors(any.trailing_zeros()) * LANES };
+                let to = (vectors(63 - (any | 1).leading_zeros()) + 1) * LANES;
+                let seen = from..end.min(to).max(from);
+                self.is_masked |= any != 0 && all != bits(&seen);
+                self.seen[band][i] = seen;
+            }
         }
     }
 
-    /// `(place in the chunk, block, its keys that some row sees)` of each block with such keys.
+    /// `(rows, their keys of block i)`: bands that follow one another and see the same are one.
     #[inline(always)]
-    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
-        (0..CHUNK_BLOCKS)
-            .filter(|&i| !self.seen[i].is_empty())
-            .map(|i| (i, self.first_block + i, self.seen[i].clone()))
+    pub(super) fn parts(&self, i: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        self.merged(move |band| &self.seen[band][i]).map(|(rows, seen)| (rows, seen.clone()))
     }
 
-    /// Keys of the chunk without a gap that some row sees.
+    /// `(rows, their keys of each block)`, likewise.
     #[inline(always)]
-    pub(super) fn runs(&self) -> impl Iterator<Item = Range<usize>> {
-        let mut i = 0;
+    pub(super) fn bands(&self) -> impl Iterator<Item = (Range<usize>, &Seen)> {
+        self.merged(|band| &self.seen[band])
+    }
+
+    #[inline(always)]
+    fn merged<'a, T: PartialEq + 'a>(
+        &'a self,
+        of: impl Fn(usize) -> &'a T,
+    ) -> impl Iterator<Item = (Range<usize>, &'a T)> {
+        let (mut band, end) = (0, self.rows.div_ceil(BAND));
         core::iter::from_fn(move || {
-            while i < CHUNK_BLOCKS && self.seen[i].is_empty() {
-                i += 1;
+            let (first, item) = (band, (band < end).then(|| of(band))?);
+            while band < end && of(band) == item {
+                band += 1;
             }
-            let Range { start, end } = self.seen.get(i)?;
-            let (start, mut end) = (i * BLOCK + start, i * BLOCK + end);
-            i += 1;
-            while end == i * BLOCK && i < CHUNK_BLOCKS && self.seen[i].start == 0 {
-                end += self.seen[i].end;
-                i += 1;
-            }
-            Some(start..end)
+            Some((first * BAND..self.rows.min(band * BAND), item))
         })
     }
 
-    /// The block that is taken after block `i` of the chunk.
+    /// What the band of a row sees.
     #[inline(always)]
-    pub(super) fn after(&self, i: usize) -> Option<usize> {
-        (i + 1..CHUNK_BLOCKS).find(|&i| !self.seen[i].is_empty()).map(|i| self.first_block + i)
+    pub(super) fn seen(&self, row: usize) -> &Seen {
+        &self.seen[row / BAND]
+    }
+
+    /// `(place in the chunk, block, its keys)` of each block of which the band of a row sees keys.
+    #[inline(always)]
+    pub(super) fn blocks(&self, row: usize) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
+        let seen = self.seen(row).iter().enumerate().filter(|(_, seen)| !seen.is_empty());
+        seen.map(|(i, seen)| (i, self.first_block + i, seen.clone()))
     }
 
     /// The keys that a row sees.
     #[inline(always)]
     pub(super) fn words(&self, row: usize) -> &Words {
-        if self.full { &self.common } else { &self.words[row] }
+        &self.words[if self.are_alike { 0 } else { row }]
     }
+}
+
+/// Keys of the chunk without a gap.
+#[inline(always)]
+pub(super) fn runs(seen: &Seen) -> impl Iterator<Item = Range<usize>> {
+    let mut i = 0;
+    core::iter::from_fn(move || {
+        while i < CHUNK_BLOCKS && seen[i].is_empty() {
+            i += 1;
+        }
+        let Range { start, end } = seen.get(i)?;
+        let (start, mut end) = (i * BLOCK + start, i * BLOCK + end);
+        i += 1;
+        while end == i * BLOCK && i < CHUNK_BLOCKS && seen[i].start == 0 {
+            end += seen[i].end;
+            i += 1;
+        }
+        Some(start..end)
+    })
+}
+
+/// The keys of a block that the bias takes away.
+#[inline(always)]
+fn bias_mask(call: &Call<'_>, query: Query, block: usize) -> u64 {
+    let Some(bias) = &call.terms.bias else { return 0 };
+    let bias = bias.row(query)[block * BLOCK..].iter().take(BLOCK).enumerate();
+    bias.fold(0, |word, (j, &b)| word | u64::from(b == f32::NEG_INFINITY) << j)
 }
 
 /// A set bit for each of some keys of a block.
@@ -234,15 +246,12 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// Block `i` of a chunk.
-    fn new(tiles: &Tiles, i: usize, queries: Range<usize>, keys: Range<usize>) -> Tile {
-        let seen = tiles.seen[i].clone();
+    fn new(queries: Range<usize>, keys: Range<usize>, seen: Range<usize>, words: Vec<u64>) -> Tile {
         if seen.is_empty() {
             let computed = keys.start..keys.start;
             return Tile { queries, keys, computed, cover: Cover::Empty, words: vec![] };
         }
         let computed = keys.start + seen.start..keys.start + seen.end;
-        let words: Vec<u64> = (0..queries.len()).map(|row| tiles.words(row)[i]).collect();
         let all = u64::MAX >> (BLOCK - keys.len());
         let cover = if words.iter().all(|word| *word == all) { Cover::Full } else { Cover::Partial };
         Tile { queries, keys, computed, cover, words }
@@ -324,18 +333,23 @@ impl Graph {
         let call = Call { heads, graph: self, terms: &terms };
         let Ok(q) = MatRef::contiguous(&[], rows.len(), 0) else { return vec![] };
         let queries = Queries { q, first, position };
-        let mut out = vec![];
+        let (mut tiles, mut out) = (Tiles::NONE, vec![]);
         for chunk in 0..keys.len().div_ceil(CHUNK) {
-            let step = Tiles::step(&call, &queries, keys.len(), chunk).unwrap_or(rows.len());
-            for start in (0..rows.len()).step_by(step) {
-                let group = start..rows.len().min(start + step);
-                let tiles = Tiles::new(&call, &queries.rows(group.clone()), keys.len(), chunk);
-                let group = rows.start + group.start..rows.start + group.end;
-                for i in 0..CHUNK_BLOCKS {
-                    let at = keys.start + (chunk * CHUNK_BLOCKS + i) * BLOCK;
-                    if at < keys.end {
-                        out.push(Tile::new(&tiles, i, group.clone(), at..keys.end.min(at + BLOCK)));
-                    }
+            let is_seen = tiles.find(&call, &queries, keys.len(), chunk);
+            for i in 0..CHUNK_BLOCKS {
+                let at = keys.start + (chunk * CHUNK_BLOCKS + i) * BLOCK;
+                if at >= keys.end {
+                    break;
+                }
+                let keys = at..keys.end.min(at + BLOCK);
+                if !is_seen {
+                    out.push(Tile::new(rows.clone(), keys, 0..0, vec![]));
+                    continue;
+                }
+                for (part, seen) in tiles.parts(i) {
+                    let words = part.clone().map(|row| tiles.words(row)[i]).collect();
+                    let queries = rows.start + part.start..rows.start + part.end;
+                    out.push(Tile::new(queries, keys.clone(), seen, words));
                 }
             }
         }
