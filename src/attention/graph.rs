@@ -1,5 +1,7 @@
 //! Who sees whom: self-attention as a graph over the tokens of a sequence.
 
+use core::ops::Range;
+
 use crate::attention::bits::{Bits, Query};
 use crate::error::Error;
 
@@ -100,31 +102,50 @@ impl Graph {
         (low, high.min(len))
     }
 
-    /// What queries of one sequence, from position `first` to `last`, see of its keys `keys.0..keys.1`, as far as that can be told
-    /// without looking at each.
+    /// Whether queries of one sequence, from position `first` to `last`, see none of its keys `keys`, as far as that can be told without
+    /// looking at each.
     #[inline(always)]
-    pub(crate) fn cover(
+    pub(crate) fn sees_none(
+        &self,
+        query: Query,
+        span: (isize, isize),
+        keys: Range<usize>,
+        len: usize,
+    ) -> bool {
+        let mut blocks = keys.start / 64..keys.end.div_ceil(64);
+        self.is_outside(span, keys, len)
+            && self.columns.as_ref().is_none_or(|columns| blocks.all(|block| columns.word(query, block) == 0))
+    }
+
+    /// What queries of one sequence, from position `first` to `last`, see of a block, if it can be told without looking at each that it is
+    /// the same.
+    #[inline(always)]
+    pub(crate) fn common_word(
         &self,
         query: Query,
         (first, last): (isize, isize),
-        keys: (usize, usize),
+        block: usize,
         len: usize,
-    ) -> Cover {
-        // Both ends of the interval ascend with the position.
-        if self.interval(last, len).0 <= keys.0 && keys.1 <= self.interval(first, len).1 {
-            return if self.bits.is_empty() { Cover::Full } else { Cover::Partial };
-        }
-        let has_column =
-            |columns: &Bits| (keys.0 / 64..keys.1.div_ceil(64)).any(|i| columns.word(query, i) != 0);
-        let outside = self.is_outside((first, last), keys, len);
-        if outside && !self.columns.as_ref().is_some_and(has_column) { Cover::Empty } else { Cover::Partial }
+    ) -> Option<u64> {
+        let start = 64 * block;
+        let keys = start.min(len)..len.min(start + 64);
+        let all = below(keys.len());
+        let word = if self.is_outside((first, last), keys.clone(), len) {
+            self.columns.as_ref().map_or(0, |columns| columns.word(query, block) & all)
+        } else if self.interval(last, len).0 <= keys.start && keys.end <= self.interval(first, len).1 {
+            // Both ends of the interval ascend with the position.
+            all
+        } else {
+            return None;
+        };
+        (word == 0 || self.bits.is_empty()).then_some(word)
     }
 
     /// Whether the keys are in the interval of none of the queries.
     #[inline(always)]
-    fn is_outside(&self, (first, last): (isize, isize), keys: (usize, usize), len: usize) -> bool {
+    fn is_outside(&self, (first, last): (isize, isize), keys: Range<usize>, len: usize) -> bool {
         let (low, high) = (self.interval(first, len).0, self.interval(last, len).1);
-        keys.1 <= low || keys.0 >= high
+        keys.end <= low || keys.start >= high
     }
 
     /// What queries of the sequence and head of `first` see of a block of a sequence of `len`: bit `i` of the word of a query and its

@@ -84,69 +84,53 @@ impl Tiles {
         are_alike: false,
     };
 
-    /// Finds what the rows see of a chunk of `len` keys; false if that is nothing for sure.
+    /// Finds what the rows see of a chunk of `len` keys; false if that is nothing.
     #[inline(always)]
     pub(super) fn find(&mut self, call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> bool {
-        let cover = Self::cover(call, queries, chunk * CHUNK..len.min((chunk + 1) * CHUNK), len);
-        if cover == Cover::Empty {
+        let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
+        let (graph, first) = (call.graph, queries.first);
+        let start = chunk * CHUNK;
+        if graph.sees_none(first, span, start..len.min(start + CHUNK), len) {
             return false;
         }
-        (self.first_block, self.rows) = (chunk * CHUNK_BLOCKS, queries.q.rows());
-        (self.is_masked, self.are_alike) = (false, cover == Cover::Full);
-        if self.are_alike {
-            let valid: Seen = core::array::from_fn(|i| 0..self.valid(i, len));
-            self.words[0] = core::array::from_fn(|i| bits(&valid[i]));
-            self.seen.fill(valid);
-        } else {
-            self.find_words(call, queries, len);
+        (self.first_block, self.rows, self.is_masked) = (chunk * CHUNK_BLOCKS, queries.q.rows(), false);
+        let common: [Option<u64>; CHUNK_BLOCKS] = core::array::from_fn(|i| {
+            let word = graph.common_word(first, span, self.first_block + i, len)?;
+            (word == 0 || call.terms.bias.is_none()).then_some(word)
+        });
+        self.are_alike = common.iter().all(Option::is_some);
+        for (i, common) in common.into_iter().enumerate() {
+            let end = len.saturating_sub(start + i * BLOCK).min(BLOCK);
+            match common {
+                Some(word) => {
+                    let rows = if self.are_alike { 1 } else { self.rows };
+                    self.words[..rows].iter_mut().for_each(|words| words[i] = word);
+                    let seen = hull(word, end);
+                    self.is_masked |= word != bits(&seen);
+                    self.seen.iter_mut().for_each(|blocks| blocks[i] = seen.clone());
+                }
+                None => self.find_words(call, queries, i, end, len),
+            }
         }
         true
     }
 
-    /// Keys of block `i`.
-    #[inline(always)]
-    fn valid(&self, i: usize, len: usize) -> usize {
-        len.saturating_sub((self.first_block + i) * BLOCK).min(BLOCK)
-    }
-
-    /// What of some keys the rows see, as far as that can be told without looking at each row.
-    #[inline(always)]
-    fn cover(call: &Call<'_>, queries: &Queries<'_>, keys: Range<usize>, len: usize) -> Cover {
-        let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
-        match call.graph.cover(queries.first, span, (keys.start, keys.end), len) {
-            Cover::Full if call.terms.bias.is_some() => Cover::Partial,
-            cover => cover,
-        }
-    }
-
-    /// The keys that each row sees, and what of the blocks is left for each band.
+    /// The keys that each row sees of block `i`, which ends at `end`, and what of it is left for each band.
     #[inline(never)]
-    fn find_words(&mut self, call: &Call<'_>, queries: &Queries<'_>, len: usize) {
-        for i in 0..CHUNK_BLOCKS {
-            let (block, end) = (self.first_block + i, self.valid(i, len));
-            let (start, valid) = (block * BLOCK, bits(&(0..end)));
-            let cover =
-                if end == 0 { Cover::Empty } else { Self::cover(call, queries, start..start + end, len) };
-            if cover == Cover::Partial {
-                let words = call.graph.words(queries.first, block, len);
-                for (row, out) in self.words[..self.rows].iter_mut().enumerate() {
-                    let (query, position) = queries.query(row);
-                    out[i] = valid & words(query, position) & !bias_mask(call, query, block);
-                }
-            } else {
-                let word = if cover == Cover::Full { valid } else { 0 };
-                self.words[..self.rows].iter_mut().for_each(|words| words[i] = word);
+    fn find_words(&mut self, call: &Call<'_>, queries: &Queries<'_>, i: usize, end: usize, len: usize) {
+        let block = self.first_block + i;
+        let word = call.graph.words(queries.first, block, len);
+        for (band, words) in self.words[..self.rows].chunks_mut(BAND).enumerate() {
+            let (mut any, mut all) = (0, u64::MAX);
+            for (row, words) in (band * BAND..).zip(words) {
+                let (query, position) = queries.query(row);
+                words[i] = word(query, position) & !bias_mask(call, query, block);
+                any |= words[i];
+                all &= words[i];
             }
-            for (band, words) in self.words[..self.rows].chunks(BAND).enumerate() {
-                let (any, all) =
-                    words.iter().fold((0, u64::MAX), |(any, all), words| (any | words[i], all & words[i]));
-                let vectors = |bits: u32| bits as usize / LANES;
-                let from = if any == 0 { end } else { vectors(any.trailing_zeros()) * LANES };
-                let to = (vectors(63 - (any | 1).leading_zeros()) + 1) * LANES;
-                let seen = from..end.min(to).max(from);
-                self.is_masked |= any != 0 && all != bits(&seen);
-                self.seen[band][i] = seen;
-            }
+            let seen = hull(any, end);
+            self.is_masked |= all != bits(&seen);
+            self.seen[band][i] = seen;
         }
     }
 
@@ -214,6 +198,16 @@ pub(super) fn runs(seen: &Seen) -> impl Iterator<Item = Range<usize>> {
         }
         Some(start..end)
     })
+}
+
+/// The keys from the first set bit to the last, in whole vectors up to `end`.
+#[inline(always)]
+fn hull(word: u64, end: usize) -> Range<usize> {
+    if word == 0 {
+        return 0..0;
+    }
+    let vector = |bit: u32| bit as usize / LANES;
+    vector(word.trailing_zeros()) * LANES..end.min((vector(63 - word.leading_zeros()) + 1) * LANES)
 }
 
 /// The keys of a block that the bias takes away.
