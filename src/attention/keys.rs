@@ -90,6 +90,12 @@ impl KeyLayout {
                 for line in units.get(ahead..ahead + self.head_dim).unwrap_or_default().chunks(LANES) {
                     Scalar.prefetch(line.as_ptr());
                 }
+                for (x, cols, dim) in [(k, k_cols, self.head_dim), (v, v_cols, self.value_dim)] {
+                    let ahead = x.row(row).get(cols + dim..cols + 2 * dim).unwrap_or_default();
+                    for line in ahead.chunks(LANES) {
+                        Scalar.prefetch(line.as_ptr());
+                    }
+                }
             }
         }
     }
