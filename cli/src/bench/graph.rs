@@ -42,6 +42,8 @@ struct Row {
     name: String,
     seq_len: usize,
     graph: Graph,
+    /// Over keys that are stored by head already.
+    over_stored_keys: bool,
     /// Pairs of a query and a key that it sees, and those whose scores are computed.
     edges: usize,
     scores: usize,
@@ -94,7 +96,7 @@ fn rows() -> Result<Vec<Vec<Row>>> {
         Row::new("causal", COMPARED, Graph::causal())?,
     ]];
     for seq_len in LENGTHS {
-        rows.push(vec![window(seq_len)?]);
+        rows.push(vec![window(seq_len)?, window(seq_len)?.over_stored_keys()]);
     }
     Ok(rows)
 }
@@ -107,7 +109,12 @@ impl Row {
             scores += tile.scores();
         }
         let name = format!("graph/f32/{}/{name}/b1s{seq_len}", DIMS.name);
-        Ok(Row { name, seq_len, graph, edges, scores })
+        Ok(Row { name, seq_len, graph, over_stored_keys: false, edges, scores })
+    }
+
+    /// What a layer pays, whose projection stores them.
+    fn over_stored_keys(self) -> Row {
+        Row { name: format!("{}/stored-keys", self.name), over_stored_keys: true, ..self }
     }
 
     /// Two products per edge, and the operands once.
@@ -125,6 +132,7 @@ fn measure_rows(rows: &[Row], ctx: Context<'_>) -> Result<Vec<Outcome>> {
     for row in rows {
         let head_dim = DIMS.d_model / DIMS.n_heads;
         let attention = Attention::new(DIMS.n_heads, head_dim, 1, row.seq_len, row.graph.clone())?;
+        let attention = if row.over_stored_keys { attention.over_stored_keys() } else { attention };
         workspaces.push(attention.workspace_bytes(ctx.members())?);
         items.push(Item { name: row.name.clone(), cost: row.cost(), workload: Box::new(attention) });
     }

@@ -126,6 +126,8 @@ pub struct Attention {
     v: Buffer,
     /// Kept between runs, as an engine keeps it: a run stores keys and values by head and attends.
     store: KeyStore,
+    /// Unless the keys are stored already, as a layer's projection leaves them.
+    stores_keys: bool,
     out: Buffer,
 }
 
@@ -143,7 +145,13 @@ impl Attention {
         let offsets = (0..=batch).map(|segment| segment * seq_len).collect();
         let [q, k, v] = [6, 7, 8].map(|seed| Buffer::uniform(len, 1.0, seed));
         let store = KeyStore::new(&heads, batch * seq_len, batch)?;
-        Ok(Attention { heads, graph, seq_len, offsets, q, k, v, store, out: Buffer::filled(len, 0.0) })
+        let out = Buffer::filled(len, 0.0);
+        Ok(Attention { heads, graph, seq_len, offsets, q, k, v, store, stores_keys: true, out })
+    }
+
+    /// The same over keys that are stored already.
+    pub fn over_stored_keys(self) -> Attention {
+        Attention { stores_keys: false, ..self }
     }
 }
 
@@ -152,10 +160,17 @@ impl Attention {
     pub fn workspace_bytes(&self, members: usize) -> Result<usize> {
         Ok(self.store.bytes() + members * self.heads.scratch_bytes()?)
     }
+
+    fn store_keys(&mut self, ctx: Context<'_>) -> Result<()> {
+        let cols = self.heads.query_cols();
+        let mat = |x| MatRef::contiguous(x, self.k.len() / cols, cols);
+        Ok(self.store.set(ctx, mat(&self.k)?, mat(&self.v)?, &self.offsets)?)
+    }
 }
 
 impl Workload for Attention {
     fn check(&mut self, ctx: Context<'_>) -> Result<Deviation> {
+        self.store_keys(ctx)?;
         self.run(ctx)?;
         let cols = self.heads.query_cols();
         let batch = self.offsets.len() - 1;
@@ -176,12 +191,12 @@ impl Workload for Attention {
     }
 
     fn run(&mut self, ctx: Context<'_>) -> Result<()> {
+        if self.stores_keys {
+            self.store_keys(ctx)?;
+        }
         let (tokens, cols) = (self.q.len() / self.heads.query_cols(), self.heads.query_cols());
-        let mat = |x| MatRef::contiguous(x, tokens, cols);
-        let (q, k, v) = (mat(&self.q)?, mat(&self.k)?, mat(&self.v)?);
         let out = MatMut::contiguous(&mut self.out, tokens, cols)?;
-        self.store.set(ctx, k, v, &self.offsets)?;
-        let queries = QueryRows::new(q, &self.offsets);
+        let queries = QueryRows::new(MatRef::contiguous(&self.q, tokens, cols)?, &self.offsets);
         Ok(self.store.attend(ctx, &self.heads, &queries, &self.graph, &Terms::default(), out)?)
     }
 }
