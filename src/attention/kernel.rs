@@ -335,22 +335,18 @@ fn largest<S: Simd>(s: S, scores: &[f32], words: &Words) -> f32 {
     let least = s.splat(f32::NEG_INFINITY);
     let blocks = scores.as_chunks::<BLOCK>().0;
     let mut slots = [least; 4];
-    let mut i = 0;
-    while i < CHUNK_BLOCKS {
-        let whole = whole_blocks(words, i);
-        for block in &blocks[i..i + whole] {
-            for (slot, x) in slots.iter_mut().zip(block.as_chunks::<LANES>().0) {
+    for (block, &word) in blocks.iter().zip(words) {
+        let block = block.as_chunks::<LANES>().0;
+        if word == u64::MAX {
+            for (slot, x) in slots.iter_mut().zip(block) {
                 *slot = s.load(x).max(*slot);
             }
-        }
-        i += whole;
-        if i < CHUNK_BLOCKS && words[i] != 0 {
-            for (j, (slot, x)) in slots.iter_mut().zip(blocks[i].as_chunks::<LANES>().0).enumerate() {
+        } else if word != 0 {
+            for (j, (slot, x)) in slots.iter_mut().zip(block).enumerate() {
                 let v = s.load(x);
-                *slot = v.select(v.mask((words[i] >> (j * LANES)) as u16), least).max(*slot);
+                *slot = v.select(v.mask((word >> (j * LANES)) as u16), least).max(*slot);
             }
         }
-        i += 1;
     }
     let max = (slots[0].max(slots[1])).max(slots[2].max(slots[3])).max_lane();
     if max == f32::NEG_INFINITY && has_nan(scores, words) { f32::NAN } else { max }
@@ -366,25 +362,23 @@ fn exponentials<S: Simd>(s: S, scores: &mut [f32], seen: &Seen, words: &Words, s
     }
     let (zero, m, scale) = (s.splat(0.0), s.splat(max), s.splat(scale));
     let mut slots = [zero; 4];
-    let mut i = 0;
-    while i < CHUNK_BLOCKS {
-        let whole = whole_blocks(words, i);
-        exp_slots(
-            s,
-            &mut blocks[i..i + whole],
-            m,
-            #[inline(always)]
-            |x| x * scale,
-            &mut slots,
-        );
-        i += whole;
-        if seen.get(i).is_some_and(|seen| seen.start < seen.end) {
-            let block = blocks[i].as_chunks_mut::<LANES>().0;
+    for ((block, &word), seen) in blocks.iter_mut().zip(words).zip(seen) {
+        if word == u64::MAX {
+            exp_slots(
+                s,
+                core::slice::from_mut(block),
+                m,
+                #[inline(always)]
+                |x| x * scale,
+                &mut slots,
+            );
+        } else if !seen.is_empty() {
+            let block = block.as_chunks_mut::<LANES>().0;
             let p = four(
                 #[inline(always)]
                 |j| {
                     let p = exp_nonpositive(s, s.load(&block[j]) * scale - m);
-                    p.select(p.mask((words[i] >> (j * LANES)) as u16), zero)
+                    p.select(p.mask((word >> (j * LANES)) as u16), zero)
                 },
             );
             for ((slot, x), p) in slots.iter_mut().zip(block).zip(p) {
@@ -392,15 +386,8 @@ fn exponentials<S: Simd>(s: S, scores: &mut [f32], seen: &Seen, words: &Words, s
                 *slot = *slot + p;
             }
         }
-        i += 1;
     }
     fold(slots)
-}
-
-/// How many blocks from block `i` on a row sees in whole, one after another.
-#[inline(always)]
-fn whole_blocks(words: &Words, i: usize) -> usize {
-    words[i..].iter().take_while(|word| **word == u64::MAX).count()
 }
 
 /// Whether a key that a row sees has no number as its score.
