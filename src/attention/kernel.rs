@@ -14,7 +14,7 @@ use crate::attention::tiles::{Call, Queries, ROWS, Seen, Tiles, Words, runs};
 use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
-use crate::reduce::{fold, four};
+use crate::reduce::fold;
 use crate::simd::{LANES, Simd, Vector};
 use crate::softmax::exp_slots;
 use crate::view::{MatMut, MatRef};
@@ -374,16 +374,14 @@ fn exponentials<S: Simd>(s: S, scores: &mut [f32], seen: &Seen, words: &Words, s
             );
         } else if !seen.is_empty() {
             let block = block.as_chunks_mut::<LANES>().0;
-            let p = four(
-                #[inline(always)]
-                |j| {
-                    let p = exp_nonpositive(s, s.load(&block[j]) * scale - m);
-                    p.select(p.mask((word >> (j * LANES)) as u16), zero)
-                },
-            );
-            for ((slot, x), p) in slots.iter_mut().zip(block).zip(p) {
-                p.store(x);
-                *slot = *slot + p;
+            // A block at an edge is seldom seen to its other end.
+            for (j, (slot, x)) in slots.iter_mut().zip(block).enumerate() {
+                if seen.start <= j * LANES && j * LANES < seen.end {
+                    let p = exp_nonpositive(s, s.load(x) * scale - m);
+                    let p = p.select(p.mask((word >> (j * LANES)) as u16), zero);
+                    p.store(x);
+                    *slot = *slot + p;
+                }
             }
         }
     }
