@@ -113,8 +113,9 @@ on_every_isa! {
     }
 
     fn global_columns_beside_a_window(isa) {
-        let batch = Batch::new(&[300], &[300]);
-        let global: Vec<bool> = (0..300).map(|j| j == 0 || j == 150).collect();
+        // So long that chunks of keys are beside the window for whole tiles.
+        let batch = Batch::new(&[700], &[700]);
+        let global: Vec<bool> = (0..700).map(|j| [0, 150, 300, 699].contains(&j)).collect();
         let graph = Graph::window(5, 5).with_columns(Bits::keys(&[&global]).unwrap());
         let expected = batch.reference(|_, _, i, j| global[j] || i.abs_diff(j) <= 5);
         assert_close(&batch.run(isa, &graph), &expected, LIMIT * slack(isa), "window and columns");
@@ -143,6 +144,24 @@ on_every_isa! {
             batch.v[j * 16..][..16].fill(if j % 2 == 0 { f32::NEG_INFINITY } else { f32::NAN });
         }
         assert_bits(&batch.run(isa, &graph()), &expected, "behind bits");
+    }
+
+    fn poison_that_some_rows_of_a_band_may_not_see(isa) {
+        // Key 70 is hidden from odd rows, key 400 from every third: in other chunks, and beside rows that see them.
+        let allowed = |i: usize, j: usize| !(j == 70 && i % 2 == 1 || j == 400 && i.is_multiple_of(3));
+        let graph = || Graph::full().with_bits(Bits::dense([1, 1, 600, 600], |_, _, i, j| allowed(i, j)).unwrap());
+        let mut batch = Batch::new(&[600], &[600]);
+        let expected = batch.run(isa, &graph());
+        batch.v[70 * 16..][..16].fill(f32::NAN);
+        batch.v[400 * 16..][..16].fill(f32::INFINITY);
+        let actual = batch.run(isa, &graph());
+        for (i, (actual, expected)) in actual.chunks(16).zip(expected.chunks(16)).enumerate() {
+            if allowed(i, 70) || allowed(i, 400) {
+                assert!(actual.iter().all(|x| !x.is_finite()), "{i} {actual:?}");
+            } else {
+                assert_bits(actual, expected, &format!("{i}"));
+            }
+        }
     }
 
     fn decoding_gives_the_bits_of_prefill(isa) {

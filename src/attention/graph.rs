@@ -24,17 +24,6 @@ pub struct Graph {
     bits: Vec<Bits>,
 }
 
-/// How much of a tile of scores the graph keeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cover {
-    /// Nothing: the tile is skipped.
-    Empty,
-    /// Some: of what is computed, some scores are masked.
-    Partial,
-    /// Every query sees every key.
-    Full,
-}
-
 impl Graph {
     /// Every token sees every token.
     pub const fn full() -> Graph {

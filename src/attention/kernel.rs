@@ -88,7 +88,7 @@ pub(crate) fn attend<S: Simd>(
                 attend_chunk(s, call, queries, keys, kv_head, &tiles, &mut rows, &mut positions, is_careful);
             }
         }
-        // A NaN or infinity behind the mask may have come in as 0 * NaN.
+        // A NaN or infinity behind the mask may have come in as 0 * NaN: one that was allowed costs a tile its second run as well.
         if write(s, &rows, out) || !is_masked {
             break;
         }
@@ -99,7 +99,7 @@ pub(crate) fn attend<S: Simd>(
 struct Rows<'a> {
     q: MatRef<'a>,
     score: MatMut<'a>,
-    /// The chunk's output.
+    /// The chunk's output; like `total` it means nothing for rows that have seen no key, whose maximum says so.
     part: MatMut<'a>,
     /// The output so far.
     total: MatMut<'a>,
@@ -352,7 +352,8 @@ fn largest<S: Simd>(s: S, scores: &[f32], words: &Words) -> f32 {
     if max == f32::NEG_INFINITY && has_nan(scores, words) { f32::NAN } else { max }
 }
 
-/// Replaces the scores of a row by `exp(score * scale - max)`, by 0 where the row sees no key, and returns their canonical sum.
+/// Replaces the scores of a row by `exp(score * scale - max)`, by 0 where of what its band sees it does not see a key itself, and returns
+/// their canonical sum. The rest of the row stays as it is and is not read.
 #[inline(always)]
 fn exponentials<S: Simd>(s: S, scores: &mut [f32], seen: &Seen, words: &Words, scale: f32, max: f32) -> f32 {
     let blocks = scores.as_chunks_mut::<BLOCK>().0;

@@ -85,7 +85,7 @@ impl KeyLayout {
             for (t, row) in (t..).zip(rows.clone()) {
                 self.store_key(units, t, k_cols, &k.row(row)[k_cols..][..self.head_dim]);
                 self.store_value(units, t, v_cols, &v.row(row)[v_cols..][..self.value_dim]);
-                // The lines that the next head's keys scatter over, a part with each row.
+                // The lines that the next head's keys scatter over, and that head's part of the row: a part with each row.
                 let ahead = (head + 1) * self.unit_len() + t * self.head_dim;
                 for line in units.get(ahead..ahead + self.head_dim).unwrap_or_default().chunks(LANES) {
                     Scalar.prefetch(line.as_ptr());
@@ -196,7 +196,7 @@ impl<'a> Keys<'a> {
 
     /// Keys and values of a block.
     #[inline(always)]
-    pub(crate) fn unit(&self, block: usize, head: usize) -> &'a [f32] {
+    fn unit(&self, block: usize, head: usize) -> &'a [f32] {
         let (data, start) = self.place(block, head);
         &data[start..][..self.layout.unit_len()]
     }

@@ -13,13 +13,13 @@ mod tiles;
 
 pub use bits::Bits;
 pub use cache::KvCache;
-pub use graph::{Cover, Graph};
+pub use graph::Graph;
 pub use keys::KeyStore;
 pub use projection::QkvProjection;
 pub use rotary::{Rotary, RotaryPairs};
 pub use terms::{Bias, Relative, RelativeTable, SegmentTerm, Terms};
 pub(crate) use tiles::Call;
-pub use tiles::Tile;
+pub use tiles::{Cover, Tile};
 
 pub(crate) use kernel::scratch_len;
 pub(crate) use keys::Stores;

@@ -4,7 +4,7 @@
 use core::ops::Range;
 
 use crate::attention::bits::Query;
-use crate::attention::graph::{Cover, Graph};
+use crate::attention::graph::Graph;
 use crate::attention::keys::{BLOCK, CHUNK, CHUNK_BLOCKS};
 use crate::attention::plan::{Plan, check_offsets};
 use crate::attention::{Heads, Terms};
@@ -112,7 +112,7 @@ impl Tiles {
                 None => self.find_words(call, queries, i, end, len),
             }
         }
-        true
+        self.bands().any(|(_, seen)| seen.iter().any(|seen| !seen.is_empty()))
     }
 
     /// The keys that each row sees of block `i`, which ends at `end`, and what of it is left for each band.
@@ -222,6 +222,17 @@ fn bias_mask(call: &Call<'_>, query: Query, block: usize) -> u64 {
 #[inline(always)]
 fn bits(keys: &Range<usize>) -> u64 {
     if keys.is_empty() { 0 } else { u64::MAX >> (BLOCK - keys.len()) << keys.start }
+}
+
+/// How much of a tile of scores the graph keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cover {
+    /// Nothing: the tile is skipped.
+    Empty,
+    /// Some: of what is computed, some scores are masked.
+    Partial,
+    /// Every query sees every key.
+    Full,
 }
 
 /// A tile of scores as attention takes it: queries that are taken together, and a block of up to 64 keys of their sequence.
