@@ -2,10 +2,12 @@
 
 mod common;
 
-use laneformer_models::Checkpoint;
 use std::fs;
 
 use common::{Model, golden, laneformer, parts, refused, words};
+use laneformer::Context;
+use laneformer_models::generate::Generator;
+use laneformer_models::{Checkpoint, Error};
 use safetensors::SafeTensors;
 use serde_json::json;
 
@@ -180,6 +182,11 @@ fn an_empty_prompt_is_the_first_token() {
     model.set("config.json", "eos_token_id", json!(null));
     let empty = "the prompt is empty, and the model has no bos_token_id or eos_token_id";
     refused(&["generate", "--model", model.arg(), "--prompt", ""], &[empty]);
+    // The library does not begin without a token either.
+    for model in [gpt2(), bart()] {
+        let generator = Generator::open(model.path()).unwrap();
+        assert!(matches!(generator.begin(Context::serial(), &[], 4), Err(Error::EmptyPrompt)));
+    }
 }
 
 #[test]

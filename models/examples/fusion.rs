@@ -2,6 +2,7 @@
 
 mod common;
 
+use laneformer_models::Scratch;
 use laneformer_models::fusion::{Config, Fusion, Stream};
 use serde_json::json;
 
@@ -17,7 +18,9 @@ fn main() -> common::Result {
     let d = config.layers.d_model;
     let mut video = Stream { x: common::features(784, d)?, offsets: vec![0, 784] };
     let mut sound = Stream { x: common::features(400, d)?, offsets: vec![0, 400] };
-    let bottleneck = common::timed("fuse", || fusion.forward(common::context(), &mut video, &mut sound))?;
+    let bottleneck = common::timed("fuse", || {
+        fusion.forward(&mut Scratch::default().with(common::context()), &mut video, &mut sound)
+    })?;
     common::show("video", &video.x, d);
     common::show("sound", &sound.x, d);
     if let Some(tokens) = bottleneck {

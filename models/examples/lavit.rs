@@ -2,6 +2,7 @@
 
 mod common;
 
+use laneformer_models::Scratch;
 use laneformer_models::lavit::{Batch, Lavit};
 use serde_json::json;
 
@@ -30,7 +31,7 @@ fn main() -> common::Result {
         video: [&objects, &places],
         video_offsets: &[0, 36],
     };
-    let states = common::timed("three streams", || model.forward(ctx, &batch))?;
+    let states = common::timed("three streams", || model.forward(&mut Scratch::default().with(ctx), &batch))?;
     for (name, state) in ["language", "audio", "video"].iter().zip(&states) {
         common::show(name, state, config.bert.hidden_size);
     }

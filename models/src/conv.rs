@@ -23,7 +23,9 @@ pub struct Images {
 impl Images {
     /// Images from planes `[batch, channels, height, width]`.
     pub fn from_planes(planes: &[f32], [batch, channels, height, width]: [usize; 4]) -> Result<Images> {
-        check_size("pixels", batch * channels * height * width, planes.len())?;
+        let sizes = [batch, channels, height, width];
+        let len = sizes.iter().try_fold(1usize, |len, &size| len.checked_mul(size));
+        check_size("pixels", len.ok_or(laneformer::Error::Overflow { arg: "pixels" })?, planes.len())?;
         let pixels = transposed(planes, channels, height * width);
         Ok(Images { pixels, batch, height, width, channels })
     }

@@ -104,7 +104,7 @@ pub fn token_mask(
     let images = pixel_mask.chunks_exact((height * width).max(1));
     let nearest = |mask: &[bool], i: usize| {
         let (y, x) = (i / columns * height / rows, i % columns * width / columns);
-        mask[y * width + x]
+        mask.get(y * width + x) == Some(&true)
     };
     images.flat_map(|mask| (0..rows * columns).map(move |i| nearest(mask, i))).collect()
 }

@@ -104,15 +104,23 @@ pub enum Qkv {
 }
 
 impl Attention {
-    /// `q_proj`, `k_proj`, `v_proj` and `out_proj`.
+    /// `q_proj`, `k_proj`, `v_proj` and `out_proj`; or instead of the first three PyTorch's `in_proj_weight` and `in_proj_bias`, where
+    /// these are there.
     pub const fn proj(at: &'static str, norm: &'static str) -> Attention {
         Attention { at, qkv: Qkv::Each(["q_proj", "k_proj", "v_proj"]), out: "out_proj", norm }
     }
 }
 
-/// PyTorch's names of an encoder's layer, with a projection each for queries, keys and values.
+/// PyTorch's `nn.TransformerEncoderLayer`.
 pub const ENCODER: &[Part] =
     &[Part::SelfAttention(Attention::proj("self_attn", "norm1")), Part::Ffn(["linear1", "linear2"], "norm2")];
+
+/// PyTorch's `nn.TransformerDecoderLayer`.
+pub const DECODER: &[Part] = &[
+    Part::SelfAttention(Attention::proj("self_attn", "norm1")),
+    Part::CrossAttention(Attention::proj("multihead_attn", "norm2")),
+    Part::Ffn(["linear1", "linear2"], "norm3"),
+];
 
 /// What the layers of a stack have in common.
 #[derive(Clone, Copy, Debug)]
@@ -191,6 +199,9 @@ impl LayerSpec {
         let (d, heads, at) = (self.d_model, self.heads, w.at(names.at));
         let each = |name| at.at(name).linear(d, d);
         let [q, k, v] = match names.qkv {
+            Qkv::Each(_) if at.has("in_proj_weight") => {
+                at.qkv("in_proj_weight", Some("in_proj_bias"), d, d)?
+            }
             Qkv::Each([q, k, v]) => [each(q)?, each(k)?, each(v)?],
             Qkv::Joined([weight, bias]) => at.qkv(weight, Some(bias), d, d)?,
         };

@@ -35,7 +35,7 @@ pub enum Error {
     /// A token, type or position is outside its embedding table; `at` says which of the batch.
     #[error("{table}: index {index} at token {at} is outside the table of {rows} rows")]
     Index { table: &'static str, index: u32, at: usize, rows: usize },
-    /// Special tokens count.
+    /// Special tokens are counted.
     #[error("{tokens} tokens, but the model has {positions} positions")]
     TooLong { tokens: usize, positions: usize },
     #[error("the prompt is empty, and the model has no bos_token_id or eos_token_id to begin with")]

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Graph, Inputs, Norm};
+use laneformer::{Graph, Inputs, Norm};
 use serde::Deserialize;
 
 use crate::attend::offsets;
@@ -12,7 +12,7 @@ use crate::embedding::Embedding;
 use crate::encoder::{self, Attention, ENCODER, LayerSpec, Layers, NormPlacement, Part};
 use crate::error::check_size;
 use crate::weights::normalize;
-use crate::{Checkpoint, Error, Result, Scratch, Weights};
+use crate::{Checkpoint, Error, Result, Run, Weights};
 
 /// Which variant, and what its layers are made of.
 #[derive(Clone, Debug, Deserialize)]
@@ -137,7 +137,7 @@ impl Fusion {
 
     /// Runs over two streams of as many sequences, in place. Summation makes `a` the fused stream and leaves `b` alone; its
     /// streams have the same lengths. The bottleneck tokens [sequences, n, d_model] are returned where there are any.
-    pub fn forward(&self, ctx: Context<'_>, a: &mut Stream, b: &mut Stream) -> Result<Option<Vec<f32>>> {
+    pub fn forward(&self, run: &mut Run<'_>, a: &mut Stream, b: &mut Stream) -> Result<Option<Vec<f32>>> {
         let d = self.d_model;
         check_size("sequences of b", a.offsets.len(), b.offsets.len())?;
         for (arg, stream) in [("a", &*a), ("b", &*b)] {
@@ -162,23 +162,23 @@ impl Fusion {
                         stream.x.iter_mut().zip(places).for_each(|(x, m)| *x += m);
                     }
                 }
-                Step::A(tf) => run(ctx, tf, a)?,
-                Step::B(tf) => run(ctx, tf, b)?,
-                Step::Together(tf) => together(ctx, tf, a, b, d)?,
+                Step::A(tf) => tf.encode(run, &mut a.x, &a.offsets)?,
+                Step::B(tf) => tf.encode(run, &mut b.x, &b.offsets)?,
+                Step::Together(tf) => together(run, tf, a, b, d)?,
                 Step::Cross(cross_a, cross_b) => {
                     let old_a = a.clone();
-                    cross_a.forward(ctx, a, b)?;
-                    cross_b.forward(ctx, b, &old_a)?;
+                    cross_a.forward(run, a, b)?;
+                    cross_b.forward(run, b, &old_a)?;
                 }
                 Step::Through(tf_a, tf_b) => {
                     let mut of_b = bottleneck.clone();
-                    together(ctx, tf_a, a, &mut bottleneck, d)?;
-                    together(ctx, tf_b, b, &mut of_b, d)?;
+                    together(run, tf_a, a, &mut bottleneck, d)?;
+                    together(run, tf_b, b, &mut of_b, d)?;
                     bottleneck.x.iter_mut().zip(&of_b.x).for_each(|(a, b)| *a = 0.5 * (*a + b));
                 }
                 Step::Norm(norm) => {
-                    normalize(ctx, norm, &mut a.x)?;
-                    normalize(ctx, norm, &mut b.x)?;
+                    normalize(run.ctx, norm, &mut a.x)?;
+                    normalize(run.ctx, norm, &mut b.x)?;
                 }
             }
         }
@@ -192,31 +192,27 @@ impl Cross {
         Ok(Cross { layer: spec.single(w, CROSS)?, norm_kv })
     }
 
-    fn forward(&self, ctx: Context<'_>, queries: &mut Stream, source: &Stream) -> Result<()> {
+    fn forward(&self, run: &mut Run<'_>, queries: &mut Stream, source: &Stream) -> Result<()> {
         let mut x = source.x.clone();
         if let Some(norm) = &self.norm_kv {
-            normalize(ctx, norm, &mut x)?;
+            normalize(run.ctx, norm, &mut x)?;
         }
-        let sources = self.layer.sources(ctx, &x, &source.offsets)?;
+        let sources = self.layer.sources(run.ctx, &x, &source.offsets)?;
         let graph = Graph::full();
         let mut inputs = Inputs { sources: &sources, ..Inputs::new(&queries.offsets, &graph) };
-        self.layer.forward(&mut Scratch::default().with(ctx), &mut queries.x, &mut inputs)
+        self.layer.forward(run, &mut queries.x, &mut inputs)
     }
 }
 
-fn run(ctx: Context<'_>, layers: &Layers, stream: &mut Stream) -> Result<()> {
-    layers.encode(&mut Scratch::default().with(ctx), &mut stream.x, &stream.offsets)
-}
-
 /// Runs over C(a, b) and cuts it into a and b again.
-fn together(ctx: Context<'_>, layers: &Layers, a: &mut Stream, b: &mut Stream, d: usize) -> Result<()> {
+fn together(run: &mut Run<'_>, layers: &Layers, a: &mut Stream, b: &mut Stream, d: usize) -> Result<()> {
     let offsets = a.offsets.iter().zip(&b.offsets).map(|(a, b)| a + b).collect();
     let mut both = Stream { x: Vec::with_capacity(a.x.len() + b.x.len()), offsets };
     for (a_ends, b_ends) in a.offsets.windows(2).zip(b.offsets.windows(2)) {
         both.x.extend(&a.x[a_ends[0] * d..a_ends[1] * d]);
         both.x.extend(&b.x[b_ends[0] * d..b_ends[1] * d]);
     }
-    run(ctx, layers, &mut both)?;
+    layers.encode(run, &mut both.x, &both.offsets)?;
     let mut rest = &both.x[..];
     for (a_ends, b_ends) in a.offsets.windows(2).zip(b.offsets.windows(2)) {
         for (stream, ends) in [(&mut *a.x, a_ends), (&mut *b.x, b_ends)] {

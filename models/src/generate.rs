@@ -129,6 +129,9 @@ impl Generator {
     /// The beginning of a generation of up to `max_tokens` tokens. BART reads the prompt here; GPT does so with the first
     /// token.
     pub fn begin(&self, ctx: Context<'_>, prompt: &[u32], max_tokens: usize) -> Result<Generation<'_>> {
+        if prompt.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
         let (decoder, _) = self.parts();
         let (mut sources, mut next, mut forced) = (vec![], prompt.to_vec(), None);
         if let Model::Bart(bart) = &self.model {

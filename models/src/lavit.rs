@@ -15,7 +15,7 @@ use crate::error::check_size;
 use crate::head::{self, Head};
 use crate::run::project;
 use crate::weights::normalize;
-use crate::{Checkpoint, Error, Result, Run, Scratch, Weights};
+use crate::{Checkpoint, Error, Result, Run, Weights};
 
 /// The configuration; BERT's is that of the language stream.
 #[derive(Clone, Debug, Deserialize)]
@@ -129,22 +129,20 @@ impl Lavit {
     }
 
     /// The last hidden states of language, audio and video.
-    pub fn forward(&self, ctx: Context<'_>, batch: &Batch<'_>) -> Result<[Vec<f32>; 3]> {
-        let mut scratch = Scratch::default();
-        let mut run = scratch.with(ctx);
-        let l = self.language.forward(&mut run, batch.language)?;
-        let a = self.audio.forward(&mut run, batch.audio, batch.audio_offsets)?;
-        let v = self.video.forward(&mut run, &batch.video, batch.video_offsets)?;
+    pub fn forward(&self, run: &mut Run<'_>, batch: &Batch<'_>) -> Result<[Vec<f32>; 3]> {
+        let l = self.language.forward(run, batch.language)?;
+        let a = self.audio.forward(run, batch.audio, batch.audio_offsets)?;
+        let v = self.video.forward(run, &batch.video, batch.video_offsets)?;
 
-        let (mut states, offsets, mut scratch) = ([l, a, v], batch.offsets(), Scratch::default());
+        let (mut states, offsets) = ([l, a, v], batch.offsets());
         for layers in &self.cross {
             // Every stream reads the next one as it was before this layer.
-            let keys = |i: usize| layers[i].sources(ctx, &states[(i + 1) % 3], offsets[(i + 1) % 3]);
+            let keys = |i: usize| layers[i].sources(run.ctx, &states[(i + 1) % 3], offsets[(i + 1) % 3]);
             let keys = [keys(0)?, keys(1)?, keys(2)?];
             for (i, state) in states.iter_mut().enumerate() {
                 let graph = Graph::full();
                 let mut inputs = Inputs { sources: &keys[i], ..Inputs::new(offsets[i], &graph) };
-                layers[i].forward(&mut scratch.with(ctx), state, &mut inputs)?;
+                layers[i].forward(run, state, &mut inputs)?;
             }
         }
         Ok(states)

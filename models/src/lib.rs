@@ -5,6 +5,8 @@
 //! is left out before the first layer ([`ragged`]).
 //!
 //! - [`checkpoint`] and [`weights`]: a memory-mapped safetensors file, and the parts of a layer read from it.
+//! - [`config`]: `config::open(dir, Bert::load)` loads a model from the `config.json` and the `model.safetensors` of a directory.
+//!   `load` knows what a configuration may leave out; the fields alone have no defaults.
 //! - [`embedding`], [`encoder`], [`attend`], [`head`]: what stands before the layers, stacks by the names of their tensors, layers
 //!   whose attention a model runs itself, and what stands behind them.
 //! - [`run`] and [`ragged`]: a context with its scratch, and padded batches as packed ones.
@@ -14,7 +16,7 @@
 //! - [`verify`]: golden cases, computed by independent implementations, run through the models.
 //!
 //! # Errors
-//! No model panics on bad input. Loading fails with the file and what of it is missing or disagrees: the tensor and both
+//! Loading and running do not panic on bad input. Loading fails with the file and what of it is missing or disagrees: the tensor and both
 //! shapes or types, or the field, what would have worked, and its value. Running fails with the table and the index of a token
 //! outside of it, or with what the library says of sizes that do not fit one another. Functions name only what they add to this.
 

@@ -4,7 +4,7 @@ use laneformer::{Context, Epilogue, Heads, Inputs, KeyStore, Linear, MatMut, Mat
 
 use crate::Result;
 
-/// A workspace that grows with the batches it meets, for one model, and the buffers that one layer leaves to the next: memory that
+/// A workspace that grows with the batches and the stacks it meets, and the buffers that one layer leaves to the next: memory that
 /// the system has cleared already.
 #[derive(Debug, Default)]
 pub struct Scratch {
@@ -55,7 +55,7 @@ impl Scratch {
     }
 }
 
-/// A context with the scratch of a model.
+/// A context with its scratch.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "see above")]
 pub struct Run<'a> {
@@ -74,10 +74,15 @@ impl Run<'_> {
         scratch.tokens = scratch.tokens.max(tokens);
         scratch.segments = scratch.segments.max(segments);
         scratch.members = scratch.members.max(members);
-        let workspace = match &mut scratch.workspace {
-            Some(workspace) => workspace,
-            empty => empty.insert(stack.workspace(scratch.tokens, scratch.segments, scratch.members)?),
-        };
+        if let Some(workspace) = &mut scratch.workspace {
+            match stack.forward_with(self.ctx, MatMut::contiguous(x, tokens, d)?, inputs, workspace) {
+                // It was made for a narrower stack; nothing is written yet.
+                Err(laneformer::Error::TooSmall { .. }) => {}
+                done => return Ok(done?),
+            }
+        }
+        let workspace = stack.workspace(scratch.tokens, scratch.segments, scratch.members)?;
+        let workspace = scratch.workspace.insert(workspace);
         Ok(stack.forward_with(self.ctx, MatMut::contiguous(x, tokens, d)?, inputs, workspace)?)
     }
 

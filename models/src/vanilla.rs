@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::config::{activation, heads};
 use crate::embedding::{Embedding, Sinusoid};
-use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part, Qkv};
+use crate::encoder::{DECODER, ENCODER, LayerSpec, Layers, NormPlacement};
 use crate::error::check_size;
 use crate::run::project;
 use crate::{Checkpoint, Error, Result, Weights};
@@ -31,19 +31,6 @@ pub struct Config {
     pub vocab_size: usize,
     pub sinusoid: Option<Sinusoid>,
 }
-
-const fn attention(at: &'static str, norm: &'static str) -> Attention {
-    Attention { at, qkv: Qkv::Joined(["in_proj_weight", "in_proj_bias"]), out: "out_proj", norm }
-}
-
-const ENCODER: &[Part] =
-    &[Part::SelfAttention(attention("self_attn", "norm1")), Part::Ffn(["linear1", "linear2"], "norm2")];
-
-const DECODER: &[Part] = &[
-    Part::SelfAttention(attention("self_attn", "norm1")),
-    Part::CrossAttention(attention("multihead_attn", "norm2")),
-    Part::Ffn(["linear1", "linear2"], "norm3"),
-];
 
 /// The two stacks and, if the model has a vocabulary, what stands before and behind them.
 #[derive(Debug)]

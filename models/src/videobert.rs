@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::bert::{self, Bert};
 use crate::config::{from_value, with_defaults};
+use crate::error::check_size;
 use crate::head::{Head, argmax};
 use crate::run::project;
 use crate::weights::linear;
@@ -82,6 +83,11 @@ impl VideoBert {
         let words = self.config.bert.vocab_size;
         if let Some(at) = text.iter().position(|&id| id as usize >= words) {
             return Err(Error::Index { table: "word_embeddings", index: text[at], at, rows: words });
+        }
+        check_size("masked", video_ids.len(), masked.len())?;
+        let rows = self.config.num_centroids;
+        if let Some(at) = video_ids.iter().position(|&id| id as usize >= rows) {
+            return Err(Error::Index { table: "centroids", index: video_ids[at], at, rows });
         }
         let clip = |(&id, &masked): (&u32, &bool)| {
             if masked { self.config.mask_token_id } else { words as u32 + id }

@@ -126,7 +126,7 @@ pub struct Attention {
     v: Buffer,
     /// Kept between runs, as an engine keeps it: a run stores keys and values by head and attends.
     store: KeyStore,
-    /// Unless the keys are stored already, as a layer's projection leaves them.
+    /// Unless the keys are stored already, as a layer's projection leaves them: the check before the runs does that.
     stores_keys: bool,
     out: Buffer,
 }
@@ -170,7 +170,9 @@ impl Attention {
 
 impl Workload for Attention {
     fn check(&mut self, ctx: Context<'_>) -> Result<Deviation> {
-        self.store_keys(ctx)?;
+        if !self.stores_keys {
+            self.store_keys(ctx)?;
+        }
         self.run(ctx)?;
         let cols = self.heads.query_cols();
         let batch = self.offsets.len() - 1;

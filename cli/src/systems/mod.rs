@@ -3,10 +3,10 @@
 mod cost;
 mod models;
 
-use laneformer_models::Checkpoint;
 use std::path::Path;
 
 use anyhow::Result;
+use laneformer_models::Checkpoint;
 use serde::Serialize;
 use serde_json::{Value, json};
 

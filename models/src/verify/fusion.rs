@@ -3,8 +3,8 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
 use crate::fusion::{Config, Fusion, Stream};
+use crate::{Result, Scratch};
 
 pub(super) fn fusion(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let config: Config = case.config()?;
@@ -16,7 +16,7 @@ pub(super) fn fusion(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         (case.ragged("mask_a")?, case.ragged(if is_sum { "mask_a" } else { "mask_b" })?);
     let mut a = Stream { x: tokens_a.gather(&case.f32("a")?, d)?, offsets: tokens_a.offsets().to_vec() };
     let mut b = Stream { x: tokens_b.gather(&case.f32("b")?, d)?, offsets: tokens_b.offsets().to_vec() };
-    let bottleneck = fusion.forward(ctx, &mut a, &mut b)?;
+    let bottleneck = fusion.forward(&mut Scratch::default().with(ctx), &mut a, &mut b)?;
     let (a, b) = (tokens_a.scatter(&a.x, d), tokens_b.scatter(&b.x, d));
     let mut outputs = Outputs::from([(if is_sum { "z" } else { "a" }.into(), a), ("b".into(), b)]);
     outputs.extend(bottleneck.map(|x| ("bottleneck".into(), x)));

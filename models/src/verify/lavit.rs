@@ -3,8 +3,8 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::Result;
 use crate::lavit::{Batch, Lavit};
+use crate::{Result, Scratch};
 
 pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Lavit::load(case.path(), case.json(), case.weights())?;
@@ -45,7 +45,7 @@ pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         video: [&v_feat, &v_coord],
         video_offsets: v.offsets(),
     };
-    let states = model.forward(ctx, &batch)?;
+    let states = model.forward(&mut Scratch::default().with(ctx), &batch)?;
     let answer_logits = model.answer_logits(ctx, &states, batch.offsets())?;
     let d = config.bert.hidden_size;
     Ok(Outputs::from([

@@ -1,0 +1,45 @@
+//! What models share when they run.
+
+use std::path::Path;
+
+use laneformer::{Context, Isa};
+use laneformer_models::encoder::Config;
+use laneformer_models::videobert::VideoBert;
+use laneformer_models::{Checkpoint, Scratch};
+use serde_json::json;
+
+/// Stacks of any widths run with the same scratch, and make what they make alone.
+#[test]
+fn one_scratch_serves_narrow_and_wide_stacks() {
+    let ctx = Context::new(Isa::best(), &laneformer::Serial);
+    let mut shared = Scratch::default();
+    for (d_model, d_ff, tokens) in [(16, 32, 7), (64, 256, 5), (16, 900, 7), (48, 8, 3), (64, 256, 7)] {
+        let config = json!({
+            "d_model": d_model, "num_heads": 4, "d_ff": d_ff, "num_layers": 2, "norm_placement": "pre", "eps": 1e-5,
+            "activation": "gelu", "final_norm": true,
+        });
+        let config: Config = serde_json::from_value(config).unwrap();
+        let layers = config.load(Path::new("config"), &Checkpoint::random(1)).unwrap();
+        let x = Checkpoint::random(2).tensor("x", &[tokens, d_model]).unwrap().into_owned();
+        let (mut alone, mut beside) = (x.clone(), x);
+        layers.encode(&mut Scratch::default().with(ctx), &mut alone, &[0, tokens]).unwrap();
+        layers.encode(&mut shared.with(ctx), &mut beside, &[0, tokens]).unwrap();
+        assert_eq!(alone, beside, "{d_model} {d_ff} {tokens}");
+    }
+}
+
+#[test]
+fn clips_outside_of_the_centroids_are_refused() {
+    let config = json!({
+        "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+        "max_position_embeddings": 16, "num_centroids": 5, "video_feature_dim": 4, "sep_token_id": 1, "mask_token_id": 2,
+    });
+    let model = VideoBert::load(Path::new("config"), &config, &Checkpoint::random(1)).unwrap();
+    let joint = |ids: &[u32], masked: &[bool]| model.joint_sequence(&[3, 4], ids, masked);
+    assert_eq!(joint(&[4, 0], &[false, true]).unwrap().0, [3, 4, 24, 2, 1]);
+    for id in [5, u32::MAX] {
+        let why = joint(&[0, id], &[false; 2]).unwrap_err().to_string();
+        assert!(why.contains("centroids") && why.contains(&id.to_string()), "{why}");
+    }
+    assert!(joint(&[0, 1], &[false]).is_err());
+}
