@@ -75,7 +75,7 @@ impl Checkpoint {
         match &self.source {
             Source::File { metadata, .. } => metadata.info(name).is_some(),
             // All, but each once: this is another name for the same.
-            Source::Random { .. } => last(name) != "gamma",
+            Source::Random { .. } => !matches!(last(name), "gamma" | "in_proj_weight"),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use laneformer::{Context, Isa};
+use laneformer_models::bert::Bert;
 use laneformer_models::encoder::Config;
 use laneformer_models::videobert::VideoBert;
 use laneformer_models::{Checkpoint, Scratch};
@@ -26,6 +27,32 @@ fn one_scratch_serves_narrow_and_wide_stacks() {
         layers.encode(&mut shared.with(ctx), &mut beside, &[0, tokens]).unwrap();
         assert_eq!(alone, beside, "{d_model} {d_ff} {tokens}");
     }
+}
+
+/// Of two names for the same a random checkpoint has the one that published models have.
+#[test]
+fn random_weights_have_the_usual_names() {
+    let config = json!({
+        "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+        "max_position_embeddings": 16,
+    });
+    let checkpoint = Checkpoint::random(1);
+    Bert::load(Path::new("config"), &config, &checkpoint).unwrap();
+    let names: Vec<String> = checkpoint.asked().into_keys().collect();
+    let layer: Vec<&str> = names.iter().filter_map(|name| name.strip_prefix("encoder.layer.0.")).collect();
+    let parts = [
+        "attention.output.LayerNorm",
+        "attention.output.dense",
+        "attention.self.key",
+        "attention.self.query",
+        "attention.self.value",
+        "intermediate.dense",
+        "output.LayerNorm",
+        "output.dense",
+    ];
+    let expected: Vec<String> =
+        parts.iter().flat_map(|part| ["bias", "weight"].map(|tensor| format!("{part}.{tensor}"))).collect();
+    assert_eq!(layer, expected);
 }
 
 #[test]
