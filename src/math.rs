@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "all 2^31 arguments take half a minute; run before a release, or when src/math.rs changes"]
+    #[ignore = "all 2^31 arguments take half a minute: a step of its own in .ci/run"]
     fn exp_of_softmax_meets_its_bounds_everywhere() {
         sweep_exp_nonpositive(Isa::best(), 1);
     }

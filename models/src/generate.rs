@@ -133,18 +133,18 @@ impl Generator {
             return Err(Error::EmptyPrompt);
         }
         let (decoder, _) = self.parts();
-        let (mut sources, mut next, mut forced) = (vec![], prompt.to_vec(), None);
+        let (mut memory, mut offsets, mut next, mut forced) = (vec![], [0, 0], prompt.to_vec(), None);
         if let Model::Bart(bart) = &self.model {
-            let (positions, offsets): (Vec<_>, _) = ((0..prompt.len() as u32).collect(), [0, prompt.len()]);
+            let positions: Vec<_> = (0..prompt.len() as u32).collect();
+            offsets = [0, prompt.len()];
             let batch = Batch { ids: prompt, positions: &positions, offsets: &offsets, ..Batch::default() };
-            let memory = bart.encoder.encode(&mut Scratch::default().with(ctx), batch)?;
-            sources = decoder.layers.sources(ctx, &memory, &offsets)?;
+            memory = bart.encoder.encode(&mut Scratch::default().with(ctx), batch)?;
             let start = self.special.decoder_start_token_id.or(self.special.bos_token_id);
             next = vec![start.unwrap_or(bart.config.decoder_start_token_id)];
             forced = self.special.forced_bos_token_id;
         }
         let room = next.len().saturating_add(max_tokens).min(self.positions());
-        let decoding = Decoding { sources, caches: decoder.layers.caches(1, room)? };
+        let decoding = decoder.layers.begin(ctx, &memory, &offsets, room)?;
         let scratch = Scratch::default();
         Ok(Generation { generator: self, decoding, next, forced, seen: 0, left: max_tokens, scratch })
     }

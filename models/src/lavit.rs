@@ -158,6 +158,8 @@ impl Lavit {
         let d = self.config.bert.hidden_size;
         let pool = |i: usize| head::pool(ctx, &self.poolers[i], &states[i], offsets[i]);
         let (l, a, v) = (pool(0)?, pool(1)?, pool(2)?);
+        check_size("sequences of audio", l.len() / d, a.len() / d)?;
+        check_size("sequences of video", l.len() / d, v.len() / d)?;
         let rows = l.chunks_exact(d).zip(a.chunks_exact(d)).zip(v.chunks_exact(d));
         let pooled: Vec<_> = rows.flat_map(|((l, a), v)| [l, a, v]).flatten().copied().collect();
         self.head.forward(ctx, &pooled)
