@@ -80,19 +80,23 @@ pub(crate) fn product<S: Simd>(
     let (a, b, c) = (a.as_ptr(), data.as_ptr(), c.as_mut_ptr());
     // The lines of a single tile of rows stream past once, which the hardware foresees better than this does.
     let next = if rows > S::MR { next } else { &[] };
-    let mut ahead = next.chunks(k.max(1) * LANES);
+    let (mr, nv) = tile_shape::<S>(rows);
+    let tiles = rows.div_ceil(mr) * (cols / LANES).div_ceil(nv);
+    // Spread evenly, but a line per step at most.
+    let next_step = next.len().div_ceil((tiles * k).max(1)).min(LANES);
+    let mut ahead = next.chunks((k * next_step).max(1));
     let mut col = 0;
     while col < cols {
-        let vectors = ((cols - col) / LANES).min(S::NV);
+        let vectors = ((cols - col) / LANES).min(nv);
         let mut row = 0;
         // Balanced: 7 rows are 4 + 3, not 6 + 1, which would leave a tile bound by its loads.
-        for tiles_left in (1..=rows.div_ceil(S::MR)).rev() {
+        for tiles_left in (1..=rows.div_ceil(mr)).rev() {
             let height = (rows - row).div_ceil(tiles_left);
             // SAFETY: the tile of `height` rows from `row` and `vectors` vectors from `col` is inside the matrices, whose
             // extents were checked above.
             let (a, b, c) = unsafe { (a.add(row * a_stride), b.add(col), c.add(row * c_stride + col)) };
             // Nothing left to fetch: a line that is there. An unmapped address would cost a page walk.
-            let (next, next_step) = ahead.next().map_or((a, 0), |lines| (lines.as_ptr(), LANES));
+            let (next, next_step) = ahead.next().map_or((a, 0), |lines| (lines.as_ptr(), next_step));
             let tile =
                 Tile { k, first, run, gap, a, a_stride, b, b_stride, c, c_stride, start, next, next_step };
             // SAFETY: as above.
@@ -101,6 +105,15 @@ pub(crate) fn product<S: Simd>(
         }
         col += vectors * LANES;
     }
+}
+
+/// Rows and vectors of a tile at most.
+///
+/// Three tiles of rows fetch three quarters of the next block at a line per step; as four tiles, higher and half as wide, they fetch all
+/// of it.
+#[inline(always)]
+fn tile_shape<S: Simd>(rows: usize) -> (usize, usize) {
+    if S::NV == 4 && rows > 2 * S::MR && rows <= 16 { (8, 2) } else { (S::MR, S::NV) }
 }
 
 /// The operands of one tile.
@@ -129,7 +142,7 @@ unsafe fn pick<S: Simd>(s: S, height: usize, vectors: usize, tile: &Tile) {
         ($(($mr:literal, $nv:literal))*) => {
             match (height, vectors) {
                 // An instance that this instruction set never asks for is not compiled.
-                $(($mr, $nv) if const { $mr <= S::MR && $nv <= S::NV } => {
+                $(($mr, $nv) if const { $mr * $nv <= S::MR * S::NV && ($mr <= S::MR || S::NV == 4) && $nv <= S::NV } => {
                     // A call of its own, so that the tile has the registers for itself.
                     // SAFETY: the caller's promise.
                     s.vectorize(#[inline(always)] || unsafe { run::<S, $mr, $nv>(s, tile) })
@@ -141,8 +154,8 @@ unsafe fn pick<S: Simd>(s: S, height: usize, vectors: usize, tile: &Tile) {
     instances! {
         (6, 4) (5, 4) (4, 4) (3, 4) (2, 4) (1, 4)
         (6, 3) (5, 3) (4, 3) (3, 3) (2, 3) (1, 3)
-        (6, 2) (5, 2) (4, 2) (3, 2) (2, 2) (1, 2)
-        (6, 1) (5, 1) (4, 1) (3, 1) (2, 1) (1, 1)
+        (8, 2) (7, 2) (6, 2) (5, 2) (4, 2) (3, 2) (2, 2) (1, 2)
+        (8, 1) (7, 1) (6, 1) (5, 1) (4, 1) (3, 1) (2, 1) (1, 1)
     }
 }
 

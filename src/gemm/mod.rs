@@ -34,8 +34,7 @@ pub(crate) fn panel_product<S: Simd>(
     let (rows, k) = (a.rows(), a.cols());
     for start in (0..k).step_by(K_BLOCK) {
         let end = k.min(start + K_BLOCK);
-        let next = if end < k { w.block(panel, end) } else { w.block(panel + 1, 0) };
-        block_product(s, a.block(0..rows, start..end), w, panel, start, sums, next);
+        block_product(s, a.block(0..rows, start..end), w, panel, start, sums, w.ahead(panel, start..end));
     }
 }
 

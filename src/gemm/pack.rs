@@ -1,6 +1,8 @@
 //! Weights, packed once: panels of 64 columns, `[N / 64][K][64]`, on cache lines. The layout belongs to no instruction
 //! set: AVX-512 reads four vectors of a row, the others one cache line per step of K.
 
+use core::ops::Range;
+
 use crate::error::{Error, check_dim};
 use crate::gemm::{K_BLOCK, PANEL};
 use crate::view::MatRef;
@@ -99,6 +101,15 @@ impl PackedMatrix {
         }
         let first = self.panel_start(panel);
         &self.data[first + start * PANEL..first + self.k.min(start + K_BLOCK) * PANEL]
+    }
+
+    /// As much as rows `steps` of a panel, a canonical block farther in the order of the panels; shorter at the end. What is fetched at
+    /// this distance comes in time and does not stay for long.
+    #[inline(always)]
+    pub(crate) fn ahead(&self, panel: usize, steps: Range<usize>) -> &[f32] {
+        let first = self.panel_start(panel) + (steps.start + K_BLOCK) * PANEL;
+        let end = self.data.len().min(first + steps.len() * PANEL);
+        self.data.get(first..end).unwrap_or(&[])
     }
 
     #[inline(always)]
