@@ -147,11 +147,20 @@ impl Ffn {
         Split::most_rows_by_cols(members).min(max_tokens) * padded_stride(self.d_ff())
     }
 
-    /// Hidden columns from `start`, a multiple of [`PANEL`].
-    fn hidden<S: Simd>(&self, s: S, x: MatRef<'_>, start: usize, out: &mut MatMut<'_>, scratch: &mut [f32]) {
-        self.w1.tile(s, x, start, self.activation, Residual::None, out, scratch);
+    /// Hidden columns from `start`, a multiple of [`PANEL`]; `then` are the weights that are read next.
+    fn hidden<S: Simd>(
+        &self,
+        s: S,
+        x: MatRef<'_>,
+        start: usize,
+        out: &mut MatMut<'_>,
+        scratch: &mut [f32],
+        then: &[f32],
+    ) {
+        let after_w1 = self.up.as_ref().map_or(then, |up| up.from(start));
+        self.w1.tile(s, x, start, self.activation, Residual::None, out, scratch, after_w1);
         if let Some(up) = &self.up {
-            up.tile(s, x, start, Activation::None, Residual::Gate, out, scratch);
+            up.tile(s, x, start, Activation::None, Residual::Gate, out, scratch, then);
         }
     }
 
@@ -166,8 +175,9 @@ impl Ffn {
         for start in (0..self.d_ff()).step_by(CHUNK) {
             let len = CHUNK.min(self.d_ff() - start);
             let mut hidden = MatMut::scratch(hidden, rows, len, stride);
-            self.hidden(s, x, start, &mut hidden, scratch);
-            self.w2.accumulate(s, hidden.as_ref(), start, &mut sums);
+            self.hidden(s, x, start, &mut hidden, scratch, self.w2.block(start));
+            let then = self.w1.from((start + len) % self.d_ff());
+            self.w2.accumulate(s, hidden.as_ref(), start, &mut sums, then);
         }
         sums
     }
@@ -220,7 +230,8 @@ impl Ffn {
                 let x = input.block(row..row + hidden.rows(), 0..input.cols());
                 // Each tile normalises the few rows again: cheaper than a phase of its own.
                 let x = normalised(s, x, placement.before(), rest);
-                self.hidden(s, x, col, &mut hidden, scratch);
+                let then = self.w1.from(col + hidden.cols());
+                self.hidden(s, x, col, &mut hidden, scratch, then);
             },
         );
         close_phase(s, crew, hidden.as_ref(), &self.w2, placement, x);

@@ -261,7 +261,7 @@ impl Linear {
                     fill(rows.clone(), MatMut::scratch(&mut *x, rows.len(), k, stride));
                     let x = MatMut::scratch(x, rows.len(), k, stride).into_ref();
                     let residual = epilogue.tile(rows, 0..block.cols());
-                    self.tile(s, x, 0, epilogue.activation, residual, &mut block, scratch);
+                    self.tile(s, x, 0, epilogue.activation, residual, &mut block, scratch, self.from(0));
                 },
             );
         });
@@ -297,14 +297,15 @@ impl Linear {
                     let rows = row..row + block.rows();
                     let residual = epilogue.tile(rows.clone(), col..col + block.cols());
                     let x = x.block(rows, 0..x.cols());
-                    self.tile(s, x, col, epilogue.activation, residual, &mut block, scratch);
+                    let then = self.from((col + block.cols()) % self.out_features());
+                    self.tile(s, x, col, epilogue.activation, residual, &mut block, scratch, then);
                 },
             );
         });
     }
 
     /// `out = epilogue(x W^T + b)` for the columns from `col`, a multiple of [`PANEL`].
-    /// `scratch` holds [`PANEL`] elements per row.
+    /// `scratch` holds [`PANEL`] elements per row; `then` are the weights that are read next.
     pub(crate) fn tile<S: Simd>(
         &self,
         s: S,
@@ -314,6 +315,7 @@ impl Linear {
         residual: Residual<'_>,
         out: &mut MatMut<'_>,
         scratch: &mut [f32],
+        then: &[f32],
     ) {
         let panels = col / PANEL..(col + out.cols()).div_ceil(PANEL);
         self.panels(
@@ -321,7 +323,7 @@ impl Linear {
             x,
             panels,
             activation,
-            scratch,
+            (scratch, then),
             #[inline(always)]
             |row, first, v, width| store_row(s, residual, out, row, first - col..first - col + width, v),
         );
@@ -335,24 +337,44 @@ impl Linear {
         x: MatRef<'_>,
         panels: Range<usize>,
         activation: Activation,
-        scratch: &mut [f32],
+        (scratch, then): (&mut [f32], &[f32]),
         store: impl FnMut(usize, usize, [S::V; 4], usize),
     ) {
         let sums = MatMut::scratch(scratch, x.rows(), PANEL, PANEL);
         let mut epilogue = self.epilogue(s, sums, store);
-        for panel in panels {
-            panel_product(s, x, &self.weight, panel, &mut epilogue.sums);
+        for panel in panels.clone() {
+            panel_product(s, x, &self.weight, panel, &mut epilogue.sums, (&panels, then));
             epilogue.first = panel * PANEL;
             epilogue.write(activation);
         }
     }
 
-    /// Takes one canonical block of K, from `start`, into `sums`, which has whole panels: the first begins the sums.
-    pub(crate) fn accumulate<S: Simd>(&self, s: S, a: MatRef<'_>, start: usize, sums: &mut MatMut<'_>) {
-        for panel in 0..self.weight.panels() {
+    /// Takes one canonical block of K, from `start`, into `sums`, which has whole panels: the first begins the sums. `then` are the
+    /// weights that are read next.
+    pub(crate) fn accumulate<S: Simd>(
+        &self,
+        s: S,
+        a: MatRef<'_>,
+        start: usize,
+        sums: &mut MatMut<'_>,
+        then: &[f32],
+    ) {
+        let panels = self.weight.panels();
+        for panel in 0..panels {
             let mut sums = sums.block(0..a.rows(), panel * PANEL..(panel + 1) * PANEL);
-            block_product(s, a, &self.weight, panel, start, &mut sums, self.weight.block(panel + 1, start));
+            let next = if panel + 1 < panels { self.weight.block(panel + 1, start) } else { then };
+            block_product(s, a, &self.weight, panel, start, &mut sums, [next, &[]]);
         }
+    }
+
+    /// The weights of the columns from `col`, a multiple of [`PANEL`], on.
+    pub(crate) fn from(&self, col: usize) -> &[f32] {
+        self.weight.from(col.div_ceil(PANEL))
+    }
+
+    /// Those of all columns for a canonical block of inputs, from `start`, as [`accumulate`](Linear::accumulate) begins.
+    pub(crate) fn block(&self, start: usize) -> &[f32] {
+        self.weight.block(0, start)
     }
 
     /// `out = sums + b + residual`, the end of [`Linear::accumulate`].
@@ -530,7 +552,7 @@ impl Split {
 
     /// The most rows whose columns are split.
     pub(crate) fn most_rows_by_cols(members: usize) -> usize {
-        if members == 1 { 0 } else { members.saturating_mul(Self::FEW) }
+        members.saturating_mul(Self::FEW)
     }
 
     /// Whether a tile holds whole rows.

@@ -79,7 +79,7 @@ pub(crate) fn close_phase<S: Simd>(
                     branch,
                     #[inline(always)]
                     |residual, out| {
-                        linear.tile(s, a, 0, Activation::None, residual, out, scratch);
+                        linear.tile(s, a, 0, Activation::None, residual, out, scratch, linear.from(0));
                     },
                 );
             },
@@ -93,7 +93,8 @@ pub(crate) fn close_phase<S: Simd>(
         #[inline(always)]
         |row, col, mut x, scratch| {
             let a = rows_of(row, x.rows());
-            linear.tile(s, a, col, Activation::None, Residual::Out(alpha), &mut x, scratch);
+            let then = linear.from(col + x.cols());
+            linear.tile(s, a, col, Activation::None, Residual::Out(alpha), &mut x, scratch, then);
         },
     );
     if let Some(norm) = norm {

@@ -161,7 +161,7 @@ fn attend_chunk<S: Simd>(
             let panel = Rhs::rows(&keys.keys(block, kv_head)[seen.start..], BLOCK);
             let next = keys.after(block, kv_head);
             let q = q.block(rows.clone(), 0..head_dim);
-            product(s, q, panel, Start::Zero, &mut score.block(rows, cols), next);
+            product(s, q, panel, Start::Zero, &mut score.block(rows, cols), [next, &[]]);
         }
     }
     if let (Some(relative), Some((w, buffer))) = (&call.terms.relative, positions) {
@@ -204,7 +204,7 @@ fn attend_chunk<S: Simd>(
             let gap = keys.layout.block_len() - BLOCK * stride;
             let values = Rhs::rows(&values[first * stride..], stride).in_runs(BLOCK - first, BLOCK, gap);
             let p = score.as_ref().block(rows.clone(), keys_seen);
-            product(s, p, values, start, &mut out.block(rows.clone(), 0..stride), next);
+            product(s, p, values, start, &mut out.block(rows.clone(), 0..stride), [next, &[]]);
             start = Start::Continue;
         }
     }
@@ -257,7 +257,7 @@ fn add_relative<S: Simd>(
     for i in 0..(panels as usize).min(RELATIVE_COLS / BLOCK) {
         let mut tile = buffer.block(0..rows, i * BLOCK..(i + 1) * BLOCK);
         match relative.table.panel(head, first + i as isize) {
-            Some(panel) => product(s, w, Rhs::rows(panel, BLOCK), Start::Zero, &mut tile, &[]),
+            Some(panel) => product(s, w, Rhs::rows(panel, BLOCK), Start::Zero, &mut tile, [&[]; 2]),
             None => {
                 for row in 0..rows {
                     tile.row_mut(row).fill(0.0);

@@ -249,7 +249,7 @@ impl QkvProjection {
                     let (from, to) = (col.max(start), end.min(start + linear.out_features()));
                     if from < to {
                         let mut out = out.block(0..x.rows(), from - col..to - col);
-                        linear.tile(s, x, from - start, Activation::None, Residual::None, &mut out, scratch);
+                        linear.tile(s, x, from - start, Activation::None, Residual::None, &mut out, scratch, &[]);
                     }
                 }
             },
@@ -311,24 +311,30 @@ impl QkvProjection {
                 let (scratch, rest) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
                 let [of_q, of_k, of_v] =
                     rows.sources(s, plan.tile_rows[tile]..plan.tile_rows[tile + 1], rest);
+                let heads = part * kv_heads..self.heads.n_kv_heads.min((part + 1) * kv_heads);
+                let (k_col, v_col) = (heads.start * layout.head_dim, heads.start * layout.value_dim);
+                let q_col = part * q_heads * layout.head_dim;
+                // The next tile's: more rows, or the next heads.
+                let next_q = self.q.from((q_col + q.cols()) % self.heads.query_cols());
                 self.q.tile(
                     s,
                     of_q,
-                    part * q_heads * layout.head_dim,
+                    q_col,
                     Activation::None,
                     Residual::None,
                     &mut q,
                     scratch,
+                    self.k.from(k_col),
                 );
                 let first = plan.tile_blocks[tile];
-                let heads = part * kv_heads..self.heads.n_kv_heads.min((part + 1) * kv_heads);
                 let place = |row: usize| {
                     let (block, t) = plan.block_of(first, row);
                     ((block - first) * layout.block_len(), t)
                 };
-                for (linear, x, dim, store) in [
-                    (&self.k, of_k, layout.head_dim, KeyLayout::store_key as fn(_, &mut [f32], _, _, &[f32])),
-                    (&self.v, of_v, layout.value_dim, KeyLayout::store_value),
+                type Store = fn(KeyLayout, &mut [f32], usize, usize, &[f32]);
+                for (linear, x, dim, store, then) in [
+                    (&self.k, of_k, layout.head_dim, KeyLayout::store_key as Store, self.v.from(v_col)),
+                    (&self.v, of_v, layout.value_dim, KeyLayout::store_value, next_q),
                 ] {
                     let cols = heads.start * dim..heads.end * dim;
                     linear.panels(
@@ -336,7 +342,7 @@ impl QkvProjection {
                         x,
                         cols.start / PANEL..cols.end.div_ceil(PANEL),
                         Activation::None,
-                        scratch,
+                        (scratch, then),
                         #[inline(always)]
                         |row, first, v: [S::V; 4], width| {
                             let mut line = [0.0; PANEL];

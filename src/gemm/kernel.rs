@@ -70,7 +70,7 @@ pub(crate) fn product<S: Simd>(
     b: Rhs<'_>,
     start: Start,
     c: &mut MatMut<'_>,
-    next: &[f32],
+    next: [&[f32]; 2],
 ) {
     let (rows, k, cols) = (a.rows(), a.cols(), c.cols());
     assert!(c.rows() == rows && cols % LANES == 0 && cols <= b.stride && b.first > 0 && b.run > 0);
@@ -79,18 +79,26 @@ pub(crate) fn product<S: Simd>(
     let (a_stride, c_stride) = (a.row_stride(), c.row_stride());
     let (a, b, c) = (a.as_ptr(), data.as_ptr(), c.as_mut_ptr());
     // The lines of a single tile of rows stream past once, which the hardware foresees better than this does.
-    let next = if rows > S::MR { next } else { &[] };
-    let (mr, nv) = tile_shape::<S>(rows);
-    let tiles = rows.div_ceil(mr) * (cols / LANES).div_ceil(nv);
+    let next = if rows > S::MR { next } else { <[&[f32]; 2]>::default() };
+    let lines = (next[0].len() + next[1].len()) / LANES;
+    let is_tall = is_tall::<S>(rows, k, lines);
+    let nv = if is_tall { TALL.1 } else { S::NV };
+    // Divisors that the compiler knows: scores and their likes are products of few thousand cycles.
+    let (row_tiles, col_tiles) = if is_tall {
+        (rows.div_ceil(TALL.0), (cols / LANES).div_ceil(TALL.1))
+    } else {
+        (rows.div_ceil(S::MR), (cols / LANES).div_ceil(S::NV))
+    };
     // Spread evenly, but a line per step at most.
-    let next_step = next.len().div_ceil((tiles * k).max(1)).min(LANES);
-    let mut ahead = next.chunks((k * next_step).max(1));
+    let steps = row_tiles * col_tiles * k;
+    let next_step = if lines < steps { (lines * LANES).div_ceil(steps) } else { LANES };
+    let mut ahead = next.into_iter().flat_map(|lines| lines.chunks((k * next_step).max(1)));
     let mut col = 0;
     while col < cols {
         let vectors = ((cols - col) / LANES).min(nv);
         let mut row = 0;
         // Balanced: 7 rows are 4 + 3, not 6 + 1, which would leave a tile bound by its loads.
-        for tiles_left in (1..=rows.div_ceil(mr)).rev() {
+        for tiles_left in (1..=row_tiles).rev() {
             let height = (rows - row).div_ceil(tiles_left);
             // SAFETY: the tile of `height` rows from `row` and `vectors` vectors from `col` is inside the matrices, whose
             // extents were checked above.
@@ -107,13 +115,16 @@ pub(crate) fn product<S: Simd>(
     }
 }
 
-/// Rows and vectors of a tile at most.
+/// Rows and vectors of a tall tile.
+const TALL: (usize, usize) = (8, 2);
+
+/// Whether tiles are tall instead of wide.
 ///
-/// Three tiles of rows fetch three quarters of the next block at a line per step; as four tiles, higher and half as wide, they fetch all
-/// of it.
+/// Three tiles of 5 or 6 rows have steps for three quarters of the lines that follow, four of 8 rows and half the width for all of them: with 16
+/// rows and weights from memory a third faster, from L2 the same. Short chains (scores) would pay for a begin and an end more.
 #[inline(always)]
-fn tile_shape<S: Simd>(rows: usize) -> (usize, usize) {
-    if S::NV == 4 && rows > 2 * S::MR && rows <= 16 { (8, 2) } else { (S::MR, S::NV) }
+fn is_tall<S: Simd>(rows: usize, k: usize, lines: usize) -> bool {
+    S::NV == 4 && rows > 2 * S::MR && rows <= 2 * TALL.0 && k >= 256 && lines > 3 * k
 }
 
 /// The operands of one tile.

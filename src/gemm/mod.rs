@@ -20,26 +20,31 @@ pub(crate) const PANEL: usize = 64;
 /// One chain over all of K would carry more rounding error; loading and adding the partial sums costs about 0.6 %.
 pub const K_BLOCK: usize = 512;
 
+use core::ops::Range;
+
 use crate::simd::Simd;
 use crate::view::{MatMut, MatRef};
 
-/// `sums[i][j] = sum over k of a[i][k] * w[k][panel * 64 + j]`, by canonical blocks of K.
+/// `sums[i][j] = sum over k of a[i][k] * w[k][panel * 64 + j]`, by canonical blocks of K. Weights are fetched ahead to the end of
+/// `panels`, of which this is one, and then those that are read `then`.
 pub(crate) fn panel_product<S: Simd>(
     s: S,
     a: MatRef<'_>,
     w: &PackedMatrix,
     panel: usize,
     sums: &mut MatMut<'_>,
+    (panels, then): (&Range<usize>, &[f32]),
 ) {
     let (rows, k) = (a.rows(), a.cols());
     for start in (0..k).step_by(K_BLOCK) {
-        let end = k.min(start + K_BLOCK);
-        block_product(s, a.block(0..rows, start..end), w, panel, start, sums, w.ahead(panel, start..end));
+        let steps = start..k.min(start + K_BLOCK);
+        let distance = if rows > 2 * S::MR { K_BLOCK } else { steps.len() };
+        let next = w.ahead(panel, steps.clone(), distance, panels.end, then);
+        block_product(s, a.block(0..rows, steps), w, panel, start, sums, next);
     }
 }
 
-/// One canonical block of K, from `start`; the first begins the sums, the others are added to them. `next` is the block that is
-/// taken after it.
+/// One canonical block of K, from `start`; the first begins the sums, the others are added to them. `next` is fetched meanwhile.
 pub(crate) fn block_product<S: Simd>(
     s: S,
     a: MatRef<'_>,
@@ -47,7 +52,7 @@ pub(crate) fn block_product<S: Simd>(
     panel: usize,
     start: usize,
     sums: &mut MatMut<'_>,
-    next: &[f32],
+    next: [&[f32]; 2],
 ) {
     let mode = if start == 0 { Start::Zero } else { Start::Add };
     product(s, a, Rhs::rows(w.block(panel, start), PANEL), mode, sums, next);

@@ -103,13 +103,27 @@ impl PackedMatrix {
         &self.data[first + start * PANEL..first + self.k.min(start + K_BLOCK) * PANEL]
     }
 
-    /// As much as rows `steps` of a panel, a canonical block farther in the order of the panels; shorter at the end. What is fetched at
-    /// this distance comes in time and does not stay for long.
+    /// What is one canonical block farther than rows `steps` of a panel, in the order of the panels to `end`, and behind it of `then`:
+    /// fetched at this distance, it comes in time and does not wait for long.
     #[inline(always)]
-    pub(crate) fn ahead(&self, panel: usize, steps: Range<usize>) -> &[f32] {
-        let first = self.panel_start(panel) + (steps.start + K_BLOCK) * PANEL;
-        let end = self.data.len().min(first + steps.len() * PANEL);
-        self.data.get(first..end).unwrap_or(&[])
+    pub(crate) fn ahead<'a>(
+        &'a self,
+        panel: usize,
+        steps: Range<usize>,
+        distance: usize,
+        end: usize,
+        then: &'a [f32],
+    ) -> [&'a [f32]; 2] {
+        let [first, last] = [steps.start, steps.end].map(|k| self.panel_start(panel) + (k + distance) * PANEL);
+        let end = self.panel_start(end);
+        let behind = |place: usize| place.saturating_sub(end).min(then.len());
+        [&self.data[first.min(end)..last.min(end)], &then[behind(first)..behind(last)]]
+    }
+
+    /// From the begin of a panel on.
+    #[inline(always)]
+    pub(crate) fn from(&self, panel: usize) -> &[f32] {
+        self.data.get(self.panel_start(panel)..).unwrap_or(&[])
     }
 
     #[inline(always)]
