@@ -450,13 +450,14 @@ impl Crew<'_> {
     ) {
         assert!(cuts.is_sorted());
         let (cols, down) = (out.cols(), cuts.len().saturating_sub(1));
+        let across = cols.div_ceil(col_block);
         let out = &*out;
         self.phase(
             s,
-            down * cols.div_ceil(col_block),
+            down * across,
             #[inline(always)]
             |tile, scratch| {
-                let (cut, c) = (tile % down, tile / down * col_block);
+                let (cut, c) = (tile / across, tile % across * col_block);
                 // SAFETY: tiles are claimed once; the cuts ascend, so different tiles are different blocks; `out` is
                 // borrowed exclusively for the whole phase.
                 let block =
