@@ -6,6 +6,7 @@ use crate::attention::Heads;
 use crate::attention::keys::{BLOCK, CHUNK, KeyStore};
 use crate::attention::plan::{Segment, check_offsets};
 use crate::error::{Error, check_dim, check_size, checked_product};
+use crate::simd::Scalar;
 use crate::view::MatRef;
 
 /// Keys and values of sequences that grow: preallocated, appended to, and with a window a ring that drops the oldest.
@@ -127,7 +128,7 @@ impl KvCache {
         let Segment { first_block, len } = &mut plan.segments[sequence];
         let blocks = &mut data[*first_block * layout.block_len()..];
         let added = rows.len();
-        layout.store_rows(blocks, ring.unwrap_or(usize::MAX), *len, k, v, rows);
+        layout.store_rows(Scalar, blocks, ring.unwrap_or(usize::MAX), *len, k, v, rows);
         *len += added;
     }
 

@@ -11,8 +11,9 @@ use crate::attention::plan::{Plan, Segment, check_offsets, max_blocks};
 use crate::context::Context;
 use crate::error::{Error, check_size, checked_product};
 use crate::exec::Team;
+use crate::isa::dispatch;
 use crate::rows::SERIAL;
-use crate::simd::{LANES, Scalar, Simd};
+use crate::simd::{LANES, Scalar, Simd, Vector};
 use crate::view::{MatMut, MatRef};
 use crate::workspace::AlignedBuffer;
 
@@ -58,8 +59,9 @@ impl KeyLayout {
     }
 
     /// Writes some rows as the tokens from `token` on of a sequence whose blocks are a ring.
-    pub(super) fn store_rows(
+    pub(super) fn store_rows<S: Simd>(
         self,
+        s: S,
         blocks: &mut [f32],
         ring: usize,
         mut token: usize,
@@ -72,30 +74,70 @@ impl KeyLayout {
             let (block, t) = (token / BLOCK % ring, token % BLOCK);
             let units = &mut blocks[block * self.block_len()..][..self.block_len()];
             let end = rows.end.min(start + BLOCK - t);
-            self.store_in_block(units, t, k, v, start..end);
+            self.store_in_block(s, units, t, k, v, start..end);
             (token, start) = (token + end - start, end);
         }
     }
 
     /// Writes some rows as the tokens from `t` on of the block whose units are `units`.
-    fn store_in_block(self, units: &mut [f32], t: usize, k: MatRef<'_>, v: MatRef<'_>, rows: Range<usize>) {
-        // Head by head: the unit that a row's keys scatter over stays in L1.
-        for head in 0..self.n_heads {
-            let (k_cols, v_cols) = (head * self.head_dim, head * self.value_dim);
-            for (t, row) in (t..).zip(rows.clone()) {
-                self.store_key(units, t, k_cols, &k.row(row)[k_cols..][..self.head_dim]);
-                self.store_value(units, t, v_cols, &v.row(row)[v_cols..][..self.value_dim]);
-                // The lines that the next head's keys scatter over, and that head's part of the row: a part with each row.
-                let ahead = (head + 1) * self.unit_len() + t * self.head_dim;
-                for line in units.get(ahead..ahead + self.head_dim).unwrap_or_default().chunks(LANES) {
-                    Scalar.prefetch(line.as_ptr());
+    ///
+    /// Sixteen rows at a time through all heads: they are read from begin to end, and every line of keys is written whole and once.
+    fn store_in_block<S: Simd>(
+        self,
+        s: S,
+        units: &mut [f32],
+        t: usize,
+        k: MatRef<'_>,
+        v: MatRef<'_>,
+        rows: Range<usize>,
+    ) {
+        for start in rows.clone().step_by(LANES) {
+            let t = t + start - rows.start;
+            let group = start..rows.end.min(start + LANES);
+            if group.len() == LANES {
+                let (k, v) = (k.block(group.clone(), 0..k.cols()), v.block(group, 0..v.cols()));
+                s.vectorize(
+                    #[inline(always)]
+                    || self.store_sixteen(s, units, t, k, v),
+                );
+            } else {
+                for (t, row) in (t..).zip(group) {
+                    self.store_key(units, t, 0, k.row(row));
+                    self.store_value(units, t, 0, v.row(row));
                 }
-                for (x, cols, dim) in [(k, k_cols, self.head_dim), (v, v_cols, self.value_dim)] {
-                    let ahead = x.row(row).get(cols + dim..cols + 2 * dim).unwrap_or_default();
-                    for line in ahead.chunks(LANES) {
-                        Scalar.prefetch(line.as_ptr());
-                    }
+            }
+        }
+    }
+
+    /// Writes sixteen rows as the tokens from `t` on of the block whose units are `units`.
+    #[inline(always)]
+    fn store_sixteen<S: Simd>(self, s: S, units: &mut [f32], t: usize, k: MatRef<'_>, v: MatRef<'_>) {
+        let zero = s.splat(0.0);
+        for (head, unit) in units.chunks_exact_mut(self.unit_len()).enumerate() {
+            for (part, steps) in unit[..self.head_dim * BLOCK].chunks_mut(LANES * BLOCK).enumerate() {
+                let col = head * self.head_dim + part * LANES;
+                let dims = steps.len() / BLOCK;
+                let mut keys = [zero; LANES];
+                for (i, keys) in keys.iter_mut().enumerate() {
+                    let k = &k.row(i)[col..col + dims];
+                    *keys = if dims == LANES { s.load(k) } else { s.load_partial(k, zero) };
                 }
+                for (keys, step) in s.transpose(keys).into_iter().zip(steps.chunks_exact_mut(BLOCK)) {
+                    keys.store(&mut step[t..t + LANES]);
+                }
+            }
+        }
+        for i in 0..LANES {
+            let start = self.head_dim * BLOCK + (t + i) * self.value_stride();
+            for (unit, v) in
+                units.chunks_exact_mut(self.unit_len()).zip(v.row(i).chunks_exact(self.value_dim))
+            {
+                let values = &mut unit[start..][..self.value_dim];
+                let ((v, v_tail), (values, tail)) = (v.as_chunks::<LANES>(), values.as_chunks_mut::<LANES>());
+                for (v, values) in v.iter().zip(values) {
+                    s.load(v).store(values);
+                }
+                s.load_partial(v_tail, zero).store_partial(tail);
             }
         }
     }
@@ -304,12 +346,13 @@ impl KeyStore {
         let len = layout.block_len();
         let mut blocks = MatMut::scratch(data, plan.blocks.len(), len, len);
         let members = if k.rows() * len / BLOCK < SERIAL { 1 } else { ctx.members() };
-        // Scattered stores are fastest outside of an instruction set's frame, where they stay scalar.
-        Team::new(members, 0).region(ctx.executor(), |crew| {
+        // What is not whole groups of rows stays scalar outside of an instruction set's frame: scattered stores are faster so.
+        dispatch!(ctx.isa(), |s| Team::new(members, 0).region(ctx.executor(), |crew| {
             crew.blocks(Scalar, &mut blocks, (1, len), |block, _, mut units, _| {
-                layout.store_in_block(units.row_mut(0), 0, k, v, plan.rows[block]..plan.rows[block + 1]);
+                let rows = plan.rows[block]..plan.rows[block + 1];
+                layout.store_in_block(s, units.row_mut(0), 0, k, v, rows);
             });
-        });
+        }));
         Ok(())
     }
 
@@ -352,7 +395,7 @@ impl KeyStore {
                 let (data, start) = past.segment(past.past_of(segment)).place(whole + i, 0);
                 block.copy_from_slice(&data[start..][..layout.block_len()]);
             }
-            layout.store_rows(blocks, usize::MAX, lead, k, v, rows[0]..rows[1]);
+            layout.store_rows(Scalar, blocks, usize::MAX, lead, k, v, rows[0]..rows[1]);
             plan.segments.push(Segment { first_block, len: lead + len });
             behind.push(before);
             first_block += (lead + len).div_ceil(BLOCK);

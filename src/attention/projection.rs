@@ -249,7 +249,16 @@ impl QkvProjection {
                     let (from, to) = (col.max(start), end.min(start + linear.out_features()));
                     if from < to {
                         let mut out = out.block(0..x.rows(), from - col..to - col);
-                        linear.tile(s, x, from - start, Activation::None, Residual::None, &mut out, scratch, &[]);
+                        linear.tile(
+                            s,
+                            x,
+                            from - start,
+                            Activation::None,
+                            Residual::None,
+                            &mut out,
+                            scratch,
+                            &[],
+                        );
                     }
                 }
             },

@@ -114,7 +114,8 @@ impl PackedMatrix {
         end: usize,
         then: &'a [f32],
     ) -> [&'a [f32]; 2] {
-        let [first, last] = [steps.start, steps.end].map(|k| self.panel_start(panel) + (k + distance) * PANEL);
+        let [first, last] =
+            [steps.start, steps.end].map(|k| self.panel_start(panel) + (k + distance) * PANEL);
         let end = self.panel_start(end);
         let behind = |place: usize| place.saturating_sub(end).min(then.len());
         [&self.data[first.min(end)..last.min(end)], &then[behind(first)..behind(last)]]

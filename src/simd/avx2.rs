@@ -59,6 +59,27 @@ fn spread(bits: u16) -> __m256 {
     })
 }
 
+/// Eight rows as eight columns, in three rounds of interleaving: single lanes, pairs, halves of a register.
+#[inline(always)]
+fn transpose_eight(mut a: [__m256; HALF]) -> [__m256; HALF] {
+    let mut b = a;
+    for i in [0, 2, 4, 6] {
+        (b[i], b[i + 1]) = simd!((_mm256_unpacklo_ps(a[i], a[i + 1]), _mm256_unpackhi_ps(a[i], a[i + 1])));
+    }
+    for i in [0, 1, 4, 5] {
+        let (x, y) = (b[i], b[i + 2]);
+        let first = i / 4 * 4 + i % 4 * 2;
+        a[first] = simd!(_mm256_shuffle_ps::<0x44>(x, y));
+        a[first + 1] = simd!(_mm256_shuffle_ps::<0xEE>(x, y));
+    }
+    for i in 0..4 {
+        let (x, y) = (a[i], a[i + 4]);
+        b[i] = simd!(_mm256_permute2f128_ps::<0x20>(x, y));
+        b[i + 4] = simd!(_mm256_permute2f128_ps::<0x31>(x, y));
+    }
+    b
+}
+
 impl Avx2 {
     pub(crate) fn detect() -> Option<Avx2> {
         let has = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
@@ -116,6 +137,23 @@ impl Simd for Avx2 {
     unsafe fn load_ptr(self, ptr: *const f32) -> F32 {
         // SAFETY: the invariant of this file; the caller vouches for the pointer.
         unsafe { F32(_mm256_loadu_ps(ptr), _mm256_loadu_ps(ptr.add(HALF))) }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [F32; LANES]) -> [F32; LANES] {
+        let mut columns = rows;
+        let [mut upper, mut lower] = [[rows[0].0; HALF]; 2];
+        for side in 0..2 {
+            for i in 0..HALF {
+                let (a, b) = (rows[i], rows[i + HALF]);
+                (upper[i], lower[i]) = if side == 0 { (a.0, b.0) } else { (a.1, b.1) };
+            }
+            let (first, second) = (transpose_eight(upper), transpose_eight(lower));
+            for i in 0..HALF {
+                columns[side * HALF + i] = F32(first[i], second[i]);
+            }
+        }
+        columns
     }
 }
 

@@ -81,6 +81,33 @@ impl Simd for Avx512 {
         // SAFETY: the invariant of this file; the caller vouches for the pointer.
         F32(unsafe { _mm512_loadu_ps(ptr) })
     }
+
+    /// In four rounds of interleaving: single lanes, pairs, quarters of a register, and halves.
+    #[inline(always)]
+    fn transpose(self, mut a: [F32; LANES]) -> [F32; LANES] {
+        let mut b = a;
+        for i in (0..LANES).step_by(2) {
+            let (x, y) = (a[i].0, a[i + 1].0);
+            (b[i].0, b[i + 1].0) = simd!((_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)));
+        }
+        for i in [0, 1, 4, 5, 8, 9, 12, 13] {
+            let (x, y) = simd!((_mm512_castps_pd(b[i].0), _mm512_castps_pd(b[i + 2].0)));
+            let first = i / 4 * 4 + i % 4 * 2;
+            a[first].0 = simd!(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)));
+            a[first + 1].0 = simd!(_mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        }
+        for i in [0, 1, 2, 3, 8, 9, 10, 11] {
+            let (x, y) = (a[i].0, a[i + 4].0);
+            b[i].0 = simd!(_mm512_shuffle_f32x4::<0x88>(x, y));
+            b[i + 4].0 = simd!(_mm512_shuffle_f32x4::<0xDD>(x, y));
+        }
+        for i in 0..8 {
+            let (x, y) = (b[i].0, b[i + 8].0);
+            a[i].0 = simd!(_mm512_shuffle_f32x4::<0x88>(x, y));
+            a[i + 8].0 = simd!(_mm512_shuffle_f32x4::<0xDD>(x, y));
+        }
+        a
+    }
 }
 
 impl Add for F32 {

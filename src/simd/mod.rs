@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code, reason = "intrinsics; each instruction set's file states why its own are sound")]
 
+use core::array::from_fn;
 use core::ops::{Add, Div, Mul, Sub};
 
 #[cfg(target_arch = "x86_64")]
@@ -53,6 +54,24 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `ptr` is valid for reading sixteen elements.
     unsafe fn load_ptr(self, ptr: *const f32) -> Self::V;
+
+    /// Sixteen rows as sixteen columns.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        let mut lanes = [[0.0; LANES]; LANES];
+        for (row, lanes) in rows.into_iter().zip(&mut lanes) {
+            row.store(lanes);
+        }
+        from_fn(
+            #[inline(always)]
+            |j| {
+                self.load(&from_fn::<f32, LANES, _>(
+                    #[inline(always)]
+                    |i| lanes[i][j],
+                ))
+            },
+        )
+    }
 
     /// Asks for the cache line of `ptr` in L1; any address is allowed.
     #[inline(always)]
