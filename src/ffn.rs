@@ -7,7 +7,7 @@ use crate::error::{Error, check_size};
 use crate::exec::{Crew, Team};
 use crate::gemm::{K_BLOCK, PANEL};
 use crate::isa::dispatch;
-use crate::linear::{Linear, MAX_ROWS, Residual, Split, padded_stride};
+use crate::linear::{Columns, Linear, MAX_ROWS, Residual, Split, padded_stride};
 use crate::norm::{Placement, normalised};
 use crate::residual::{close_phase, close_rows, close_scratch};
 use crate::simd::Simd;
@@ -134,6 +134,11 @@ impl Ffn {
         PANEL + padded_stride(CHUNK.min(self.d_ff())) + padded_stride(self.d_model().next_multiple_of(PANEL))
     }
 
+    /// What the sub-layer begins with.
+    pub(crate) fn first_columns(&self, rows: usize, members: usize) -> Columns<'_> {
+        self.w1.columns(rows, members)
+    }
+
     /// Scratch of a tile.
     pub(crate) fn scratch_len(&self, placement: &Placement) -> usize {
         let normed = placement.before().map_or(0, |_| padded_stride(self.d_model()));
@@ -190,6 +195,7 @@ impl Ffn {
         x: &mut MatMut<'_>,
         placement: &Placement,
         shared: &mut [f32],
+        next: Option<Columns<'_>>,
     ) {
         let split = Split::new(x.rows(), self.d_model(), self.tile_rows(), crew.members());
         if split.is_by_rows(self.d_model()) {
@@ -220,6 +226,7 @@ impl Ffn {
         let mut hidden = MatMut::scratch(shared, x.rows(), self.d_ff(), padded_stride(self.d_ff()));
         let split = Split::new(x.rows(), self.d_ff(), MAX_ROWS, crew.members());
         let input = x.as_ref();
+        let [columns, after] = [&self.w1, &self.w2].map(|linear| linear.columns(x.rows(), crew.members()));
         crew.blocks(
             s,
             &mut hidden,
@@ -230,10 +237,10 @@ impl Ffn {
                 let x = input.block(row..row + hidden.rows(), 0..input.cols());
                 // Each tile normalises the few rows again: cheaper than a phase of its own.
                 let x = normalised(s, x, placement.before(), rest);
-                let then = self.w1.from(col + hidden.cols());
+                let then = columns.after(col, Some(after));
                 self.hidden(s, x, col, &mut hidden, scratch, then);
             },
         );
-        close_phase(s, crew, hidden.as_ref(), &self.w2, placement, x);
+        close_phase(s, crew, hidden.as_ref(), &self.w2, placement, x, next);
     }
 }

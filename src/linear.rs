@@ -367,6 +367,12 @@ impl Linear {
         }
     }
 
+    /// The columns as a phase of so many rows deals them out to the members.
+    pub(crate) fn columns(&self, rows: usize, members: usize) -> Columns<'_> {
+        let split = Split::new(rows, self.out_features(), MAX_ROWS, members);
+        Columns { linear: self, per_tile: split.cols, members }
+    }
+
     /// The weights of the columns from `col`, a multiple of [`PANEL`], on.
     pub(crate) fn from(&self, col: usize) -> &[f32] {
         self.weight.from(col.div_ceil(PANEL))
@@ -447,6 +453,31 @@ impl<S: Simd, F: FnMut(usize, usize, [S::V; 4], usize)> WithActivation<S> for Pa
                 |j| f(s.load(&sums[j * LANES..]) + bias[j]),
             );
             (self.store)(row, first, v, width);
+        }
+    }
+}
+
+/// The columns of a map, tile by tile: each member begins with a range of its own.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns<'a> {
+    pub(crate) linear: &'a Linear,
+    pub(crate) per_tile: usize,
+    pub(crate) members: usize,
+}
+
+impl<'a> Columns<'a> {
+    fn tiles(&self) -> usize {
+        self.linear.out_features().div_ceil(self.per_tile)
+    }
+
+    /// The weights that are read after the tile that begins at `col`: those of the next one, or behind the last of a member's range those that
+    /// it begins the next phase with.
+    pub(crate) fn after(&self, col: usize, next: Option<Columns<'a>>) -> &'a [f32] {
+        let (done, tiles) = (col / self.per_tile + 1, self.tiles());
+        let member = (0..self.members).find(|member| (member + 1) * tiles / self.members == done);
+        match member.zip(next) {
+            Some((member, next)) => next.linear.from(member * next.tiles() / next.members * next.per_tile),
+            None => self.linear.from(done % tiles * self.per_tile),
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::activation::Activation;
 use crate::exec::Crew;
 use crate::gemm::PANEL;
-use crate::linear::{Linear, MAX_ROWS, Residual, Split, padded_stride};
+use crate::linear::{Columns, Linear, MAX_ROWS, Residual, Split, padded_stride};
 use crate::norm::Placement;
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
@@ -47,7 +47,8 @@ pub(crate) fn close_rows<S: Simd>(
     }
 }
 
-/// The same for all rows of `x`: one phase of whole rows, or with few rows a phase of columns and one of norms.
+/// The same for all rows of `x`: one phase of whole rows, or with few rows a phase of columns and one of norms. `next` is the map whose
+/// columns are dealt out after it.
 pub(crate) fn close_phase<S: Simd>(
     s: S,
     crew: &mut Crew<'_>,
@@ -55,6 +56,7 @@ pub(crate) fn close_phase<S: Simd>(
     linear: &Linear,
     placement: &Placement,
     x: &mut MatMut<'_>,
+    next: Option<Columns<'_>>,
 ) {
     let d_model = x.cols();
     let split = Split::new(x.rows(), d_model, MAX_ROWS, crew.members());
@@ -86,6 +88,7 @@ pub(crate) fn close_phase<S: Simd>(
         );
         return;
     }
+    let columns = linear.columns(x.rows(), crew.members());
     crew.blocks(
         s,
         x,
@@ -93,7 +96,7 @@ pub(crate) fn close_phase<S: Simd>(
         #[inline(always)]
         |row, col, mut x, scratch| {
             let a = rows_of(row, x.rows());
-            let then = linear.from(col + x.cols());
+            let then = columns.after(col, next);
             linear.tile(s, a, col, Activation::None, Residual::Out(alpha), &mut x, scratch, then);
         },
     );

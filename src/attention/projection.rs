@@ -13,7 +13,7 @@ use crate::error::{Error, check_size};
 use crate::exec::{Crew, Team};
 use crate::gemm::PANEL;
 use crate::isa::dispatch;
-use crate::linear::{Epilogue, Linear, Residual, Split, padded_stride};
+use crate::linear::{Columns, Epilogue, Linear, Residual, Split, padded_stride};
 use crate::norm::{Norm, normalised};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
@@ -168,7 +168,7 @@ impl QkvProjection {
         keys.build_plan(offsets, ctx.members());
         let mut team = Team::new(ctx.members(), self.scratch_len(0));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
-            self.phase(s, crew, &Rows::plain(x), &mut q, keys);
+            self.phase(s, crew, &Rows::plain(x), &mut q, keys, None);
         }));
         Ok(())
     }
@@ -290,6 +290,21 @@ impl QkvProjection {
         [part(q, self.heads.query_cols()), part(k, self.heads.key_cols()), part(v, self.heads.value_cols())]
     }
 
+    /// What the sub-layer begins with.
+    pub(crate) fn first_columns(&self, rows: usize, members: usize) -> Columns<'_> {
+        let q_heads = self.tile_heads(rows, members) * (self.heads.n_heads / self.heads.n_kv_heads);
+        Columns { linear: &self.q, per_tile: q_heads * self.heads.head_dim, members }
+    }
+
+    /// Key heads of a tile of few rows.
+    fn tile_heads(&self, rows: usize, members: usize) -> usize {
+        let n = self.heads.n_kv_heads;
+        match parts(&self.heads, rows, members) {
+            1 => n,
+            parts => n.div_ceil(parts).next_multiple_of(head_step(&self.heads)),
+        }
+    }
+
     /// Scratch of a tile, with room for so many copies of its rows.
     pub(crate) fn scratch_len(&self, copies: usize) -> usize {
         MAX_TILE_ROWS * (PANEL + copies * padded_stride(self.d_model()))
@@ -303,13 +318,19 @@ impl QkvProjection {
         rows: &Rows<'_>,
         q: &mut MatMut<'_>,
         keys: &mut KeyStore,
+        next: Option<Columns<'_>>,
     ) {
         let Rows { x, ref places, .. } = *rows;
         let layout = keys.layout;
-        let parts = if keys.plan.by_block { parts(&self.heads, x.rows(), crew.members()) } else { 1 };
-        let kv_heads = self.heads.n_kv_heads.div_ceil(parts).next_multiple_of(head_step(&self.heads));
-        let kv_heads = if parts == 1 { self.heads.n_kv_heads } else { kv_heads };
+        let kv_heads = if keys.plan.by_block {
+            self.tile_heads(x.rows(), crew.members())
+        } else {
+            self.heads.n_kv_heads
+        };
         let q_heads = kv_heads * (self.heads.n_heads / self.heads.n_kv_heads);
+        let columns =
+            Columns { linear: &self.q, per_tile: q_heads * layout.head_dim, members: crew.members() };
+        let next = next.filter(|_| keys.plan.by_block);
         let (plan, data) = keys.parts();
         crew.paired_blocks(
             s,
@@ -324,7 +345,7 @@ impl QkvProjection {
                 let (k_col, v_col) = (heads.start * layout.head_dim, heads.start * layout.value_dim);
                 let q_col = part * q_heads * layout.head_dim;
                 // The next tile's: more rows, or the next heads.
-                let next_q = self.q.from((q_col + q.cols()) % self.heads.query_cols());
+                let after = columns.after(q_col, next);
                 self.q.tile(
                     s,
                     of_q,
@@ -343,7 +364,7 @@ impl QkvProjection {
                 type Store = fn(KeyLayout, &mut [f32], usize, usize, &[f32]);
                 for (linear, x, dim, store, then) in [
                     (&self.k, of_k, layout.head_dim, KeyLayout::store_key as Store, self.v.from(v_col)),
-                    (&self.v, of_v, layout.value_dim, KeyLayout::store_value, next_q),
+                    (&self.v, of_v, layout.value_dim, KeyLayout::store_value, after),
                 ] {
                     let cols = heads.start * dim..heads.end * dim;
                     linear.panels(

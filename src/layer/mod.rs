@@ -14,7 +14,7 @@ use crate::context::Context;
 use crate::error::{Error, check_dim, check_size};
 use crate::exec::Crew;
 use crate::ffn::Ffn;
-use crate::linear::{Linear, padded_stride};
+use crate::linear::{Columns, Linear, padded_stride};
 use crate::norm::Placement;
 use crate::residual::close_phase;
 use crate::simd::Simd;
@@ -205,6 +205,15 @@ impl SubLayer {
         }
     }
 
+    /// What it begins with.
+    fn first_columns(&self, rows: usize, members: usize) -> Columns<'_> {
+        match &self.kind {
+            Kind::SelfAttention(SelfAttention { qkv, .. })
+            | Kind::CrossAttention(CrossAttention { qkv, .. }) => qkv.first_columns(rows, members),
+            Kind::Ffn(ffn) => ffn.first_columns(rows, members),
+        }
+    }
+
     fn run<S: Simd>(
         &self,
         s: S,
@@ -212,9 +221,13 @@ impl SubLayer {
         x: &mut MatMut<'_>,
         inputs: &mut Remaining<'_, '_>,
         buffers: &mut Buffers,
+        next: Option<&SubLayer>,
     ) {
+        let next = next.map(|next| next.first_columns(x.rows(), crew.members()));
         let (qkv, out) = match &self.kind {
-            Kind::Ffn(ffn) => return ffn.sub_layer(s, crew, x, &self.placement, &mut buffers.hidden),
+            Kind::Ffn(ffn) => {
+                return ffn.sub_layer(s, crew, x, &self.placement, &mut buffers.hidden, next);
+            }
             Kind::SelfAttention(SelfAttention { qkv, out }) => (qkv, out),
             Kind::CrossAttention(CrossAttention { qkv, out }) => (qkv, out),
         };
@@ -254,13 +267,13 @@ impl SubLayer {
                 let q_cols = heads.query_cols();
                 let mut q = MatMut::scratch(projected, x.rows(), q_cols, padded_stride(q_cols));
                 let rows = Rows { x: x.as_ref(), norm, added, places: Places { each, cache: None } };
-                qkv.phase(s, crew, &rows, &mut q, keys);
+                qkv.phase(s, crew, &rows, &mut q, keys, Some(out.columns(x.rows(), crew.members())));
                 let queries = QueryRows::new(q.as_ref(), inputs.offsets);
                 let own = Stores::alone(keys);
                 attend_phase(s, crew, &call, &queries, &keys.plan, own, &mut attended);
             }
         }
-        close_phase(s, crew, attended.as_ref(), out, &self.placement, x);
+        close_phase(s, crew, attended.as_ref(), out, &self.placement, x, next);
     }
 }
 

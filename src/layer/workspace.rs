@@ -174,8 +174,10 @@ impl Workspace {
             zeros: &zeros[..zeros.len().min(offsets.len() - 1)],
         };
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
-            for sub_layer in layers.iter().flat_map(|layer| &layer.sub_layers) {
-                sub_layer.run(s, crew, &mut x, &mut remaining, buffers);
+            let mut sub_layers = layers.iter().flat_map(|layer| &layer.sub_layers).peekable();
+            while let Some(sub_layer) = sub_layers.next() {
+                let next = sub_layers.peek().copied();
+                sub_layer.run(s, crew, &mut x, &mut remaining, buffers, next);
             }
         }));
         Ok(())
