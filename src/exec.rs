@@ -15,6 +15,7 @@
 
 use core::any::Any;
 use core::cell::UnsafeCell;
+use core::ops::Range;
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -255,7 +256,7 @@ impl Control {
         // (see `publish`), so every claim below fails.
         for step in 0..ranges.min(self.next.len()) {
             let range = (member + step) % ranges;
-            let end = (range + 1) * tiles / ranges;
+            let end = own_tiles(range, tiles, ranges).end;
             while let Some(tile) = self.claim(phase, range, end) {
                 // SAFETY: the claim proves that `phase` is current and that tile undone, so its caller is still inside
                 // `Crew::phase`, which keeps the job alive; it was stored before the phase was published.
@@ -362,6 +363,11 @@ impl Drop for Close<'_> {
             backoff.wait();
         }
     }
+}
+
+/// The tiles that a member begins with, before it helps the others.
+pub(crate) fn own_tiles(member: usize, tiles: usize, members: usize) -> Range<usize> {
+    member * tiles / members..(member + 1) * tiles / members
 }
 
 /// A buffer that the tiles of a phase share.
@@ -536,7 +542,7 @@ impl Crew<'_> {
         control.ranges.store(ranges, Ordering::Release);
         control.job.store(&raw mut job, Ordering::Release);
         for (range, next) in control.next.iter().enumerate().take(ranges) {
-            next.0.store(stamp | (range * tiles / ranges) as u64, Ordering::Release);
+            next.0.store(stamp | own_tiles(range, tiles, ranges).start as u64, Ordering::Release);
         }
         control.phase.store(phase, Ordering::Release);
 

@@ -7,10 +7,11 @@ use crate::error::{Error, check_size};
 use crate::exec::{Crew, Team};
 use crate::gemm::{K_BLOCK, PANEL};
 use crate::isa::dispatch;
-use crate::linear::{Columns, Linear, MAX_ROWS, Residual, Split, padded_stride};
+use crate::linear::{Linear, Residual, padded_stride};
 use crate::norm::{Placement, normalised};
 use crate::residual::{close_phase, close_rows, close_scratch};
 use crate::simd::Simd;
+use crate::split::{Columns, MAX_ROWS, Split};
 use crate::view::{MatMut, MatRef};
 
 /// A feed-forward network with packed weights.

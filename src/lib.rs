@@ -75,6 +75,7 @@ mod rmsnorm;
 mod rows;
 mod simd;
 mod softmax;
+mod split;
 mod view;
 mod workspace;
 

@@ -11,6 +11,7 @@ use crate::gemm::{PANEL, PackedMatrix, block_product, panel_product};
 use crate::isa::dispatch;
 use crate::reduce::four;
 use crate::simd::{LANES, Simd, Vector};
+use crate::split::{Columns, MAX_ROWS, Split};
 use crate::view::{MatMut, MatRef};
 use crate::workspace::AlignedBuffer;
 
@@ -457,31 +458,6 @@ impl<S: Simd, F: FnMut(usize, usize, [S::V; 4], usize)> WithActivation<S> for Pa
     }
 }
 
-/// The columns of a map, tile by tile: each member begins with a range of its own.
-#[derive(Clone, Copy)]
-pub(crate) struct Columns<'a> {
-    pub(crate) linear: &'a Linear,
-    pub(crate) per_tile: usize,
-    pub(crate) members: usize,
-}
-
-impl<'a> Columns<'a> {
-    fn tiles(&self) -> usize {
-        self.linear.out_features().div_ceil(self.per_tile)
-    }
-
-    /// The weights that are read after the tile that begins at `col`: those of the next one, or behind the last of a member's range those that
-    /// it begins the next phase with.
-    pub(crate) fn after(&self, col: usize, next: Option<Columns<'a>>) -> &'a [f32] {
-        let (done, tiles) = (col / self.per_tile + 1, self.tiles());
-        let member = (0..self.members).find(|member| (member + 1) * tiles / self.members == done);
-        match member.zip(next) {
-            Some((member, next)) => next.linear.from(member * next.tiles() / next.members * next.per_tile),
-            None => self.linear.from(done % tiles * self.per_tile),
-        }
-    }
-}
-
 /// Adds the residual of columns `cols` and writes them to the row of `out`.
 #[inline(always)]
 fn store_row<S: Simd>(
@@ -545,49 +521,10 @@ fn store<V: Vector>(v: [V; 4], out: &mut [f32], mut f: impl FnMut(V, &[f32]) -> 
 /// Work below which inviting helpers costs more than it brings: about 20 us on one core.
 const SERIAL_FLOPS: usize = 4_000_000;
 
-/// Rows of a tile at most: its sums (24 KiB) and a block of the panel (128 KiB) stay in L2 beside the rows of A.
-pub(crate) const MAX_ROWS: usize = 96;
-
 /// Elements of rows that are made for a tile: half of a 1 MiB L2.
 const FILLED: usize = 512 * 1024 / size_of::<f32>();
-
-/// How a product's output is cut into tiles.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Split {
-    pub(crate) rows: usize,
-    pub(crate) cols: usize,
-}
 
 /// The stride of rows of scratch: a line longer than the row, so that rows of 4 KiB do not share L1 sets.
 pub(crate) fn padded_stride(cols: usize) -> usize {
     cols.next_multiple_of(LANES) + LANES
-}
-
-impl Split {
-    /// Rows per member below which the columns are split: fewer would stream the weights faster than the last cache
-    /// delivers them.
-    const FEW: usize = 24;
-
-    /// Rows first: a tile of whole rows reads its part of A once and can be followed by a norm. With too few rows for
-    /// everybody the columns are split, so that each core keeps its slice of the weights in its L2.
-    pub(crate) fn new(rows: usize, cols: usize, max_rows: usize, members: usize) -> Split {
-        let tiles = rows.div_ceil(max_rows).next_multiple_of(members);
-        let by_rows = rows.div_ceil(tiles);
-        if by_rows >= Self::FEW || rows > Self::most_rows_by_cols(members) {
-            return Split { rows: by_rows, cols };
-        }
-        let panels = cols.div_ceil(PANEL);
-        // Two tiles for each member, so that a late helper still finds work.
-        Split { rows: rows.min(max_rows), cols: panels.div_ceil(2 * members) * PANEL }
-    }
-
-    /// The most rows whose columns are split.
-    pub(crate) fn most_rows_by_cols(members: usize) -> usize {
-        members.saturating_mul(Self::FEW)
-    }
-
-    /// Whether a tile holds whole rows.
-    pub(crate) fn is_by_rows(self, cols: usize) -> bool {
-        self.cols >= cols
-    }
 }

@@ -3,9 +3,10 @@
 use crate::activation::Activation;
 use crate::exec::Crew;
 use crate::gemm::PANEL;
-use crate::linear::{Columns, Linear, MAX_ROWS, Residual, Split, padded_stride};
+use crate::linear::{Linear, Residual, padded_stride};
 use crate::norm::Placement;
 use crate::simd::{LANES, Simd, Vector};
+use crate::split::{Columns, MAX_ROWS, Split};
 use crate::view::{MatMut, MatRef};
 
 /// Scratch per row beside the product's sums.

@@ -13,9 +13,10 @@ use crate::error::{Error, check_size};
 use crate::exec::{Crew, Team};
 use crate::gemm::PANEL;
 use crate::isa::dispatch;
-use crate::linear::{Columns, Epilogue, Linear, Residual, Split, padded_stride};
+use crate::linear::{Epilogue, Linear, Residual, padded_stride};
 use crate::norm::{Norm, normalised};
 use crate::simd::{LANES, Simd, Vector};
+use crate::split::{Columns, Split};
 use crate::view::{MatMut, MatRef};
 
 /// Queries, keys and values of the same rows, projected together.

@@ -60,8 +60,8 @@ impl<'a> Rhs<'a> {
 /// `c (start) a * b`. Columns come in whole vectors: `c.cols()` is a multiple of 16 and every row of `b` has that many readable
 /// elements.
 ///
-/// Meanwhile `next`, what the following product will read, is brought closer: a line per step of K. Without it the first tile of
-/// a block waits for the last cache at every step.
+/// Meanwhile `next`, what is read after it, is brought closer, evenly over the steps of K and at most a line per step: a core drops
+/// prefetches that it has no room for. Without them the first tile of a block waits for the last cache, or for memory, at every step.
 ///
 /// No vector code of its own, so it needs no feature frame and is compiled once per instruction set.
 pub(crate) fn product<S: Simd>(
@@ -83,7 +83,7 @@ pub(crate) fn product<S: Simd>(
     let lines = (next[0].len() + next[1].len()) / LANES;
     let is_tall = is_tall::<S>(rows, k, lines);
     let nv = if is_tall { TALL.1 } else { S::NV };
-    // Divisors that the compiler knows: scores and their likes are products of few thousand cycles.
+    // Divisors that the compiler knows: a product of scores takes but a few thousand cycles.
     let (row_tiles, col_tiles) = if is_tall {
         (rows.div_ceil(TALL.0), (cols / LANES).div_ceil(TALL.1))
     } else {
@@ -121,7 +121,7 @@ const TALL: (usize, usize) = (8, 2);
 /// Whether tiles are tall instead of wide.
 ///
 /// Three tiles of 5 or 6 rows have steps for three quarters of the lines that follow, four of 8 rows and half the width for all of them: with 16
-/// rows and weights from memory a third faster, from L2 the same. Short chains (scores) would pay for a begin and an end more.
+/// rows and weights from memory a quarter faster, from L2 as fast. Short chains (scores) would pay for one more begin and end.
 #[inline(always)]
 fn is_tall<S: Simd>(rows: usize, k: usize, lines: usize) -> bool {
     S::NV == 4 && rows > 2 * S::MR && rows <= 2 * TALL.0 && k >= 256 && lines > 3 * k

@@ -38,6 +38,7 @@ pub(crate) fn panel_product<S: Simd>(
     let (rows, k) = (a.rows(), a.cols());
     for start in (0..k).step_by(K_BLOCK) {
         let steps = start..k.min(start + K_BLOCK);
+        // Two tiles of rows have steps for half of the lines: those that follow at once, so that the hardware finds long runs in the rest.
         let distance = if rows > 2 * S::MR { K_BLOCK } else { steps.len() };
         let next = w.ahead(panel, steps.clone(), distance, panels.end, then);
         block_product(s, a.block(0..rows, steps), w, panel, start, sums, next);

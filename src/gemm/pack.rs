@@ -103,8 +103,7 @@ impl PackedMatrix {
         &self.data[first + start * PANEL..first + self.k.min(start + K_BLOCK) * PANEL]
     }
 
-    /// What is one canonical block farther than rows `steps` of a panel, in the order of the panels to `end`, and behind it of `then`:
-    /// fetched at this distance, it comes in time and does not wait for long.
+    /// What is `distance` rows of a panel farther than its rows `steps`, in the order of the panels to `end`, and behind that of `then`.
     #[inline(always)]
     pub(crate) fn ahead<'a>(
         &'a self,

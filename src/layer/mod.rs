@@ -14,10 +14,11 @@ use crate::context::Context;
 use crate::error::{Error, check_dim, check_size};
 use crate::exec::Crew;
 use crate::ffn::Ffn;
-use crate::linear::{Columns, Linear, padded_stride};
+use crate::linear::{Linear, padded_stride};
 use crate::norm::Placement;
 use crate::residual::close_phase;
 use crate::simd::Simd;
+use crate::split::Columns;
 use crate::view::{MatMut, MatRef};
 
 /// Self-attention with its projections: `out_proj(attention(qkv(x)))`.

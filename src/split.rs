@@ -1,0 +1,101 @@
+//! How the output of a product is cut into tiles, and who takes which.
+
+use crate::exec::own_tiles;
+use crate::gemm::PANEL;
+use crate::linear::Linear;
+
+/// Rows of a tile at most: its sums (24 KiB) and a block of the panel (128 KiB) stay in L2 beside the rows of A.
+pub(crate) const MAX_ROWS: usize = 96;
+
+/// How a product's output is cut into tiles.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Split {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+}
+
+impl Split {
+    /// Rows per member below which the columns are split: fewer would stream the weights faster than the last cache
+    /// delivers them.
+    const FEW: usize = 24;
+
+    /// Rows first: a tile of whole rows reads its part of A once and can be followed by a norm. With too few rows for
+    /// everybody the columns are split, so that each core keeps its slice of the weights in its L2.
+    pub(crate) fn new(rows: usize, cols: usize, max_rows: usize, members: usize) -> Split {
+        let tiles = rows.div_ceil(max_rows).next_multiple_of(members);
+        let by_rows = rows.div_ceil(tiles);
+        if by_rows >= Self::FEW || rows > Self::most_rows_by_cols(members) {
+            return Split { rows: by_rows, cols };
+        }
+        let panels = cols.div_ceil(PANEL);
+        // Two tiles for each member, so that a late helper still finds work.
+        Split { rows: rows.min(max_rows), cols: panels.div_ceil(2 * members) * PANEL }
+    }
+
+    /// The most rows whose columns are split.
+    pub(crate) fn most_rows_by_cols(members: usize) -> usize {
+        members.saturating_mul(Self::FEW)
+    }
+
+    /// Whether a tile holds whole rows.
+    pub(crate) fn is_by_rows(self, cols: usize) -> bool {
+        self.cols >= cols
+    }
+}
+
+/// The columns of a map, tile by tile: each member begins with a range of its own.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns<'a> {
+    pub(crate) linear: &'a Linear,
+    pub(crate) per_tile: usize,
+    pub(crate) members: usize,
+}
+
+impl<'a> Columns<'a> {
+    fn tiles(&self) -> usize {
+        self.linear.out_features().div_ceil(self.per_tile)
+    }
+
+    /// The weights that are read after the tile that begins at `col`: those of the next one, or behind the last of a member's range those that
+    /// it begins the next phase with.
+    pub(crate) fn after(&self, col: usize, next: Option<Columns<'a>>) -> &'a [f32] {
+        let (done, tiles) = (col / self.per_tile + 1, self.tiles());
+        let member = (0..self.members).find(|member| own_tiles(*member, tiles, self.members).end == done);
+        match member.zip(next) {
+            Some((member, next)) => {
+                let first = own_tiles(member, next.tiles(), next.members).start;
+                next.linear.from(first * next.per_tile)
+            }
+            None => self.linear.from(done % tiles * self.per_tile),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+    use crate::gemm::PackedMatrix;
+    use crate::view::MatRef;
+
+    #[test]
+    fn behind_the_last_tile_of_a_member_come_the_weights_that_it_begins_the_next_phase_with()
+    -> Result<(), Error> {
+        let linear = |panels: usize| {
+            let n = panels * PANEL;
+            Linear::new(PackedMatrix::from_out_in(MatRef::contiguous(&vec![0.0; n], n, 1)?)?, None)
+        };
+        // Of two members each begins with half of the tiles: three panels each of the first map, twelve of the next.
+        let (map, next) = (linear(12)?, linear(48)?);
+        let [columns, next] = [&map, &next].map(|map| map.columns(16, 2));
+        assert_eq!((columns.per_tile, next.per_tile), (3 * PANEL, 12 * PANEL));
+        let place = |panel: usize| columns.after(panel * PANEL, Some(next)).as_ptr();
+        assert_eq!(place(0), map.from(3 * PANEL).as_ptr());
+        assert_eq!(place(3), next.linear.from(0).as_ptr());
+        assert_eq!(place(6), map.from(9 * PANEL).as_ptr());
+        assert_eq!(place(9), next.linear.from(24 * PANEL).as_ptr());
+        // With nothing after it the phase may come again with other rows.
+        assert_eq!(columns.after(9 * PANEL, None).as_ptr(), map.from(0).as_ptr());
+        Ok(())
+    }
+}
