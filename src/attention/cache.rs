@@ -6,7 +6,7 @@ use crate::attention::Heads;
 use crate::attention::keys::{BLOCK, CHUNK, KeyStore};
 use crate::attention::plan::{Segment, check_offsets};
 use crate::error::{Error, check_dim, check_size, checked_product};
-use crate::simd::Scalar;
+use crate::simd::{Scalar, Simd};
 use crate::view::MatRef;
 
 /// Keys and values of sequences that grow: preallocated, appended to, and with a window a ring that drops the oldest.
@@ -95,7 +95,7 @@ impl KvCache {
     pub fn append(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
         self.store.layout.check_rows(k, v)?;
         self.check_room(sequence, k.rows())?;
-        self.push(sequence, k, v, 0..k.rows());
+        self.push(Scalar, sequence, k, v, 0..k.rows());
         Ok(())
     }
 
@@ -112,23 +112,23 @@ impl KvCache {
         check_size("offsets.len() - 1", self.sequences(), offsets.len() - 1)?;
         let mut lens = offsets.windows(2).map(|w| w[1] - w[0]).enumerate();
         lens.try_for_each(|(sequence, len)| self.check_room(sequence, len))?;
-        self.push_batch(k, v, offsets);
+        self.push_batch(Scalar, k, v, offsets);
         Ok(())
     }
 
     /// [`append_batch`](Self::append_batch) after its checks.
-    pub(crate) fn push_batch(&mut self, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) {
+    pub(crate) fn push_batch<S: Simd>(&mut self, s: S, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) {
         for (sequence, rows) in offsets.windows(2).enumerate() {
-            self.push(sequence, k, v, rows[0]..rows[1]);
+            self.push(s, sequence, k, v, rows[0]..rows[1]);
         }
     }
 
-    fn push(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>, rows: Range<usize>) {
+    fn push<S: Simd>(&mut self, s: S, sequence: usize, k: MatRef<'_>, v: MatRef<'_>, rows: Range<usize>) {
         let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
         let Segment { first_block, len } = &mut plan.segments[sequence];
         let blocks = &mut data[*first_block * layout.block_len()..];
         let added = rows.len();
-        layout.store_rows(Scalar, blocks, ring.unwrap_or(usize::MAX), *len, k, v, rows);
+        layout.store_rows(s, blocks, ring.unwrap_or(usize::MAX), *len, k, v, rows);
         *len += added;
     }
 
