@@ -6,7 +6,7 @@
 The lines of `laneformer compare --json` do as well.
 
 Every rate comes from the run: the products from the rows gemm/f32/m1024*, scores and exponentials from the softmax row, gelu and norm from theirs.
-What is added for other core counts is the number of tiles of a phase, which `Split` in src/linear.rs decides, and the waits between phases.
+What is added for other core counts is the number of tiles of a phase, which `Split` in src/split.rs decides, and the waits between phases.
 """
 
 import json
@@ -24,7 +24,7 @@ def split(rows, cols, max_rows, members):
     """`Split::new`: rows and columns of a tile."""
     tiles = ceil(ceil(rows / max_rows) / members) * members
     by_rows = ceil(rows / tiles)
-    if members == 1 or by_rows >= FEW:
+    if by_rows >= FEW or rows > members * FEW:
         return by_rows, cols
     return min(rows, max_rows), ceil(ceil(cols / PANEL) / (2 * members)) * PANEL
 
@@ -100,7 +100,7 @@ def phases(dims, batch, seq_len, members, rates):
     most = ffn_rows(d, f)
     gelu = t * f * max(0.0, rates.gelu - 0.03)  # The loads and stores of the row operation are the product's own.
     r, _ = split(t, d, most, members)
-    if members == 1 or split(t, d, most, members)[1] >= d:
+    if split(t, d, most, members)[1] >= d:
         down = ceil(t / r)
         ns = 2 * t * d * f / rates.product(r) + 2 * t * d * f / rates.product(r, True) + gelu + norm
         result.append(Phase("ffn", 4 * t * d * f, 8 * d * f * down, down, 1, ns))

@@ -331,7 +331,8 @@ impl QkvProjection {
         let q_heads = kv_heads * (self.heads.n_heads / self.heads.n_kv_heads);
         let columns =
             Columns { linear: &self.q, per_tile: q_heads * layout.head_dim, members: crew.members() };
-        let next = next.filter(|_| keys.plan.by_block);
+        // Behind other tiles of rows come the same columns again.
+        let next = next.filter(|_| keys.plan.tile_rows.len() == 2);
         let (plan, data) = keys.parts();
         crew.paired_blocks(
             s,
