@@ -3,7 +3,8 @@
 use core::ops::Range;
 
 use crate::attention::Heads;
-use crate::attention::keys::{BLOCK, CHUNK, KeyStore};
+use crate::attention::keys::{CHUNK, KeyStore};
+use crate::attention::layout::BLOCK;
 use crate::attention::plan::{Segment, check_offsets};
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::simd::{Scalar, Simd};

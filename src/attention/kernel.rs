@@ -8,7 +8,8 @@ use core::ops::Range;
 
 use crate::attention::Heads;
 use crate::attention::bits::Query;
-use crate::attention::keys::{BLOCK, CHUNK, CHUNK_BLOCKS, Keys};
+use crate::attention::keys::{CHUNK, CHUNK_BLOCKS, Keys};
+use crate::attention::layout::BLOCK;
 use crate::attention::terms::{Relative, SegmentTerm};
 use crate::attention::tiles::{Call, Queries, ROWS, Seen, Tiles, Words, runs};
 use crate::gemm::{Rhs, Start, product};

@@ -1,185 +1,22 @@
-//! Keys and values as attention reads them: blocks of 64 tokens, and in each block a unit per head, `[block][head]`.
-//!
-//! A unit is the head's keys transposed, `[head_dim][64]`, which is a panel of the score product, followed by its values,
-//! `[64][value_dim]`, which is a panel of the output product. A block belongs to one segment and begins at a multiple of
-//! 64 tokens from the segment's first key, so tokens that are projected together own one contiguous run of units.
-
-use core::ops::Range;
+//! Keys and values as attention reads them: the blocks of a sequence, in one store or two, and the store of a ragged batch.
 
 use crate::attention::Heads;
+use crate::attention::layout::{BLOCK, KeyLayout};
 use crate::attention::plan::{Plan, Segment, check_offsets, max_blocks};
 use crate::context::Context;
 use crate::error::{Error, check_size, checked_product};
 use crate::exec::Team;
 use crate::isa::dispatch;
 use crate::rows::SERIAL;
-use crate::simd::{LANES, Scalar, Simd, Vector};
+use crate::simd::Scalar;
 use crate::view::{MatMut, MatRef};
 use crate::workspace::AlignedBuffer;
-
-/// Tokens of a block: the columns of a panel.
-pub(crate) const BLOCK: usize = crate::gemm::PANEL;
 
 /// Blocks of a chunk of keys, the unit in which softmax is folded. They follow one another in memory.
 pub(crate) const CHUNK_BLOCKS: usize = 4;
 
 /// Keys of a chunk: 64 rows of scores (64 KiB) and the chunk's keys and values (128 KiB at 64 dimensions) stay in L2.
 pub(crate) const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
-
-/// The shape of every unit of a store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct KeyLayout {
-    pub(crate) n_heads: usize,
-    pub(crate) head_dim: usize,
-    pub(crate) value_dim: usize,
-}
-
-impl KeyLayout {
-    /// A row of values, rounded up to whole vectors.
-    #[inline(always)]
-    pub(crate) fn value_stride(self) -> usize {
-        self.value_dim.next_multiple_of(16)
-    }
-
-    #[inline(always)]
-    pub(crate) fn unit_len(self) -> usize {
-        (self.head_dim + self.value_stride()) * BLOCK
-    }
-
-    #[inline(always)]
-    pub(crate) fn block_len(self) -> usize {
-        self.unit_len() * self.n_heads
-    }
-
-    /// Whether rows of keys and of values belong together and to these heads.
-    pub(super) fn check_rows(self, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
-        check_size("k.cols", self.n_heads * self.head_dim, k.cols())?;
-        check_size("v.rows", k.rows(), v.rows())?;
-        check_size("v.cols", self.n_heads * self.value_dim, v.cols())
-    }
-
-    /// Writes some rows as the tokens from `token` on of a sequence whose blocks are a ring.
-    pub(super) fn store_rows<S: Simd>(
-        self,
-        s: S,
-        blocks: &mut [f32],
-        ring: usize,
-        mut token: usize,
-        k: MatRef<'_>,
-        v: MatRef<'_>,
-        rows: Range<usize>,
-    ) {
-        let mut start = rows.start;
-        while start < rows.end {
-            let (block, t) = (token / BLOCK % ring, token % BLOCK);
-            let units = &mut blocks[block * self.block_len()..][..self.block_len()];
-            let end = rows.end.min(start + BLOCK - t);
-            self.store_in_block(s, units, t, k, v, start..end);
-            (token, start) = (token + end - start, end);
-        }
-    }
-
-    /// Writes some rows as the tokens from `t` on of the block whose units are `units`.
-    ///
-    /// Sixteen rows at a time through all heads: they are read from begin to end, and every line of keys is written whole and once.
-    fn store_in_block<S: Simd>(
-        self,
-        s: S,
-        units: &mut [f32],
-        t: usize,
-        k: MatRef<'_>,
-        v: MatRef<'_>,
-        rows: Range<usize>,
-    ) {
-        for start in rows.clone().step_by(LANES) {
-            let t = t + start - rows.start;
-            let group = start..rows.end.min(start + LANES);
-            if group.len() == LANES {
-                let (k, v) = (k.block(group.clone(), 0..k.cols()), v.block(group, 0..v.cols()));
-                s.vectorize(
-                    #[inline(always)]
-                    || self.store_sixteen(s, units, t, k, v),
-                );
-            } else {
-                for (t, row) in (t..).zip(group) {
-                    self.store_key(units, t, 0, k.row(row));
-                    self.store_value(units, t, 0, v.row(row));
-                }
-            }
-        }
-    }
-
-    /// Writes sixteen rows as the tokens from `t` on of the block whose units are `units`.
-    #[inline(always)]
-    fn store_sixteen<S: Simd>(self, s: S, units: &mut [f32], t: usize, k: MatRef<'_>, v: MatRef<'_>) {
-        let zero = s.splat(0.0);
-        for (head, unit) in units.chunks_exact_mut(self.unit_len()).enumerate() {
-            for (part, steps) in unit[..self.head_dim * BLOCK].chunks_mut(LANES * BLOCK).enumerate() {
-                let col = head * self.head_dim + part * LANES;
-                let dims = steps.len() / BLOCK;
-                let mut keys = [zero; LANES];
-                for (i, keys) in keys.iter_mut().enumerate() {
-                    let k = &k.row(i)[col..col + dims];
-                    *keys = if dims == LANES { s.load(k) } else { s.load_partial(k, zero) };
-                }
-                for (keys, step) in s.transpose(keys).into_iter().zip(steps.chunks_exact_mut(BLOCK)) {
-                    keys.store(&mut step[t..t + LANES]);
-                }
-            }
-        }
-        for i in 0..LANES {
-            let start = self.head_dim * BLOCK + (t + i) * self.value_stride();
-            for (unit, v) in
-                units.chunks_exact_mut(self.unit_len()).zip(v.row(i).chunks_exact(self.value_dim))
-            {
-                let values = &mut unit[start..][..self.value_dim];
-                let ((v, v_tail), (values, tail)) = (v.as_chunks::<LANES>(), values.as_chunks_mut::<LANES>());
-                for (v, values) in v.iter().zip(values) {
-                    s.load(v).store(values);
-                }
-                s.load_partial(v_tail, zero).store_partial(tail);
-            }
-        }
-    }
-
-    /// Writes columns `first..first + x.len()` of a projected key row as token `t` of the block whose units are `units`; column 0
-    /// is the first head of `units`.
-    #[inline(always)]
-    pub(crate) fn store_key(self, units: &mut [f32], t: usize, first: usize, x: &[f32]) {
-        self.by_head(self.head_dim, first, x, |head, dims, x| {
-            let keys = &mut units[head * self.unit_len()..][..self.head_dim * BLOCK];
-            for (step, &x) in keys[dims.start * BLOCK..].chunks_exact_mut(BLOCK).zip(x) {
-                step[t] = x;
-            }
-        });
-    }
-
-    /// The same for a row of values.
-    #[inline(always)]
-    pub(crate) fn store_value(self, units: &mut [f32], t: usize, first: usize, x: &[f32]) {
-        self.by_head(self.value_dim, first, x, |head, dims, x| {
-            let start = head * self.unit_len() + self.head_dim * BLOCK + t * self.value_stride();
-            units[start..][dims].copy_from_slice(x);
-        });
-    }
-
-    /// Cuts a run of columns where heads end.
-    #[inline(always)]
-    fn by_head(
-        self,
-        dim: usize,
-        first: usize,
-        mut x: &[f32],
-        mut f: impl FnMut(usize, Range<usize>, &[f32]),
-    ) {
-        let (mut head, mut at) = (first / dim, first % dim);
-        while !x.is_empty() {
-            let (part, rest) = x.split_at(x.len().min(dim - at));
-            f(head, at..at + part.len(), part);
-            (head, at, x) = (head + 1, 0, rest);
-        }
-    }
-}
 
 /// One sequence's keys and values.
 #[derive(Clone, Copy)]

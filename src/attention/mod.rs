@@ -5,6 +5,7 @@ mod cache;
 mod graph;
 mod kernel;
 mod keys;
+mod layout;
 mod plan;
 mod projection;
 mod rotary;
@@ -29,7 +30,7 @@ pub(crate) use rotary::Places;
 
 use crate::attention::bits::Query;
 use crate::attention::kernel::attend;
-use crate::attention::keys::KeyLayout;
+use crate::attention::layout::KeyLayout;
 use crate::attention::terms::check_positions;
 use crate::attention::tiles::Queries;
 use crate::context::Context;

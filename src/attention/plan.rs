@@ -1,6 +1,6 @@
 //! A ragged batch cut into blocks of 64 tokens, and the blocks grouped into tiles.
 
-use crate::attention::keys::BLOCK;
+use crate::attention::layout::BLOCK;
 use crate::error::Error;
 
 /// A block: up to 64 tokens of one sequence.

@@ -3,7 +3,7 @@
 use core::ops::Range;
 
 use crate::activation::Activation;
-use crate::attention::keys::KeyLayout;
+use crate::attention::layout::KeyLayout;
 use crate::attention::plan::{MAX_TILE_ROWS, Plan, TILE_ROWS};
 use crate::attention::rotary::{Places, Rotary};
 use crate::attention::{Heads, KeyStore, check_offsets};

@@ -5,7 +5,7 @@ use core::f64::consts::{LN_2, TAU};
 use std::sync::Arc;
 
 use crate::attention::KvCache;
-use crate::attention::keys::{BLOCK, KeyLayout};
+use crate::attention::layout::{BLOCK, KeyLayout};
 use crate::attention::plan::{Block, Plan};
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};

@@ -5,7 +5,7 @@
 //! by one row, so `R` is stored in descending distance and a tile reads a slice of one small product.
 
 use crate::attention::bits::{Bits, Query};
-use crate::attention::keys::BLOCK;
+use crate::attention::layout::BLOCK;
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::view::MatRef;
 use crate::workspace::AlignedBuffer;
