@@ -445,7 +445,7 @@ impl Crew<'_> {
     }
 
     /// Cuts `out` at the rows of `cuts` (ascending, first and last included) and into blocks of `col_block` columns, and runs
-    /// `f(cut, cols.start, block, scratch)` on each.
+    /// `f(cut, cols.start, block, scratch)` on each, those of a cut one after another: together they are whole rows.
     pub(crate) fn ragged_blocks<S: Simd>(
         &mut self,
         s: S,

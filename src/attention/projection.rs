@@ -258,7 +258,7 @@ impl QkvProjection {
                             Residual::None,
                             &mut out,
                             scratch,
-                            &[],
+                            linear.from(to - start),
                         );
                     }
                 }

@@ -124,7 +124,17 @@ const TALL: (usize, usize) = (8, 2);
 /// rows and weights from memory a quarter faster, from L2 as fast. Short chains (scores) would pay for one more begin and end.
 #[inline(always)]
 fn is_tall<S: Simd>(rows: usize, k: usize, lines: usize) -> bool {
-    S::NV == 4 && rows > 2 * S::MR && rows <= 2 * TALL.0 && k >= 256 && lines > 3 * k
+    has_tall::<S>() && rows > 2 * S::MR && rows <= 2 * TALL.0 && k >= 256 && lines > 3 * k
+}
+
+/// Whether there are registers for a tall tile.
+const fn has_tall<S: Simd>() -> bool {
+    TALL.0 * TALL.1 <= S::MR * S::NV
+}
+
+/// Whether a tile of this size is ever asked for.
+const fn has_instance<S: Simd>(mr: usize, nv: usize) -> bool {
+    (mr <= S::MR && nv <= S::NV) || (has_tall::<S>() && mr <= TALL.0 && nv <= TALL.1)
 }
 
 /// The operands of one tile.
@@ -153,7 +163,7 @@ unsafe fn pick<S: Simd>(s: S, height: usize, vectors: usize, tile: &Tile) {
         ($(($mr:literal, $nv:literal))*) => {
             match (height, vectors) {
                 // An instance that this instruction set never asks for is not compiled.
-                $(($mr, $nv) if const { $mr * $nv <= S::MR * S::NV && ($mr <= S::MR || S::NV == 4) && $nv <= S::NV } => {
+                $(($mr, $nv) if const { has_instance::<S>($mr, $nv) } => {
                     // A call of its own, so that the tile has the registers for itself.
                     // SAFETY: the caller's promise.
                     s.vectorize(#[inline(always)] || unsafe { run::<S, $mr, $nv>(s, tile) })
