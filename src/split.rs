@@ -27,9 +27,7 @@ impl Split {
         if by_rows >= Self::FEW || rows > Self::most_rows_by_cols(members) {
             return Split { rows: by_rows, cols };
         }
-        let panels = cols.div_ceil(PANEL);
-        // Two tiles for each member, so that a late helper still finds work.
-        Split { rows: rows.min(max_rows), cols: panels.div_ceil(2 * members) * PANEL }
+        Split { rows: rows.min(max_rows), cols: per_tile(cols.div_ceil(PANEL), members) * PANEL }
     }
 
     /// The most rows whose columns are split.
@@ -41,6 +39,20 @@ impl Split {
     pub(crate) fn is_by_rows(self, cols: usize) -> bool {
         self.cols >= cols
     }
+}
+
+/// How many of `units`, panels or heads, make a tile: two tiles for each member, so that a late helper still finds work, or more if that deals
+/// them out more evenly. Six panels in tiles of two are four for one of two members, tile by tile three.
+pub(crate) fn per_tile(units: usize, members: usize) -> usize {
+    let largest_share = |&per_tile: &usize| {
+        let share = |member| {
+            let own = own_tiles(member, units.div_ceil(per_tile), members);
+            units.min(own.end * per_tile) - own.start * per_tile
+        };
+        (0..members).map(share).max()
+    };
+    let most = units.div_ceil(members.saturating_mul(2)).max(1);
+    (1..=most).rev().min_by_key(largest_share).unwrap_or(most)
 }
 
 /// The columns of a map, tile by tile: each member begins with a range of its own.
@@ -77,6 +89,15 @@ mod tests {
     use crate::error::Error;
     use crate::gemm::PackedMatrix;
     use crate::view::MatRef;
+
+    #[test]
+    fn few_panels_are_dealt_out_evenly() {
+        for (units, members, expected) in
+            [(12, 1, 6), (12, 2, 3), (48, 2, 12), (6, 2, 1), (13, 2, 3), (1, 2, 1), (6, 64, 1), (0, 2, 1)]
+        {
+            assert_eq!(per_tile(units, members), expected, "{units} for {members}");
+        }
+    }
 
     #[test]
     fn behind_the_last_tile_of_a_member_come_the_weights_that_it_begins_the_next_phase_with()

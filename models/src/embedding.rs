@@ -54,15 +54,20 @@ impl Embedding {
     /// The vectors of indices, one behind the other and scaled.
     pub fn gather(&self, indices: &[u32], scale: f32) -> Result<Vec<f32>> {
         self.check(indices)?;
-        Ok(indices.iter().flat_map(|&index| self.row(index)).map(|e| e * scale).collect())
+        let mut rows = Vec::with_capacity(indices.len() * self.d);
+        for &index in indices {
+            rows.extend(self.row(index).iter().map(|e| e * scale));
+        }
+        Ok(rows)
     }
 
     /// Adds the vectors of indices to `rows` rows; `arg` is what the indices are.
     fn add(&self, x: &mut [f32], rows: usize, arg: &'static str, indices: &[u32]) -> Result<()> {
         check_size(arg, rows, indices.len())?;
         self.check(indices)?;
-        let elements = indices.iter().flat_map(|&index| self.row(index));
-        x.iter_mut().zip(elements).for_each(|(x, e)| *x += e);
+        for (row, &index) in x.chunks_exact_mut(self.d.max(1)).zip(indices) {
+            row.iter_mut().zip(self.row(index)).for_each(|(x, e)| *x += e);
+        }
         Ok(())
     }
 }

@@ -16,7 +16,7 @@ use crate::isa::dispatch;
 use crate::linear::{Epilogue, Linear, Residual, padded_stride};
 use crate::norm::{Norm, normalised};
 use crate::simd::{LANES, Simd, Vector};
-use crate::split::{Columns, Split};
+use crate::split::{Columns, Split, per_tile};
 use crate::view::{MatMut, MatRef};
 
 /// Queries, keys and values of the same rows, projected together.
@@ -297,12 +297,14 @@ impl QkvProjection {
         Columns { linear: &self.q, per_tile: q_heads * self.heads.head_dim, members }
     }
 
-    /// Key heads of a tile of few rows.
+    /// Key heads of a tile of few rows: whole panels of columns, of all heads if there are rows enough for everybody.
     fn tile_heads(&self, rows: usize, members: usize) -> usize {
-        let n = self.heads.n_kv_heads;
-        match parts(&self.heads, rows, members) {
-            1 => n,
-            parts => n.div_ceil(parts).next_multiple_of(head_step(&self.heads)),
+        let step = head_step(&self.heads);
+        let groups = self.heads.n_kv_heads.div_ceil(step);
+        match (2 * TILE_ROWS * members).div_ceil(rows.max(1)) {
+            1 => self.heads.n_kv_heads,
+            parts if parts < 2 * members => groups.div_ceil(parts) * step,
+            _ => per_tile(groups, members) * step,
         }
     }
 
@@ -402,11 +404,4 @@ impl QkvProjection {
 fn head_step(heads: &Heads) -> usize {
     let step = |dim: usize| PANEL >> dim.trailing_zeros().min(PANEL.trailing_zeros());
     step(heads.head_dim).max(step(heads.value_dim))
-}
-
-/// Into how many groups of heads a block's columns are split, so that few rows still are work for all.
-fn parts(heads: &Heads, rows: usize, members: usize) -> usize {
-    let groups = heads.n_kv_heads / head_step(heads);
-    let wanted = (2 * TILE_ROWS * members).div_ceil(rows.max(1)).min(2 * members);
-    groups.clamp(1, wanted)
 }
