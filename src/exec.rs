@@ -325,6 +325,11 @@ impl Team {
         self.scratch.len()
     }
 
+    /// Every member's scratch.
+    pub(crate) fn scratch(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        self.scratch.iter_mut().map(|scratch| &mut **scratch.0.get_mut())
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         // SAFETY: `&self` cannot be in a region, which borrows the team exclusively.
         self.scratch.iter().map(|s| unsafe { size_of_val(&**s.0.get()) }).sum()

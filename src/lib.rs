@@ -5,7 +5,7 @@
 //! | for | see |
 //! |---|---|
 //! | a whole layer, or many | [`Layer`], [`Stack`], [`SubLayer`], [`Placement`], [`Workspace`] |
-//! | attention | [`attention()`], [`KeyStore`], [`KvCache`], [`Graph`], [`Bits`], [`Terms`], [`Heads`], [`QkvProjection`], [`Rotary`] |
+//! | attention | [`attention()`], [`KeyStore`], [`KeyStream`], [`KvCache`], [`Graph`], [`Bits`], [`Terms`], [`Heads`], [`QkvProjection`], [`Rotary`] |
 //! | products | [`Linear`], [`PackedMatrix`], [`Epilogue`], [`gemm::matmul`], [`Ffn`] |
 //! | rows | [`softmax`], [`layernorm`], [`rmsnorm`], [`Affine`], [`batchnorm_train`], [`elementwise`] |
 //! | where it runs | [`Context`], [`Isa`], [`Executor`], [`AlignedBuffer`], [`peak`] |
@@ -81,8 +81,8 @@ mod workspace;
 
 pub use activation::{Activation, Function, elementwise};
 pub use attention::{
-    Bias, Bits, Cover, Graph, Heads, KeyStore, KvCache, QkvProjection, QueryRows, Relative, RelativeTable,
-    Rotary, RotaryPairs, SegmentTerm, Terms, Tile, attention,
+    Bias, Bits, Cover, Graph, Heads, KeyRows, KeyStore, KeyStream, KvCache, QkvProjection, QueryRows,
+    Relative, RelativeTable, Rotary, RotaryPairs, SegmentTerm, Terms, Tile, attention,
 };
 pub use batchnorm::{Affine, BatchStats, batchnorm_train};
 pub use context::Context;

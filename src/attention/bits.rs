@@ -142,6 +142,13 @@ impl Bits {
         }
     }
 
+    /// Keys up to the last that any row has, in whole words.
+    pub(crate) fn end(&self) -> usize {
+        let len = |row: &[u64]| row.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
+        let lens = self.words.chunks(self.row_words().max(1)).map(len);
+        64 * lens.max().unwrap_or(0)
+    }
+
     fn row_words(&self) -> usize {
         self.keys.div_ceil(64)
     }

@@ -81,6 +81,21 @@ impl Graph {
             .try_for_each(|bits| bits.check("graph bits", segments, heads, longest_query, rows, longest_key))
     }
 
+    /// Keys up to the last global column.
+    pub(crate) fn columns_end(&self) -> usize {
+        self.columns.as_ref().map_or(0, Bits::end)
+    }
+
+    /// The most keys in the intervals of `n` queries that stand one after another.
+    pub(crate) fn reach(&self, n: usize) -> usize {
+        self.left.saturating_add(self.right).saturating_add(n)
+    }
+
+    /// The keys in the intervals of queries from position `first` to `last`.
+    pub(crate) fn keys_of(&self, (first, last): (isize, isize), len: usize) -> Range<usize> {
+        self.interval(first, len).0..self.interval(last, len).1
+    }
+
     /// The keys of the interval of a query at `p`, of `len`.
     #[inline(always)]
     fn interval(&self, p: isize, len: usize) -> (usize, usize) {

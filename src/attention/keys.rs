@@ -38,6 +38,19 @@ struct Blocks<'a> {
 }
 
 impl<'a> Keys<'a> {
+    /// Of a sequence of `len`: its first `prefix` blocks are the first of `data`, of the others a ring follows.
+    #[inline(always)]
+    pub(super) fn rolling(
+        layout: KeyLayout,
+        data: &'a [f32],
+        (prefix, ring): (usize, usize),
+        len: usize,
+    ) -> Keys<'a> {
+        let (past, rest) = data.split_at(prefix * layout.block_len());
+        let past = (Blocks { data: past, ring: prefix.max(1) }, prefix);
+        Keys { layout, blocks: Blocks { data: rest, ring }, past, first_block: 0, len }
+    }
+
     /// The first block that is still there; the first of a chunk.
     #[inline(always)]
     pub(crate) fn first_block(&self) -> usize {
@@ -309,9 +322,7 @@ impl KeyStore {
     }
 
     pub(crate) fn check_heads(&self, heads: &Heads) -> Result<(), Error> {
-        check_size("heads.n_kv_heads", self.layout.n_heads, heads.n_kv_heads)?;
-        check_size("heads.head_dim", self.layout.head_dim, heads.head_dim)?;
-        check_size("heads.value_dim", self.layout.value_dim, heads.value_dim)
+        self.layout.check_heads(heads)
     }
 
     /// Whether the store is of these heads and has room for a batch of `offsets`.

@@ -6,6 +6,7 @@
 
 use core::ops::Range;
 
+use crate::attention::Heads;
 use crate::error::{Error, check_size};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::MatRef;
@@ -36,6 +37,13 @@ impl KeyLayout {
     #[inline(always)]
     pub(crate) fn block_len(self) -> usize {
         self.unit_len() * self.n_heads
+    }
+
+    /// Whether it is that of these heads.
+    pub(super) fn check_heads(self, heads: &Heads) -> Result<(), Error> {
+        check_size("heads.n_kv_heads", self.n_heads, heads.n_kv_heads)?;
+        check_size("heads.head_dim", self.head_dim, heads.head_dim)?;
+        check_size("heads.value_dim", self.value_dim, heads.value_dim)
     }
 
     /// Whether rows of keys and of values belong together and to these heads.

@@ -8,7 +8,9 @@ mod keys;
 mod layout;
 mod plan;
 mod projection;
+mod queries;
 mod rotary;
+mod stream;
 mod terms;
 mod tiles;
 
@@ -17,7 +19,9 @@ pub use cache::KvCache;
 pub use graph::Graph;
 pub use keys::KeyStore;
 pub use projection::QkvProjection;
+pub use queries::QueryRows;
 pub use rotary::{Rotary, RotaryPairs};
+pub use stream::{KeyRows, KeyStream};
 pub use terms::{Bias, Relative, RelativeTable, SegmentTerm, Terms};
 pub(crate) use tiles::Call;
 pub use tiles::{Cover, Tile};
@@ -28,10 +32,13 @@ pub(crate) use plan::{Plan, check_offsets, max_blocks};
 pub(crate) use projection::Rows;
 pub(crate) use rotary::Places;
 
+use core::ops::Range;
+
 use crate::attention::bits::Query;
 use crate::attention::kernel::attend;
+use crate::attention::keys::Keys;
 use crate::attention::layout::KeyLayout;
-use crate::attention::terms::check_positions;
+use crate::attention::plan::Block;
 use crate::attention::tiles::Queries;
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
@@ -193,46 +200,17 @@ pub fn attention(
     out: MatMut<'_>,
 ) -> Result<(), Error> {
     check_size("k.rows", q.rows(), k.rows())?;
-    let mut keys = KeyStore::new(heads, k.rows(), offsets.len().saturating_sub(1))?;
+    let (queries, terms) = (QueryRows::new(q, offsets), Terms::default());
+    // What needs less memory also waits less for it.
+    let (segments, members) = (offsets.len().saturating_sub(1), ctx.members());
+    if stream::blocks(graph).saturating_mul(members) < max_blocks(k.rows(), segments) {
+        let rows = KeyRows::new(k, v, offsets);
+        return KeyStream::new(heads, graph, members)?
+            .attend(ctx, heads, &queries, &rows, graph, &terms, out);
+    }
+    let mut keys = KeyStore::new(heads, k.rows(), segments)?;
     keys.set(ctx, k, v, offsets)?;
-    keys.attend(ctx, heads, &QueryRows::new(q, offsets), graph, &Terms::default(), out)
-}
-
-/// Queries of a ragged batch and where they stand.
-#[derive(Clone, Copy, Debug)]
-pub struct QueryRows<'a> {
-    q: MatRef<'a>,
-    offsets: &'a [usize],
-    positions: Positions<'a>,
-}
-
-/// Where queries stand among the keys of their sequence.
-#[derive(Clone, Copy, Debug)]
-enum Positions<'a> {
-    /// The last query at the last key.
-    Last,
-    /// The first query of each sequence.
-    First(&'a [isize]),
-    /// Every query.
-    Each(&'a [isize]),
-}
-
-impl<'a> QueryRows<'a> {
-    /// Queries `[tokens, n_heads * head_dim]` of the sequences that `offsets` cuts them into. The last query of a sequence stands at its last
-    /// key: in self-attention row `i` at key `i`, with a cache the new rows at its end.
-    pub fn new(q: MatRef<'a>, offsets: &'a [usize]) -> QueryRows<'a> {
-        QueryRows { q, offsets, positions: Positions::Last }
-    }
-
-    /// The same, the first query of sequence `b` at position `first[b]`, which may be negative, and the others after it.
-    pub fn starting_at(self, first: &'a [isize]) -> QueryRows<'a> {
-        QueryRows { positions: Positions::First(first), ..self }
-    }
-
-    /// The same, row `i` of the batch at position `positions[i]`.
-    pub fn at(self, positions: &'a [isize]) -> QueryRows<'a> {
-        QueryRows { positions: Positions::Each(positions), ..self }
-    }
+    keys.attend(ctx, heads, &queries, graph, &terms, out)
 }
 
 impl KeyStore {
@@ -304,28 +282,10 @@ impl Stores<'_> {
         terms: &Terms<'_>,
         mut out: MatMut<'_>,
     ) -> Result<(), Error> {
-        let (q, rows) = (queries.q, queries.q.rows());
         heads.check()?;
         self.keys.check_heads(heads)?;
-        check_offsets("offsets", queries.offsets, rows)?;
-        let segments = queries.offsets.len() - 1;
-        check_size("offsets.len() - 1", self.keys.plan.segments.len(), segments)?;
-        check_size("q.cols", heads.query_cols(), q.cols())?;
-        check_size("out.rows", rows, out.rows())?;
-        check_size("out.cols", heads.output_cols(), out.cols())?;
-        match queries.positions {
-            Positions::Last => {}
-            Positions::First(first) => {
-                check_size("first positions", segments, first.len())?;
-                check_positions("first positions", first.iter().copied())?;
-            }
-            Positions::Each(each) => {
-                check_size("positions", rows, each.len())?;
-                check_positions("positions", each.iter().copied())?;
-            }
-        }
-        let mut plan = Plan::with_capacity(max_blocks(rows, segments), segments);
-        plan.build(queries.offsets, ctx.members());
+        queries.check(heads, self.keys.plan.segments.len(), &out)?;
+        let plan = queries.plan(ctx.members());
         check_terms(heads, graph, terms, &plan, self.longest())?;
         let call = Call { heads, graph, terms };
         let mut team = Team::new(ctx.members(), scratch_len(heads, terms.relative.is_some()));
@@ -377,7 +337,7 @@ pub(crate) fn attend_phase<S: Simd>(
     out: &mut MatMut<'_>,
 ) {
     let heads = call.heads;
-    let (dim, value_dim) = (heads.head_dim, heads.value_dim);
+    let value_dim = heads.value_dim;
     let rows = plan.tokens.div_ceil(plan.blocks.len().max(1));
     let scores = rows * keys.longest().min(TILE_SCORES);
     let heads_per_tile = (TILE_SCORES / scores.max(1)).clamp(1, heads.n_heads.div_ceil(crew.members()));
@@ -388,29 +348,40 @@ pub(crate) fn attend_phase<S: Simd>(
         heads_per_tile * value_dim,
         #[inline(always)]
         |block, col, mut out, scratch| {
-            let rows = plan.rows[block]..plan.rows[block + 1];
-            let block = plan.blocks[block];
-            let segment = keys.segment(block.segment);
-            let last = segment.len as isize - plan.segments[block.segment].len as isize;
-            for i in 0..out.cols() / value_dim {
-                let head = col / value_dim + i;
-                let cols = (head * dim..(head + 1) * dim, i * value_dim..(i + 1) * value_dim);
-                let mut done = 0;
-                while done < rows.len() {
-                    let (position, n) = match queries.positions {
-                        Positions::Last => (last + block.start as isize, rows.len()),
-                        Positions::First(first) => (first[block.segment] + block.start as isize, rows.len()),
-                        // Rows that need not follow one another are tiles of their own.
-                        Positions::Each(each) => (each[rows.start + done], 1),
-                    };
-                    let q = queries.q.block(rows.start + done..rows.start + done + n, cols.0.clone());
-                    let (place, row) = (block.start + done, rows.start + done);
-                    let first = Query { segment: block.segment, head, place, row };
-                    let mut out = out.block(done..done + n, cols.1.clone());
-                    attend(s, call, &Queries { q, first, position }, &segment, &mut out, scratch);
-                    done += n;
-                }
-            }
+            let first = col / value_dim;
+            let of_tile = first..first + out.cols() / value_dim;
+            let segment = keys.segment(plan.blocks[block].segment);
+            attend_heads(s, call, queries, (plan, block), of_tile, &segment, &mut out, scratch);
         },
     );
+}
+
+/// Some heads of a block of queries.
+#[inline(always)]
+fn attend_heads<S: Simd>(
+    s: S,
+    call: &Call<'_>,
+    queries: &QueryRows<'_>,
+    (plan, block): (&Plan, usize),
+    heads: Range<usize>,
+    keys: &Keys<'_>,
+    out: &mut MatMut<'_>,
+    scratch: &mut [f32],
+) {
+    let (dim, value_dim) = (call.heads.head_dim, call.heads.value_dim);
+    let rows = plan.rows[block]..plan.rows[block + 1];
+    let Block { segment, start } = plan.blocks[block];
+    for (i, head) in heads.enumerate() {
+        let cols = (head * dim..(head + 1) * dim, i * value_dim..(i + 1) * value_dim);
+        let mut done = 0;
+        while done < rows.len() {
+            let (position, n) = queries.run(plan, block, done, keys.len);
+            let (place, row) = (start + done, rows.start + done);
+            let q = queries.q.block(row..row + n, cols.0.clone());
+            let first = Query { segment, head, place, row };
+            let mut out = out.block(done..done + n, cols.1.clone());
+            attend(s, call, &Queries { q, first, position }, keys, &mut out, scratch);
+            done += n;
+        }
+    }
 }

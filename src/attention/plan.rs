@@ -75,6 +75,14 @@ impl Plan {
         }
     }
 
+    /// The batch of valid `offsets`, cut for `members` threads.
+    pub(crate) fn of(offsets: &[usize], members: usize) -> Plan {
+        let (tokens, segments) = (offsets.last().copied().unwrap_or(0), offsets.len().saturating_sub(1));
+        let mut plan = Plan::with_capacity(max_blocks(tokens, segments), segments);
+        plan.build(offsets, members);
+        plan
+    }
+
     /// The most blocks and sequences.
     pub(crate) fn capacity(&self) -> (usize, usize) {
         (self.blocks.capacity(), self.segments.capacity())

@@ -43,11 +43,21 @@ struct Row {
     name: String,
     seq_len: usize,
     graph: Graph,
-    /// Over keys that are stored by head already.
-    over_stored_keys: bool,
+    keys: Keys,
     /// Pairs of a query and a key that it sees, and those whose scores are computed.
     edges: usize,
     scores: usize,
+}
+
+/// Which keys attention meets.
+#[derive(Clone, Copy)]
+enum Keys {
+    /// Rows, which it stores by head where it reads them.
+    Stream,
+    /// Rows, all of which it stores first.
+    StoredFirst,
+    /// Those that are stored already: what a layer pays, whose projection stores them.
+    Stored,
 }
 
 /// What `--json` prints: the fields of every row of `bench`, and those of a graph.
@@ -99,8 +109,9 @@ fn rows() -> Result<Vec<Vec<Row>>> {
     for seq_len in LENGTHS {
         // Each alone: in turns they would take the last cache from one another.
         let row = window(seq_len)?;
-        let over_stored_keys = row.over_stored_keys();
-        rows.extend([vec![row], vec![over_stored_keys]]);
+        let kinds =
+            [(Keys::Stream, ""), (Keys::StoredFirst, "/stored-first"), (Keys::Stored, "/stored-keys")];
+        rows.extend(kinds.map(|(keys, suffix)| vec![row.over(keys, suffix)]));
     }
     Ok(rows)
 }
@@ -113,12 +124,12 @@ impl Row {
             scores += tile.scores();
         }
         let name = format!("graph/f32/{}/{name}/b1s{seq_len}", DIMS.name);
-        Ok(Row { name, seq_len, graph, over_stored_keys: false, edges, scores })
+        Ok(Row { name, seq_len, graph, keys: Keys::StoredFirst, edges, scores })
     }
 
-    /// What a layer pays, whose projection stores them.
-    fn over_stored_keys(&self) -> Row {
-        Row { name: format!("{}/stored-keys", self.name), over_stored_keys: true, ..self.clone() }
+    /// The same over other keys.
+    fn over(&self, keys: Keys, suffix: &str) -> Row {
+        Row { name: format!("{}{suffix}", self.name), keys, ..self.clone() }
     }
 
     /// Two products per edge, and the operands once.
@@ -136,7 +147,11 @@ fn measure_rows(rows: &[Row], ctx: Context<'_>) -> Result<Vec<Outcome>> {
     for row in rows {
         let head_dim = DIMS.d_model / DIMS.n_heads;
         let attention = Attention::new(DIMS.n_heads, head_dim, 1, row.seq_len, row.graph.clone())?;
-        let attention = if row.over_stored_keys { attention.over_stored_keys() } else { attention };
+        let attention = match row.keys {
+            Keys::Stream => attention.over_a_stream(ctx.members())?,
+            Keys::StoredFirst => attention,
+            Keys::Stored => attention.over_stored_keys(),
+        };
         workspaces.push(attention.workspace_bytes(ctx.members())?);
         items.push(Item { name: row.name.clone(), cost: row.cost(), workload: Box::new(attention) });
     }
@@ -209,7 +224,7 @@ mod tests {
             // 513 keys but at the ends, and the columns where they are not in the window.
             let window = 513 * n - 256 * 257;
             let columns: usize = (0..16).map(|key| n - (key + 257)).sum();
-            for row in [&rows[2 * i + 1][0], &rows[2 * i + 2][0]] {
+            for row in rows[3 * i + 1..][..3].iter().flatten() {
                 assert_eq!(row.edges, window + columns, "{n}");
                 assert!(row.scores >= row.edges);
             }

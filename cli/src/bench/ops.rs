@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use laneformer::{
-    Context, Epilogue, Function, Graph, Heads, KeyStore, Linear, MatMut, MatRef, PackedMatrix, QueryRows,
-    Terms, elementwise, layernorm, reference, softmax,
+    Context, Epilogue, Function, Graph, Heads, KeyRows, KeyStore, KeyStream, Linear, MatMut, MatRef,
+    PackedMatrix, QueryRows, Terms, elementwise, layernorm, reference, softmax,
 };
 
 use crate::bench::check::{SAMPLE, compare, gather, linear, sample};
@@ -115,7 +115,7 @@ impl Workload for RowOp {
     }
 }
 
-/// Attention of `batch` segments of `seq_len` tokens over themselves, with its keys and values stored by head.
+/// Attention of `batch` segments of `seq_len` tokens over themselves.
 pub struct Attention {
     heads: Heads,
     graph: Graph,
@@ -124,11 +124,18 @@ pub struct Attention {
     q: Buffer,
     k: Buffer,
     v: Buffer,
-    /// Kept between runs, as an engine keeps it: a run stores keys and values by head and attends.
-    store: KeyStore,
-    /// Unless the keys are stored already, as a layer's projection leaves them: the check before the runs does that.
-    stores_keys: bool,
+    keys: Keys,
     out: Buffer,
+}
+
+/// Where a run finds keys and values by head. The memory is kept between runs, as an engine keeps it.
+enum Keys {
+    /// It stores all of them first.
+    Stored(KeyStore),
+    /// They are stored already, as a layer's projection leaves them: the check before the runs does that.
+    StoredBefore(KeyStore),
+    /// It stores them where it reads them.
+    Streamed(KeyStream),
 }
 
 impl Attention {
@@ -144,37 +151,44 @@ impl Attention {
         let len = batch * seq_len * heads.query_cols();
         let offsets = (0..=batch).map(|segment| segment * seq_len).collect();
         let [q, k, v] = [6, 7, 8].map(|seed| Buffer::uniform(len, 1.0, seed));
-        let store = KeyStore::new(&heads, batch * seq_len, batch)?;
+        let keys = Keys::Stored(KeyStore::new(&heads, batch * seq_len, batch)?);
         let out = Buffer::filled(len, 0.0);
-        Ok(Attention { heads, graph, seq_len, offsets, q, k, v, store, stores_keys: true, out })
+        Ok(Attention { heads, graph, seq_len, offsets, q, k, v, keys, out })
     }
 
     /// The same over keys that are stored already.
     pub fn over_stored_keys(self) -> Attention {
-        Attention { stores_keys: false, ..self }
+        let keys = match self.keys {
+            Keys::Stored(store) => Keys::StoredBefore(store),
+            keys => keys,
+        };
+        Attention { keys, ..self }
     }
-}
 
-impl Attention {
-    /// Bytes of the store and of the scratch of `members` threads.
+    /// The same over a stream of keys, for a graph of windows and so many threads.
+    pub fn over_a_stream(self, members: usize) -> Result<Attention> {
+        Ok(Attention { keys: Keys::Streamed(KeyStream::new(&self.heads, &self.graph, members)?), ..self })
+    }
+
+    /// Bytes of keys and values by head and of the scratch of `members` threads.
     pub fn workspace_bytes(&self, members: usize) -> Result<usize> {
-        Ok(self.store.bytes() + members * self.heads.scratch_bytes()?)
-    }
-
-    fn store_keys(&mut self, ctx: Context<'_>) -> Result<()> {
-        let cols = self.heads.query_cols();
-        let mat = |x| MatRef::contiguous(x, self.k.len() / cols, cols);
-        Ok(self.store.set(ctx, mat(&self.k)?, mat(&self.v)?, &self.offsets)?)
+        match &self.keys {
+            Keys::Stored(store) | Keys::StoredBefore(store) => {
+                Ok(store.bytes() + members * self.heads.scratch_bytes()?)
+            }
+            Keys::Streamed(stream) => Ok(stream.bytes()),
+        }
     }
 }
 
 impl Workload for Attention {
     fn check(&mut self, ctx: Context<'_>) -> Result<Deviation> {
-        if !self.stores_keys {
-            self.store_keys(ctx)?;
+        let cols = self.heads.query_cols();
+        let mat = |x| MatRef::contiguous(x, self.k.len() / cols, cols);
+        if let Keys::StoredBefore(store) = &mut self.keys {
+            store.set(ctx, mat(&self.k)?, mat(&self.v)?, &self.offsets)?;
         }
         self.run(ctx)?;
-        let cols = self.heads.query_cols();
         let batch = self.offsets.len() - 1;
         let (mut got, mut want) = (vec![], vec![]);
         for (first, rows) in sample_segments(batch, self.seq_len) {
@@ -193,13 +207,24 @@ impl Workload for Attention {
     }
 
     fn run(&mut self, ctx: Context<'_>) -> Result<()> {
-        if self.stores_keys {
-            self.store_keys(ctx)?;
+        let Attention { heads, graph, offsets, q, k, v, keys, out, .. } = self;
+        let (tokens, cols) = (q.len() / heads.query_cols(), heads.query_cols());
+        let [q, k, v] = [q, k, v].map(|x| MatRef::contiguous(x, tokens, cols));
+        let (queries, k, v) = (QueryRows::new(q?, offsets), k?, v?);
+        let (terms, out) = (Terms::default(), MatMut::contiguous(out, tokens, cols)?);
+        if let Keys::Stored(store) = keys {
+            store.set(ctx, k, v, offsets)?;
         }
-        let (tokens, cols) = (self.q.len() / self.heads.query_cols(), self.heads.query_cols());
-        let out = MatMut::contiguous(&mut self.out, tokens, cols)?;
-        let queries = QueryRows::new(MatRef::contiguous(&self.q, tokens, cols)?, &self.offsets);
-        Ok(self.store.attend(ctx, &self.heads, &queries, &self.graph, &Terms::default(), out)?)
+        match keys {
+            Keys::Stored(store) | Keys::StoredBefore(store) => {
+                store.attend(ctx, heads, &queries, graph, &terms, out)?;
+            }
+            Keys::Streamed(stream) => {
+                let rows = KeyRows::new(k, v, offsets);
+                stream.attend(ctx, heads, &queries, &rows, graph, &terms, out)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -260,6 +285,7 @@ mod tests {
         all.push(Box::new(Gemm::new(5, 70, 33)?));
         all.push(Box::new(Attention::new(2, 8, 3, 30, Graph::full())?));
         all.push(Box::new(Attention::new(2, 8, 1, 300, Graph::window(9, 5))?));
+        all.push(Box::new(Attention::new(2, 8, 1, 300, Graph::window(9, 5))?.over_a_stream(2)?));
         for workload in &mut all {
             let Deviation { max_err, limit } = workload.check(ctx)?;
             assert!(max_err <= limit && limit > 0.0, "{max_err} {limit}");
