@@ -27,7 +27,7 @@ impl Split {
         if by_rows >= Self::FEW || rows > Self::most_rows_by_cols(members) {
             return Split { rows: by_rows, cols };
         }
-        Split { rows: rows.min(max_rows), cols: per_tile(cols.div_ceil(PANEL), members) * PANEL }
+        Split { rows: rows.min(max_rows), cols: per_tile(cols.div_ceil(PANEL), 1, members) * PANEL }
     }
 
     /// The most rows whose columns are split.
@@ -41,18 +41,35 @@ impl Split {
     }
 }
 
-/// How many of `units`, panels or heads, make a tile: two tiles for each member, so that a late helper still finds work, or more if that deals
-/// them out more evenly. Six panels in tiles of two are four for one of two members, tile by tile three.
-pub(crate) fn per_tile(units: usize, members: usize) -> usize {
-    let largest_share = |&per_tile: &usize| {
-        let share = |member| {
-            let own = own_tiles(member, units.div_ceil(per_tile), members);
-            units.min(own.end * per_tile) - own.start * per_tile
+/// How many of `units`, panels or heads, make a tile of each of some blocks of rows: two tiles for each member, so that a late helper still
+/// finds work, or more if that deals them out more evenly. Six panels in tiles of two are four for one of two members, tile by tile three.
+pub(crate) fn per_tile(units: usize, blocks: usize, members: usize) -> usize {
+    let largest_share = |per_tile: usize| {
+        let tiles = blocks * units.div_ceil(per_tile);
+        // Units of the tiles before one: all blocks' first, then all blocks' next.
+        let before = |tile: usize| {
+            let done = tile / blocks * per_tile;
+            done.min(units) * blocks + tile % blocks * per_tile.min(units.saturating_sub(done))
         };
-        (0..members).map(share).max()
+        let share = |member| {
+            let own = own_tiles(member, tiles, members);
+            before(own.end) - before(own.start)
+        };
+        (0..members).map(share).max().unwrap_or(0)
     };
-    let most = units.div_ceil(members.saturating_mul(2)).max(1);
-    (1..=most).rev().min_by_key(largest_share).unwrap_or(most)
+    let even = (units * blocks).div_ceil(members);
+    let most = (units * blocks).div_ceil(members.saturating_mul(2)).clamp(1, units.max(1));
+    let mut best = (most, usize::MAX);
+    for per_tile in (1..=most).rev() {
+        let share = largest_share(per_tile);
+        if share < best.1 {
+            best = (per_tile, share);
+        }
+        if share <= even {
+            break;
+        }
+    }
+    best.0
 }
 
 /// The columns of a map, tile by tile: each member begins with a range of its own.
@@ -92,10 +109,21 @@ mod tests {
 
     #[test]
     fn few_panels_are_dealt_out_evenly() {
-        for (units, members, expected) in
-            [(12, 1, 6), (12, 2, 3), (48, 2, 12), (6, 2, 1), (13, 2, 3), (1, 2, 1), (6, 64, 1), (0, 2, 1)]
-        {
-            assert_eq!(per_tile(units, members), expected, "{units} for {members}");
+        for (units, blocks, members, expected) in [
+            (12, 1, 1, 6),
+            (12, 1, 2, 3),
+            (48, 1, 2, 12),
+            (6, 1, 2, 1),
+            (13, 1, 2, 3),
+            (1, 1, 2, 1),
+            (6, 1, 64, 1),
+            (0, 1, 2, 1),
+            // Four tiles of six for two; for eight members twelve of two would be two for some, twenty-four of one are three.
+            (12, 2, 2, 6),
+            (12, 2, 8, 1),
+            (12, 100, 2, 12),
+        ] {
+            assert_eq!(per_tile(units, blocks, members), expected, "{units} of {blocks} for {members}");
         }
     }
 

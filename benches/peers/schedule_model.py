@@ -26,7 +26,19 @@ def split(rows, cols, max_rows, members):
     by_rows = ceil(rows / tiles)
     if by_rows >= FEW or rows > members * FEW:
         return by_rows, cols
-    return min(rows, max_rows), ceil(ceil(cols / PANEL) / (2 * members)) * PANEL
+    return min(rows, max_rows), per_tile(ceil(cols / PANEL), 1, members) * PANEL
+
+
+def per_tile(units, blocks, members):
+    """`per_tile`: panels or heads of a tile, so that the largest share is least."""
+
+    def largest_share(per_tile):
+        tiles = blocks * ceil(units / per_tile)
+        sizes = [min(per_tile, units - tile // blocks * per_tile) for tile in range(tiles)]
+        return max(sum(sizes[m * tiles // members : (m + 1) * tiles // members]) for m in range(members))
+
+    most = min(units, max(1, ceil(units * blocks / (2 * members))))
+    return min(range(most, 0, -1), key=largest_share)
 
 
 def ffn_rows(d, f):
@@ -82,16 +94,18 @@ def phases(dims, batch, seq_len, members, rates):
 
     by_block = members > 1 and t < 2 * BLOCK * members
     down = batch * ceil(seq_len / BLOCK) if by_block else max(1, t // BLOCK)
-    parts = min(heads, ceil(2 * BLOCK * members / t), 2 * members) if by_block else 1
+    # Heads of whole panels: two of MiniLM's.
+    groups = d // PANEL
+    parts = ceil(groups / per_tile(groups, ceil(t / BLOCK), members)) if by_block else 1
     qkv = 6 * t * d * d
     result.append(Phase("qkv", qkv, 12 * d * d * down, down, parts, qkv / rates.product(min(t, BLOCK))))
 
     blocks = batch * ceil(seq_len / BLOCK)
     rows = t / blocks
-    per_tile = max(1, min(ceil(heads / members), int((1 << 14) / (rows * min(seq_len, 1 << 14)))))
+    heads_per_tile = max(1, min(ceil(heads / members), int((1 << 14) / (rows * min(seq_len, 1 << 14)))))
     scores = 4 * t * seq_len * d
     ns = scores / (0.94 * rates.wide) + t * seq_len * heads * rates.softmax
-    result.append(Phase("attention", scores, 0, blocks, ceil(heads / per_tile), ns))
+    result.append(Phase("attention", scores, 0, blocks, ceil(heads / heads_per_tile), ns))
 
     norm = 2 * t * d * rates.norm / 2
     whole = product("out", 2 * t * d * d, 4 * d * d, t, d, MAX_ROWS, extra=norm)

@@ -80,7 +80,9 @@ fn windows_cost_their_edges() {
     let rows = rows(&["bench", "graph", "s4096", "--json", "--threads", "2"]);
     let names: Vec<&str> = rows.iter().filter_map(|row| row["name"].as_str()).collect();
     let window = "graph/f32/bert-base/window512+16/b1s4096";
-    assert_eq!(names, [window, &format!("{window}/stored-keys")]);
+    assert_eq!(names, [window, &format!("{window}/stored-first"), &format!("{window}/stored-keys")]);
+    // A stream keeps what windows see and no more.
+    assert!(number(&rows[0], "workspace_bytes") < 0.6 * number(&rows[1], "workspace_bytes"));
     for row in &rows {
         assert!(number(row, "edges") < 530.0 * 4096.0 && number(row, "max_err") > 0.0);
         assert!(row.get("of_full").is_none());

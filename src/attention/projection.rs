@@ -297,15 +297,13 @@ impl QkvProjection {
         Columns { linear: &self.q, per_tile: q_heads * self.heads.head_dim, members }
     }
 
-    /// Key heads of a tile of few rows: whole panels of columns, of all heads if there are rows enough for everybody.
+    /// Key heads of a tile: all, or with few rows some of whole panels.
     fn tile_heads(&self, rows: usize, members: usize) -> usize {
-        let step = head_step(&self.heads);
-        let groups = self.heads.n_kv_heads.div_ceil(step);
-        match (2 * TILE_ROWS * members).div_ceil(rows.max(1)) {
-            1 => self.heads.n_kv_heads,
-            parts if parts < 2 * members => groups.div_ceil(parts) * step,
-            _ => per_tile(groups, members) * step,
+        if rows >= 2 * TILE_ROWS * members {
+            return self.heads.n_kv_heads;
         }
+        let step = head_step(&self.heads);
+        step * per_tile(self.heads.n_kv_heads.div_ceil(step), rows.div_ceil(TILE_ROWS).max(1), members)
     }
 
     /// Scratch of a tile, with room for so many copies of its rows.

@@ -13,17 +13,7 @@ use serde::Serialize;
 
 use crate::bench::measure::{Deviation, Timing};
 use crate::bench::roof::Roof;
-use crate::bench::rows::Cost;
-
-/// Which roof a row stands under.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Bound {
-    /// The multiply-adds.
-    Fma,
-    /// Reading the operands once.
-    Read,
-}
+use crate::bench::rows::{Bound, Cost};
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -53,8 +43,7 @@ impl Record {
         let &Timing { median, min, peak_gflops, peak_gbps } = timing;
         let median_ns = nanoseconds(median);
         let (gflops, gbps) = (cost.flops as f64 / median_ns, cost.bytes as f64 / median_ns);
-        let reads_longer = cost.bytes as f64 / peak_gbps > cost.flops as f64 / peak_gflops;
-        let bound = if cost.elements.is_some() || reads_longer { Bound::Read } else { Bound::Fma };
+        let bound = cost.bound(peak_gflops, peak_gbps);
         let of_peak = match bound {
             Bound::Fma => gflops / peak_gflops,
             Bound::Read => gbps / peak_gbps,

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use laneformer::Graph;
+use serde::Serialize;
 
 use crate::bench::layer::{BERT_BASE, Dims, EncoderLayer, MINILM};
 use crate::bench::measure::Workload;
@@ -25,6 +26,24 @@ pub struct Cost {
     pub bytes: usize,
     /// Elements of an elementwise operation.
     pub elements: Option<usize>,
+}
+
+/// Which roof a row stands under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Bound {
+    /// The multiply-adds.
+    Fma,
+    /// Reading the operands once.
+    Read,
+}
+
+impl Cost {
+    /// The roof that is lower, of GFLOP/s of multiply-adds and GB/s of reads.
+    pub fn bound(&self, peak_gflops: f64, peak_gbps: f64) -> Bound {
+        let reads_longer = self.bytes as f64 / peak_gbps > self.flops as f64 / peak_gflops;
+        if self.elements.is_some() || reads_longer { Bound::Read } else { Bound::Fma }
+    }
 }
 
 #[derive(Clone, Copy)]

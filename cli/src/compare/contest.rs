@@ -7,7 +7,9 @@ use anyhow::{Result, bail};
 use laneformer::Context;
 use serde::Serialize;
 
+use crate::bench::data::Buffer;
 use crate::bench::roof::Roof;
+use crate::bench::rows::Cost;
 use crate::compare::ours;
 use crate::compare::peers::{Handover, Worker};
 use crate::compare::task::{Task, Tensor};
@@ -108,10 +110,17 @@ pub struct Line {
     pub ns: f64,
     /// GFLOP/s of multiply-adds, measured between the rounds.
     pub peak_gflops: f64,
+    /// GB/s of reads of as many bytes as the operands have, likewise.
+    pub peak_gbps: f64,
     pub peers: Vec<(String, Outcome)>,
 }
 
 impl Line {
+    /// What it must do at least.
+    pub fn cost(&self) -> Cost {
+        Cost { flops: self.flops, bytes: self.bytes, elements: self.elements }
+    }
+
     /// GFLOP/s of a time.
     pub fn gflops(&self, ns: f64) -> f64 {
         self.flops as f64 / ns
@@ -182,9 +191,11 @@ pub fn contest(
     drop(tensors);
 
     let roof = Roof { isa: ctx.isa(), threads: ctx.members() };
-    let (mut our_times, mut peak_gflops) = (vec![], 0.0_f64);
+    let operands = Buffer::filled(task.cost.bytes / size_of::<f32>(), 1.0);
+    let (mut our_times, mut peak_gflops, mut peak_gbps) = (vec![], 0.0_f64, 0.0_f64);
     for _ in 0..rounds.of(task) {
         peak_gflops = peak_gflops.max(roof.fma());
+        peak_gbps = peak_gbps.max(roof.read(&operands));
         if !entries.iter().any(Result::is_ok) {
             our_times.push(our_turn.take(&mut ours)?);
         }
@@ -217,6 +228,7 @@ pub fn contest(
         items: task.items,
         ns,
         peak_gflops,
+        peak_gbps,
         peers,
     })
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use crate::bench::rows::Bound;
 use crate::compare::contest::{Line, Outcome, ROUNDS_OF_LONG, Rounds};
 use crate::compare::host::Host;
 use crate::compare::picture::{self, Point};
@@ -110,15 +111,15 @@ impl Report {
              take turns: ours, a peer, ours, the next peer, {} rounds of each peer, {ms} ms each or one run, every round after a run that warms the caches. \
              A time is the median over the rounds of the median run. A peer's result is compared with ours before it is timed.\n\n\
              GFLOP/s count the products only, two for each multiply-add. \"of peak\" is the part of the best burst of multiply-adds between \
-             the rounds of that task. A peer's cell is its time and, in brackets, that time divided by ours: above 1 we are faster. Python peers \
+             the rounds of that task. \"of bound\" is the same, or the part of the best burst of reads of as many bytes as the operands have, where \
+             reading them once takes longer than the arithmetic. A peer's cell is its time and, in brackets, that time divided by ours: above 1 we are faster. Python peers \
              pay a few microseconds per call for Python, which shows in the smallest tasks. The input stays as it is for everybody: where laneformer \
              works in place, the copy is in its time. PyTorch runs eagerly.\n\n\
              Systems are whole models of the models crate, up to their last hidden states or logits, against those of transformers (its fused attention \
              where it has one) with the same random weights; what PyTorch has no model for any more, Transformer-XL, is its authors' formula, which \
              projects the memory and the positions anew for every segment. Sentences are 1024 lines made of those in `tests/golden/minilm`, 22 tokens in the mean, \
              from text to embeddings: laneformer in batches of about 1024 tokens as they come, the others in batches of 32 that are sorted by length and padded. Of \
-             both there are at most {ROUNDS_OF_LONG} rounds. Decoding reads all weights for one token: its bound is memory, and its part of the peak is \
-             small. PyTorch decodes with the default cache of transformers, which copies keys and values to append to them.\n",
+             both there are at most {ROUNDS_OF_LONG} rounds. PyTorch decodes with the default cache of transformers, which copies keys and values to append to them.\n",
             self.rounds.count,
         );
         for image in images {
@@ -174,8 +175,8 @@ impl Part {
             .collect();
         let (rate, rule) = match (elementwise, lines.iter().any(|line| line.items.is_some())) {
             (true, _) => ("ns/element", "---:"),
-            (false, false) => ("GFLOP/s | of peak", "---:|---:"),
-            (false, true) => ("per second | GFLOP/s | of peak", "---:|---:|---:"),
+            (false, false) => ("GFLOP/s | of peak | of bound", "---:|---:|---:"),
+            (false, true) => ("per second | GFLOP/s | of peak | of bound", "---:|---:|---:|---:"),
         };
         let _ = write!(text, "| task | threads | {OURS} | {rate} |");
         shown.iter().for_each(|&i| {
@@ -189,7 +190,15 @@ impl Part {
                     let rate = line.gflops(line.ns);
                     let items = |items: Items| format!("{:.1} {} | ", items.per_second(line.ns), items.unit);
                     let items = line.items.map_or_else(String::new, items);
-                    format!("{items}{rate:.1} | {:.1} %", 100.0 * rate / line.peak_gflops)
+                    let of_peak = 100.0 * rate / line.peak_gflops;
+                    let of_bound = match line.cost().bound(line.peak_gflops, line.peak_gbps) {
+                        Bound::Fma => format!("{of_peak:.1} %"),
+                        Bound::Read => {
+                            let rate = line.bytes as f64 / line.ns;
+                            format!("{:.1} % of {:.0} GB/s", 100.0 * rate / line.peak_gbps, line.peak_gbps)
+                        }
+                    };
+                    format!("{items}{rate:.1} | {of_peak:.1} % | {of_bound}")
                 }
             };
             let _ = write!(text, "| {} | {} | {} | {rate} |", line.name, line.threads, time(line.ns));
@@ -272,19 +281,24 @@ mod tests {
             items: None,
             ns: 2000.0,
             peak_gflops: 100.0,
+            peak_gbps: 1000.0,
             peers: vec![("A".into(), timed), ("B".into(), absent)],
         };
         let items = Some(Items { count: 3, unit: "tokens" });
-        let system = Line { name: "systems/f32/x".into(), items, ..line.clone() };
+        let system = Line { name: "systems/f32/x".into(), bytes: 1_500_000, items, ..line.clone() };
         let roofs = Roofs { threads: 2, gflops: 100.0, l2_gbps: 10.0, dram_gbps: 1.0 };
         report.add(roofs, vec!["A".into(), "B".into()], vec![line, system]);
         report.absent.push(("sentences/f32".into(), "not measured".into()));
         let page = report.markdown(&["x.svg".to_owned()]);
-        assert!(page.contains("| task | threads | laneformer | GFLOP/s | of peak | A | B |"), "{page}");
-        let row = "| gemm/f32/m1n1k1 | 2 | 2.00 us | 50.0 | 50.0 % | 3.00 us (1.50) | not installed |";
+        assert!(
+            page.contains("| task | threads | laneformer | GFLOP/s | of peak | of bound | A | B |"),
+            "{page}"
+        );
+        let row =
+            "| gemm/f32/m1n1k1 | 2 | 2.00 us | 50.0 | 50.0 % | 50.0 % | 3.00 us (1.50) | not installed |";
         assert!(page.contains(row), "{page}");
         assert!(!page.contains("Attention alone"));
-        let row = "| systems/f32/x | 2 | 2.00 us | 1500000.0 tokens | 50.0 | 50.0 % | 3.00 us (1.50) |";
+        let row = "| systems/f32/x | 2 | 2.00 us | 1500000.0 tokens | 50.0 | 50.0 % | 75.0 % of 1000 GB/s | 3.00 us (1.50) |";
         assert!(page.contains(row) && page.contains("| per second | GFLOP/s |"), "{page}");
         assert!(page.contains("## Sentences to vectors\n\n`sentences/f32`: not measured\n"), "{page}");
     }
