@@ -4,7 +4,7 @@ use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::isa::dispatch;
 use crate::reduce;
-use crate::rows::{TOGETHER, check_shape, for_rows};
+use crate::rows::{TOGETHER, check_shape, copy_rows, for_tiles, looks_ahead, together};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -69,68 +69,85 @@ fn rows(
     if let Some(bias) = bias {
         check_size("bias.len()", x.cols(), bias.len())?;
     }
-    dispatch!(ctx.isa(), |s| for_rows(
+    dispatch!(ctx.isa(), |s| for_tiles(
         ctx,
         s,
-        source,
         x,
         #[inline(always)]
-        |rows| layernorm_rows(s, rows, gain, bias, eps)
+        |first, rows| layernorm_rows(s, (source, first), rows, gain, bias, eps)
     ));
     Ok(())
 }
 
-/// [`TOGETHER`] rows at most: each pass on all of them before the next.
+/// Some rows at a time, each pass on all of them before the next. The sums of those that follow are found beside the squares: they come from
+/// further away.
 #[inline(always)]
 pub(crate) fn layernorm_rows<S: Simd>(
     s: S,
+    (source, first): (Option<MatRef<'_>>, usize),
     x: &mut MatMut<'_>,
     gain: &[f32],
     bias: Option<&[f32]>,
     eps: f32,
 ) {
-    let (zero, n, rows) = (s.splat(0.0), x.cols() as f32, x.rows());
-    let mut means = [0.0; TOGETHER];
-    for (i, mean) in means.iter_mut().enumerate().take(rows) {
-        let sum = reduce::sum(
-            s,
-            x.row(i),
-            zero,
-            #[inline(always)]
-            |x| x,
-        );
-        *mean = sum / n;
-    }
-    // What the rounding of the mean left over is the mean of the centred row: taking it off costs one add.
-    let (mut centres, mut inverses) = ([0.0; TOGETHER], [0.0; TOGETHER]);
-    for i in 0..rows.min(TOGETHER) {
-        let mean = s.splat(means[i]);
-        let (mut rest, mut squares) = ([zero; 4], [zero; 4]);
-        reduce::for_each(
-            s,
-            x.row(i),
-            mean,
-            #[inline(always)]
-            |j, x| {
-                let d = x - mean;
-                rest[j] = rest[j] + d;
-                squares[j] = d.mul_add(d, squares[j]);
-            },
-        );
-        let centre = reduce::fold(rest) / n;
-        let var = reduce::fold(squares) / n - centre * centre;
-        (centres[i], inverses[i]) = (centre, 1.0 / (var + eps).sqrt());
-    }
-    for i in 0..rows.min(TOGETHER) {
-        let (mean, centre, inv) = (s.splat(means[i]), s.splat(centres[i]), s.splat(inverses[i]));
-        scale_row(
-            s,
-            x.row_mut(i),
-            gain,
-            bias,
-            #[inline(always)]
-            |x| ((x - mean) - centre) * inv,
-        );
+    let (rows, cols, step) = (x.rows(), x.cols(), together(x.cols()));
+    let (zero, n) = (s.splat(0.0), cols as f32);
+    let group = |begin: usize| begin.min(rows)..rows.min(begin + step);
+    let mut sums = [0.0; TOGETHER];
+    for begin in (0..rows).step_by(step) {
+        if begin == 0 || !looks_ahead::<S>() {
+            copy_rows(source, first + begin, &mut x.block(group(begin), 0..cols));
+            for (i, sum) in group(begin).zip(&mut sums) {
+                *sum = reduce::sum(
+                    s,
+                    x.row(i),
+                    zero,
+                    #[inline(always)]
+                    |x| x,
+                );
+            }
+        }
+        let next = if looks_ahead::<S>() { group(begin + step) } else { 0..0 };
+        copy_rows(source, first + next.start, &mut x.block(next.clone(), 0..cols));
+        let mut moments = [[0.0; 3]; TOGETHER];
+        for ((i, sum), moments) in group(begin).zip(&mut sums).zip(&mut moments) {
+            let mean = *sum / n;
+            let next = if i + step < next.end { x.row(i + step) } else { &[] };
+            let (m, mut rest, mut squares, mut slots) = (s.splat(mean), [zero; 4], [zero; 4], [zero; 4]);
+            reduce::for_each_beside(
+                s,
+                x.row(i),
+                m,
+                next,
+                #[inline(always)]
+                |j, x| {
+                    let d = x - m;
+                    rest[j] = rest[j] + d;
+                    squares[j] = d.mul_add(d, squares[j]);
+                },
+                #[inline(always)]
+                |j, x| slots[j] = slots[j] + x,
+            );
+            *sum = reduce::fold(slots);
+            // What the rounding of the mean left over is the mean of the centred row: taking it off costs one add.
+            let centre = reduce::fold(rest) / n;
+            let var = reduce::fold(squares) / n - centre * centre;
+            *moments = [mean, centre, 1.0 / (var + eps).sqrt()];
+        }
+        for (i, moments) in group(begin).zip(moments) {
+            let [mean, centre, inv] = moments.map(
+                #[inline(always)]
+                |x| s.splat(x),
+            );
+            scale_row(
+                s,
+                x.row_mut(i),
+                gain,
+                bias,
+                #[inline(always)]
+                |x| ((x - mean) - centre) * inv,
+            );
+        }
     }
 }
 
@@ -152,14 +169,18 @@ pub(crate) fn scale_row<S: Simd>(
             for ((x, g), b) in whole.iter_mut().zip(gains).zip(biases) {
                 f(s.load(x)).mul_add(s.load(g), s.load(b)).store(x);
             }
-            let (g, b) = (s.load_partial(gain_tail, zero), s.load_partial(bias_tail, zero));
-            f(s.load_partial(tail, zero)).mul_add(g, b).store_partial(tail);
+            if !tail.is_empty() {
+                let (g, b) = (s.load_partial(gain_tail, zero), s.load_partial(bias_tail, zero));
+                f(s.load_partial(tail, zero)).mul_add(g, b).store_partial(tail);
+            }
         }
         None => {
             for (x, g) in whole.iter_mut().zip(gains) {
                 (f(s.load(x)) * s.load(g)).store(x);
             }
-            (f(s.load_partial(tail, zero)) * s.load_partial(gain_tail, zero)).store_partial(tail);
+            if !tail.is_empty() {
+                (f(s.load_partial(tail, zero)) * s.load_partial(gain_tail, zero)).store_partial(tail);
+            }
         }
     }
 }

@@ -62,13 +62,9 @@ impl Norm {
     #[inline(always)]
     fn rows<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
         match self {
-            Norm::LayerNorm { gain, bias, eps } => each_group(
-                None,
-                0,
-                x,
-                #[inline(always)]
-                |rows| layernorm_rows(s, rows, gain, bias.as_deref(), *eps),
-            ),
+            Norm::LayerNorm { gain, bias, eps } => {
+                layernorm_rows(s, (None, 0), x, gain, bias.as_deref(), *eps);
+            }
             Norm::RmsNorm { gain, eps } => each_group(
                 None,
                 0,

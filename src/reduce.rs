@@ -28,6 +28,35 @@ pub(crate) fn for_each<S: Simd>(s: S, row: &[f32], fill: S::V, mut f: impl FnMut
     }
 }
 
+/// [`for_each`] of `row`, and beside it of `next`, which is as long or empty and whose lanes past the end hold 0.
+#[inline(always)]
+pub(crate) fn for_each_beside<S: Simd>(
+    s: S,
+    row: &[f32],
+    fill: S::V,
+    next: &[f32],
+    mut f: impl FnMut(usize, S::V),
+    mut of_next: impl FnMut(usize, S::V),
+) {
+    let ((whole, tail), (next, next_tail)) = (row.as_chunks::<SLOTS>(), next.as_chunks::<SLOTS>());
+    let mut next = next.iter();
+    for slots in whole {
+        let next = next.next();
+        for j in 0..4 {
+            f(j, s.load(&slots[j * LANES..]));
+            if let Some(next) = next {
+                of_next(j, s.load(&next[j * LANES..]));
+            }
+        }
+    }
+    for (j, part) in tail.chunks(LANES).enumerate() {
+        f(j, s.load_partial(part, fill));
+    }
+    for (j, part) in next_tail.chunks(LANES).enumerate() {
+        of_next(j, s.load_partial(part, s.splat(0.0)));
+    }
+}
+
 /// Folds four slot groups: `(0 + 1) + (2 + 3)`, then the lanes by halves.
 #[inline(always)]
 pub(crate) fn fold<V: Vector>(slots: [V; 4]) -> f32 {
@@ -60,6 +89,12 @@ pub(crate) fn max<S: Simd>(s: S, row: &[f32]) -> f32 {
         #[inline(always)]
         |j, v| slots[j] = v.max(slots[j]),
     );
+    fold_max(slots)
+}
+
+/// The largest of four slot groups.
+#[inline(always)]
+pub(crate) fn fold_max<V: Vector>(slots: [V; 4]) -> f32 {
     (slots[0].max(slots[1])).max(slots[2].max(slots[3])).max_lane()
 }
 

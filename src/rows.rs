@@ -25,8 +25,25 @@ pub(crate) fn for_rows<S: Simd>(
     ctx: Context<'_>,
     s: S,
     source: Option<MatRef<'_>>,
-    mut x: MatMut<'_>,
+    x: MatMut<'_>,
     f: impl Fn(&mut MatMut<'_>) + Copy + Sync,
+) {
+    for_tiles(
+        ctx,
+        s,
+        x,
+        #[inline(always)]
+        |first, tile| each_group(source, first, tile, f),
+    );
+}
+
+/// Runs `f(first row, rows)` on tiles of several rows on the context's threads.
+#[inline(always)]
+pub(crate) fn for_tiles<S: Simd>(
+    ctx: Context<'_>,
+    s: S,
+    mut x: MatMut<'_>,
+    f: impl Fn(usize, &mut MatMut<'_>) + Sync,
 ) {
     let (rows, cols) = (x.rows(), x.cols());
     if cols == 0 {
@@ -35,7 +52,7 @@ pub(crate) fn for_rows<S: Simd>(
     if ctx.members() == 1 || rows * cols < SERIAL {
         s.vectorize(
             #[inline(always)]
-            || each_group(source, 0, &mut x, f),
+            || f(0, &mut x),
         );
         return;
     }
@@ -45,7 +62,7 @@ pub(crate) fn for_rows<S: Simd>(
             &mut x,
             ((GRAIN / cols).max(1), cols),
             #[inline(always)]
-            |first, _, mut block, _| each_group(source, first, &mut block, f),
+            |first, _, mut tile, _| f(first, &mut tile),
         );
     });
 }
@@ -59,15 +76,32 @@ pub(crate) fn each_group(
     f: impl Fn(&mut MatMut<'_>),
 ) {
     let (rows, cols) = (x.rows(), x.cols());
-    let step = if cols <= SHORT { TOGETHER } else { 1 };
+    let step = together(cols);
     for begin in (0..rows).step_by(step) {
         let mut group = x.block(begin..rows.min(begin + step), 0..cols);
-        if let Some(source) = source {
-            for i in 0..group.rows() {
-                group.row_mut(i).copy_from_slice(source.row(first + begin + i));
-            }
-        }
+        copy_rows(source, first + begin, &mut group);
         f(&mut group);
+    }
+}
+
+/// Rows that are worked on together.
+#[inline(always)]
+pub(crate) fn together(cols: usize) -> usize {
+    if cols <= SHORT { TOGETHER } else { 1 }
+}
+
+/// Whether there are registers for the sums of two rows: then the first pass over the rows that follow is made beside another.
+pub(crate) const fn looks_ahead<S: Simd>() -> bool {
+    S::MR * S::NV >= 12
+}
+
+/// The rows of `source`, if there is one, from `first` on.
+#[inline(always)]
+pub(crate) fn copy_rows(source: Option<MatRef<'_>>, first: usize, x: &mut MatMut<'_>) {
+    if let Some(source) = source {
+        for i in 0..x.rows() {
+            x.row_mut(i).copy_from_slice(source.row(first + i));
+        }
     }
 }
 

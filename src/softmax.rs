@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::isa::dispatch;
 use crate::math::exp_nonpositive;
 use crate::reduce;
-use crate::rows::{TOGETHER, check_shape, for_rows};
+use crate::rows::{TOGETHER, check_shape, copy_rows, for_tiles, looks_ahead, together};
 use crate::simd::{Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -49,65 +49,91 @@ pub fn softmax_into(ctx: Context<'_>, x: MatRef<'_>, out: MatMut<'_>) -> Result<
 }
 
 fn rows(ctx: Context<'_>, source: Option<MatRef<'_>>, x: MatMut<'_>) {
-    dispatch!(ctx.isa(), |s| for_rows(
+    dispatch!(ctx.isa(), |s| for_tiles(
         ctx,
         s,
-        source,
         x,
         #[inline(always)]
-        |rows| softmax_rows(s, rows)
+        |first, rows| softmax_rows(s, (source, first), rows)
     ));
 }
 
-/// [`TOGETHER`] rows at most: each pass on all of them before the next.
+/// Some rows at a time, each pass on all of them before the next. The maxima of those that follow are found beside the exponentials, which
+/// leave loads and comparisons free: the first of three passes takes no time of its own.
 #[inline(always)]
-fn softmax_rows<S: Simd>(s: S, x: &mut MatMut<'_>) {
-    let (mut max, mut sum) = ([0.0; TOGETHER], [0.0; TOGETHER]);
-    for (i, max) in max.iter_mut().enumerate().take(x.rows()) {
-        *max = reduce::max(s, x.row(i));
-    }
-    for (i, (&max, sum)) in max.iter().zip(&mut sum).enumerate().take(x.rows()) {
-        let row = x.row_mut(i);
-        if max > f32::NEG_INFINITY {
-            *sum = exp_sum(s, row, max);
-        } else {
-            // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
-            row.fill(if row.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
-            *sum = 1.0;
+fn softmax_rows<S: Simd>(s: S, (source, first): (Option<MatRef<'_>>, usize), x: &mut MatMut<'_>) {
+    let (rows, cols, step) = (x.rows(), x.cols(), together(x.cols()));
+    let group = |begin: usize| begin.min(rows)..rows.min(begin + step);
+    let mut max = [f32::NEG_INFINITY; TOGETHER];
+    for begin in (0..rows).step_by(step) {
+        if begin == 0 || !looks_ahead::<S>() {
+            copy_rows(source, first + begin, &mut x.block(group(begin), 0..cols));
+            for (i, max) in group(begin).zip(&mut max) {
+                *max = reduce::max(s, x.row(i));
+            }
         }
-    }
-    for (i, sum) in sum.into_iter().enumerate().take(x.rows()) {
-        let scale = s.splat(1.0 / sum);
-        reduce::map(
-            s,
-            x.row_mut(i),
-            #[inline(always)]
-            |p| p * scale,
-        );
+        let next = if looks_ahead::<S>() { group(begin + step) } else { 0..0 };
+        copy_rows(source, first + next.start, &mut x.block(next.clone(), 0..cols));
+        let mut sum = [0.0; TOGETHER];
+        for ((i, max), sum) in group(begin).zip(&mut max).zip(&mut sum) {
+            let after = (i + step < next.end).then_some(i + step);
+            (*sum, *max) = exp_sum(s, x, i, *max, after);
+        }
+        for (i, sum) in group(begin).zip(sum) {
+            let scale = s.splat(1.0 / sum);
+            reduce::map(
+                s,
+                x.row_mut(i),
+                #[inline(always)]
+                |p| p * scale,
+            );
+        }
     }
 }
 
-/// Replaces `x` by `exp(x - max)` and returns the canonical sum.
+/// Replaces row `i` by `exp(x - max)` and returns the canonical sum, and the maximum of the row `after`, if there is one.
 #[inline(always)]
-fn exp_sum<S: Simd>(s: S, row: &mut [f32], max: f32) -> f32 {
-    let m = s.splat(max);
-    let mut slots = [s.splat(0.0); 4];
+fn exp_sum<S: Simd>(s: S, x: &mut MatMut<'_>, i: usize, max: f32, after: Option<usize>) -> (f32, f32) {
+    if max == f32::NEG_INFINITY {
+        let row = x.row_mut(i);
+        // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
+        row.fill(if row.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
+        return (1.0, after.map_or(max, |after| reduce::max(s, x.row(after))));
+    }
+    let (row, next) = match after {
+        Some(after) => x.row_mut_beside(i, after),
+        None => (x.row_mut(i), &[][..]),
+    };
+    let least = s.splat(f32::NEG_INFINITY);
+    let (m, mut slots, mut maxima) = (s.splat(max), [s.splat(0.0); 4], [least; 4]);
     let (whole, tail) = row.as_chunks_mut::<64>();
-    exp_slots(
-        s,
-        whole,
-        m,
-        #[inline(always)]
-        |x| x,
-        &mut slots,
-    );
+    let (next_whole, next_tail) = next.as_chunks::<64>();
+    let mut next_whole = next_whole.iter();
+    for x in whole {
+        exp_slots(
+            s,
+            core::slice::from_mut(x),
+            m,
+            #[inline(always)]
+            |x| x,
+            &mut slots,
+        );
+        if let Some(next) = next_whole.next() {
+            for (j, slot) in maxima.iter_mut().enumerate() {
+                *slot = s.load(&next[j * 16..]).max(*slot);
+            }
+        }
+    }
     for (j, part) in tail.chunks_mut(16).enumerate() {
         // Lanes past the end: exp(-inf) is +0.
-        let p = exp_nonpositive(s, s.load_partial(part, s.splat(f32::NEG_INFINITY)) - m);
+        let p = exp_nonpositive(s, s.load_partial(part, least) - m);
         p.store_partial(part);
         slots[j] = slots[j] + p;
     }
-    reduce::fold(slots)
+    for (part, slot) in next_tail.chunks(16).zip(&mut maxima) {
+        *slot = s.load_partial(part, least).max(*slot);
+    }
+    (reduce::fold(slots), reduce::fold_max(maxima))
 }
 
 /// Replaces `x` by `exp(f(x) - max)` and adds it to the slots of a canonical sum.

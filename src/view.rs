@@ -198,6 +198,24 @@ impl<'a> MatMut<'a> {
         unsafe { core::slice::from_raw_parts_mut(self.ptr.add(i * self.row_stride), self.cols) }
     }
 
+    /// Row `i`, to be written, and another.
+    ///
+    /// # Panics
+    /// If they are the same, or not both here.
+    #[inline(always)]
+    pub(crate) fn row_mut_beside(&mut self, i: usize, other: usize) -> (&mut [f32], &[f32]) {
+        assert!(i < self.rows && other < self.rows && i != other);
+        if self.cols == 0 {
+            return (&mut [], &[]);
+        }
+        // SAFETY: both rows are inside the borrow, which `self` lends exclusively; different rows do not overlap, as the stride is at least
+        // the columns.
+        unsafe {
+            let row = core::slice::from_raw_parts_mut(self.ptr.add(i * self.row_stride), self.cols);
+            (row, core::slice::from_raw_parts(self.ptr.add(other * self.row_stride), self.cols))
+        }
+    }
+
     /// The same matrix for a shorter time.
     pub fn reborrow(&mut self) -> MatMut<'_> {
         MatMut { life: PhantomData, ..*self }

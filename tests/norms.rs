@@ -123,6 +123,22 @@ on_every_isa! {
         }
     }
 
+    fn layernorm_rows_do_not_meet(isa) {
+        // The sums of rows that follow are found beside the squares of those before.
+        for cols in [1, 70, 128, 1500] {
+            let mut rng = Rng::new(5);
+            let (mut x, gain, bias) = (rng.vec(11 * cols, 5.0), rng.vec(cols, 1.0), rng.vec(cols, 1.0));
+            for (row, special) in [(1, f32::NAN), (2, -INF), (6, INF), (8, 1e30)] {
+                x[row * cols + cols / 2] = special;
+            }
+            let together = run_layernorm(isa, &x, &gain, Some(&bias), EPS);
+            for (row, alone) in x.chunks(cols).enumerate() {
+                let alone = run_layernorm(isa, alone, &gain, Some(&bias), EPS);
+                assert_bits(&together[row * cols..][..cols], &alone, &format!("row {row} of {cols}"));
+            }
+        }
+    }
+
     fn rmsnorm_edge_sizes(isa) {
         let mut rng = Rng::new(3);
         for &cols in COLS {

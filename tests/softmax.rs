@@ -85,13 +85,22 @@ on_every_isa! {
     }
 
     fn rows_do_not_meet(isa) {
-        let mut rng = Rng::new(3);
-        let mut x = rng.vec(3 * 70, 5.0);
-        let clean = run(isa, 70, &x);
-        x[80] = f32::NAN;
-        let y = run(isa, 70, &x);
-        assert_bits(&y[..70], &clean[..70], "the row before");
-        assert_bits(&y[140..], &clean[140..], "the row after");
+        // The rows that follow are looked at beside those before: whatever stands in them, a row is what it is alone.
+        for cols in [1, 70, 128, 1500] {
+            let mut x = Rng::new(3).vec(11 * cols, 5.0);
+            for (row, special) in [(1, f32::NAN), (2, f32::NEG_INFINITY), (6, f32::INFINITY), (8, f32::NAN)] {
+                x[row * cols + cols / 2] = special;
+            }
+            for row in [3, 4, 9] {
+                x[row * cols..][..cols].fill(f32::NEG_INFINITY);
+            }
+            x[5 * cols..][..cols].fill(f32::NEG_INFINITY);
+            x[5 * cols] = f32::NAN;
+            let together = run(isa, cols, &x);
+            for (row, alone) in x.chunks(cols).enumerate() {
+                assert_bits(&together[row * cols..][..cols], &run(isa, cols, alone), &format!("row {row} of {cols}"));
+            }
+        }
     }
 
     fn nothing_to_do(isa) {

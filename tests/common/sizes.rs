@@ -3,8 +3,8 @@
 /// Columns of row operations: one, whole vectors of 16 lanes, whole groups of 64 slots, and both with a lane more or less; primes.
 pub const COLS: &[usize] = &[1, 2, 3, 7, 15, 16, 17, 31, 47, 63, 64, 65, 127, 128, 129, 193, 1031];
 
-/// Rows: none, one, a few.
-pub const ROWS: &[usize] = &[0, 1, 3];
+/// Rows: none, one, a few; a group of four that go through a pass together, one more, and a third group.
+pub const ROWS: &[usize] = &[0, 1, 3, 4, 5, 9];
 
 /// Rows of a product: microkernels have 3, 4 or 6 rows, tiles 96.
 pub const GEMM_M: &[usize] = &[0, 1, 2, 3, 4, 5, 6, 7, 13, 97];
