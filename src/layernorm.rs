@@ -134,11 +134,8 @@ pub(crate) fn layernorm_rows<S: Simd>(
             let var = reduce::fold(squares) / n - centre * centre;
             *moments = [mean, centre, 1.0 / (var + eps).sqrt()];
         }
-        for (i, moments) in group(begin).zip(moments) {
-            let [mean, centre, inv] = moments.map(
-                #[inline(always)]
-                |x| s.splat(x),
-            );
+        for (i, [mean, centre, inv]) in group(begin).zip(moments) {
+            let (mean, centre, inv) = (s.splat(mean), s.splat(centre), s.splat(inv));
             scale_row(
                 s,
                 x.row_mut(i),

@@ -94,7 +94,8 @@ fn softmax_rows<S: Simd>(s: S, (source, first): (Option<MatRef<'_>>, usize), x: 
 /// Replaces row `i` by `exp(x - max)` and returns the canonical sum, and the maximum of the row `after`, if there is one.
 #[inline(always)]
 fn exp_sum<S: Simd>(s: S, x: &mut MatMut<'_>, i: usize, max: f32, after: Option<usize>) -> (f32, f32) {
-    if max == f32::NEG_INFINITY {
+    let has_number = max > f32::NEG_INFINITY;
+    if !has_number {
         let row = x.row_mut(i);
         // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
         row.fill(if row.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
