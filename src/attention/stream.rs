@@ -35,7 +35,7 @@ impl<'a> KeyRows<'a> {
 ///
 /// [`KeyStore::set`](crate::KeyStore::set) writes all keys and values by head before the first query is answered, and attention reads them again. Here each
 /// thread goes through the queries in order and stores a block of 64 keys when a window first reaches it, over one that no window reaches any
-/// more. The same bits, with half of the traffic to memory: that is what windows over long sequences wait for on several threads.
+/// more: the same bits, and what is stored by head need not go to memory and back.
 ///
 /// A thread takes all heads of 64 queries at a time.
 ///
