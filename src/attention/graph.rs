@@ -21,6 +21,8 @@ pub struct Graph {
     left: usize,
     right: usize,
     columns: Option<Bits>,
+    /// Keys up to the last global column.
+    columns_end: usize,
     bits: Vec<Bits>,
 }
 
@@ -37,13 +39,13 @@ impl Graph {
 
     /// A token sees itself, `left` tokens before it and `right` after it; `usize::MAX` is no limit.
     pub const fn window(left: usize, right: usize) -> Graph {
-        Graph { left, right, columns: None, bits: Vec::new() }
+        Graph { left, right, columns: None, columns_end: 0, bits: Vec::new() }
     }
 
     /// The same, and all tokens see the keys of `columns` ([`Bits::keys`]) as well: Longformer's global tokens, or the prefix of
     /// a prefix-LM on a causal graph. They may differ by sequence and head, not by query: attention refuses that.
     pub fn with_columns(self, columns: Bits) -> Graph {
-        Graph { columns: Some(columns), ..self }
+        Graph { columns_end: columns.end(), columns: Some(columns), ..self }
     }
 
     /// The same, but only where `bits` allows it: key padding, groups, or any set of edges. Several are combined by AND.
@@ -83,7 +85,7 @@ impl Graph {
 
     /// Keys up to the last global column.
     pub(crate) fn columns_end(&self) -> usize {
-        self.columns.as_ref().map_or(0, Bits::end)
+        self.columns_end
     }
 
     /// The most keys in the intervals of `n` queries that stand one after another.
@@ -94,6 +96,15 @@ impl Graph {
     /// The keys in the intervals of queries from position `first` to `last`.
     pub(crate) fn keys_of(&self, (first, last): (isize, isize), len: usize) -> Range<usize> {
         self.interval(first, len).0..self.interval(last, len).1
+    }
+
+    /// Runs of `run` keys, of `len` in all, outside of which queries from position `first` to `last` see nothing, in ascending order: up to the last
+    /// global column, and where the intervals are.
+    #[inline(always)]
+    pub(crate) fn runs(&self, span: (isize, isize), len: usize, run: usize) -> impl Iterator<Item = usize> {
+        let keys = self.keys_of(span, len);
+        let columns = self.columns_end.min(len).div_ceil(run);
+        (0..columns).chain((keys.start / run).max(columns)..keys.end.div_ceil(run))
     }
 
     /// The keys of the interval of a query at `p`, of `len`.

@@ -47,7 +47,8 @@ pub(crate) fn attend<S: Simd>(
 ) {
     let (n, head_dim, stride) = (queries.q.rows(), queries.q.cols(), keys.layout.value_stride());
     let head = queries.first.head;
-    let kv_head = head * call.heads.n_kv_heads / call.heads.n_heads;
+    let [kv_head, next_kv_head] =
+        [head, (head + 1) % call.heads.n_heads].map(|head| head * call.heads.n_kv_heads / call.heads.n_heads);
     let (score, rest) = scratch.split_at_mut(ROWS * SCORE_STRIDE);
     let (part, rest) = rest.split_at_mut(ROWS * stride);
     let (total, rest) = rest.split_at_mut(ROWS * stride);
@@ -79,15 +80,22 @@ pub(crate) fn attend<S: Simd>(
         positions = Some((w, MatMut::scratch(rest, n, RELATIVE_COLS, RELATIVE_STRIDE)));
     }
 
-    let mut tiles = Tiles::NONE;
+    let (mut tiles, mut ahead) = (&mut { Tiles::NONE }, &mut { Tiles::NONE });
     for is_careful in [false, true] {
         rows.max.fill(f32::NEG_INFINITY);
         let mut is_masked = false;
-        for chunk in keys.first_block() / CHUNK_BLOCKS..keys.len.div_ceil(CHUNK) {
-            if tiles.find(call, queries, keys.len, chunk) {
-                is_masked |= tiles.is_masked;
-                attend_chunk(s, call, queries, keys, kv_head, &tiles, &mut rows, &mut positions, is_careful);
-            }
+        let chunks = call.graph.runs(queries.span(), keys.len, CHUNK);
+        let mut chunks = chunks.skip_while(|chunk| chunk * CHUNK_BLOCKS < keys.first_block());
+        let mut is_found = tiles.find_next(call, queries, keys.len, &mut chunks);
+        // What is read after a chunk: the next one of this head, at the end the first of the next head.
+        let first = tiles.block_from(0).map_or(&[][..], |block| keys.unit(block, next_kv_head));
+        while is_found {
+            is_found = ahead.find_next(call, queries, keys.len, &mut chunks);
+            let next = ahead.block_from(0).filter(|_| is_found);
+            let next = next.map_or(first, |block| keys.unit(block, kv_head));
+            is_masked |= tiles.is_masked;
+            attend_chunk(s, call, queries, keys, kv_head, tiles, &mut rows, &mut positions, next, is_careful);
+            core::mem::swap(&mut tiles, &mut ahead);
         }
         // A NaN or infinity behind the mask may have come in as 0 * NaN: one that was allowed costs a tile its second run as well.
         if write(s, &rows, out) || !is_masked {
@@ -150,17 +158,18 @@ fn attend_chunk<S: Simd>(
     tiles: &Tiles,
     rows: &mut Rows<'_>,
     positions: &mut Option<(MatRef<'_>, MatMut<'_>)>,
+    next: &[f32],
     is_careful: bool,
 ) {
     let Rows { q, score, part, total, max, sum } = rows;
     let (n, head_dim, stride) = (q.rows(), q.cols(), keys.layout.value_stride());
     let chunk = tiles.first_block / CHUNK_BLOCKS;
     for i in 0..CHUNK_BLOCKS {
+        let block = tiles.first_block + i;
+        let next = tiles.block_from(i + 1).map_or(next, |block| keys.unit(block, kv_head));
         for (rows, seen) in tiles.parts(i).filter(|(_, seen)| !seen.is_empty()) {
-            let block = tiles.first_block + i;
             let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
             let panel = Rhs::rows(&keys.keys(block, kv_head)[seen.start..], BLOCK);
-            let next = keys.after(block, kv_head);
             let q = q.block(rows.clone(), 0..head_dim);
             product(s, q, panel, Start::Zero, &mut score.block(rows, cols), [next, &[]]);
         }
@@ -196,7 +205,6 @@ fn attend_chunk<S: Simd>(
     // The first chunk that any of the rows sees is the output so far, and needs no fold.
     let is_first = max.iter().all(|&max| max == f32::NEG_INFINITY);
     let out = if is_first { &mut *total } else { &mut *part };
-    let next = keys.after(tiles.first_block + CHUNK_BLOCKS - 1, kv_head);
     for (rows, seen) in tiles.bands() {
         let mut start = Start::Zero;
         for keys_seen in runs(seen) {

@@ -76,19 +76,9 @@ impl<'a> Keys<'a> {
         &data[start + self.layout.head_dim * BLOCK..]
     }
 
-    /// What is mostly read after a block: the next one's unit, or after the last block the next head's first.
-    #[inline(always)]
-    pub(crate) fn after(&self, block: usize, head: usize) -> &'a [f32] {
-        let block = block + 1;
-        let next = if block * BLOCK < self.len { (block, head) } else { (self.first_block(), head + 1) };
-        let (data, start) = self.place(next.0, next.1);
-        let end = data.len().min(start + self.layout.unit_len());
-        &data[start.min(end)..end]
-    }
-
     /// Keys and values of a block.
     #[inline(always)]
-    fn unit(&self, block: usize, head: usize) -> &'a [f32] {
+    pub(crate) fn unit(&self, block: usize, head: usize) -> &'a [f32] {
         let (data, start) = self.place(block, head);
         &data[start..][..self.layout.unit_len()]
     }

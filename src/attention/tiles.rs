@@ -48,6 +48,12 @@ pub(crate) struct Queries<'a> {
 }
 
 impl Queries<'_> {
+    /// The positions of the first and the last row.
+    #[inline(always)]
+    pub(super) fn span(&self) -> (isize, isize) {
+        (self.position, self.position + self.q.rows() as isize - 1)
+    }
+
     /// A row and its position.
     #[inline(always)]
     pub(super) fn query(&self, row: usize) -> (Query, isize) {
@@ -85,11 +91,22 @@ impl Tiles {
         are_alike: false,
     };
 
+    /// Finds the next of `chunks` of which the rows see something; false if there is none.
+    #[inline(always)]
+    pub(super) fn find_next(
+        &mut self,
+        call: &Call<'_>,
+        queries: &Queries<'_>,
+        len: usize,
+        chunks: &mut impl Iterator<Item = usize>,
+    ) -> bool {
+        chunks.any(|chunk| self.find(call, queries, len, chunk))
+    }
+
     /// Finds what the rows see of a chunk of `len` keys; false if that is nothing.
     #[inline(always)]
     pub(super) fn find(&mut self, call: &Call<'_>, queries: &Queries<'_>, len: usize, chunk: usize) -> bool {
-        let span = (queries.position, queries.position + queries.q.rows() as isize - 1);
-        let (graph, first) = (call.graph, queries.first);
+        let (graph, first, span) = (call.graph, queries.first, queries.span());
         let start = chunk * CHUNK;
         if graph.sees_none(first, span, start..len.min(start + CHUNK), len) {
             return false;
@@ -133,6 +150,13 @@ impl Tiles {
             self.is_masked |= all != bits(&seen);
             self.seen[band][i] = seen;
         }
+    }
+
+    /// The first block from place `i` of the chunk on of which some row sees keys.
+    #[inline(always)]
+    pub(super) fn block_from(&self, i: usize) -> Option<usize> {
+        let is_seen = |&i: &usize| self.bands().any(|(_, seen)| !seen[i].is_empty());
+        (i..CHUNK_BLOCKS).find(is_seen).map(|i| self.first_block + i)
     }
 
     /// `(rows, their keys of block i)`: bands that follow one another and see the same are one.
