@@ -87,91 +87,131 @@ impl KeyLayout {
         rows: Range<usize>,
     ) {
         for start in rows.clone().step_by(LANES) {
-            let t = t + start - rows.start;
-            let group = start..rows.end.min(start + LANES);
-            if group.len() == LANES {
-                let (k, v) = (k.block(group.clone(), 0..k.cols()), v.block(group, 0..v.cols()));
+            let (t, group) = (t + start - rows.start, start..rows.end.min(start + LANES));
+            let (k, v) = (k.block(group.clone(), 0..k.cols()), v.block(group, 0..v.cols()));
+            if k.rows() == LANES {
                 s.vectorize(
                     #[inline(always)]
-                    || self.store_sixteen(s, units, t, k, v),
+                    || {
+                        self.store_sixteen_keys(s, units, t, 0, k);
+                        self.store_value_rows(s, units, t, 0, v);
+                    },
                 );
             } else {
-                for (t, row) in (t..).zip(group) {
-                    self.store_key(units, t, 0, k.row(row));
-                    self.store_value(units, t, 0, v.row(row));
-                }
+                self.store_keys(s, units, t, 0, k);
+                self.store_values(s, units, t, 0, v);
             }
         }
     }
 
-    /// Writes sixteen rows as the tokens from `t` on of the block whose units are `units`.
+    /// Writes columns of projected keys, `first` and those after it, as the tokens from `t` on of the block whose units are `units`; column 0 is
+    /// the first head of `units`.
     #[inline(always)]
-    fn store_sixteen<S: Simd>(self, s: S, units: &mut [f32], t: usize, k: MatRef<'_>, v: MatRef<'_>) {
+    pub(crate) fn store_keys<S: Simd>(self, s: S, units: &mut [f32], t: usize, first: usize, k: MatRef<'_>) {
+        let whole = k.rows() / LANES * LANES;
+        for start in (0..whole).step_by(LANES) {
+            let k = k.block(start..start + LANES, 0..k.cols());
+            s.vectorize(
+                #[inline(always)]
+                || self.store_sixteen_keys(s, units, t + start, first, k),
+            );
+        }
+        for row in whole..k.rows() {
+            let x = k.row(row);
+            self.by_head(self.head_dim, first, x.len(), |head, dims, cols| {
+                let steps = self.key_steps(units, head, dims).chunks_exact_mut(BLOCK);
+                for (step, &x) in steps.zip(&x[cols]) {
+                    step[t + row] = x;
+                }
+            });
+        }
+    }
+
+    /// The same for sixteen rows, transposed in registers.
+    #[inline(always)]
+    fn store_sixteen_keys<S: Simd>(self, s: S, units: &mut [f32], t: usize, first: usize, k: MatRef<'_>) {
         let zero = s.splat(0.0);
-        for (head, unit) in units.chunks_exact_mut(self.unit_len()).enumerate() {
-            for (part, steps) in unit[..self.head_dim * BLOCK].chunks_mut(LANES * BLOCK).enumerate() {
-                let col = head * self.head_dim + part * LANES;
-                let dims = steps.len() / BLOCK;
-                let mut keys = [zero; LANES];
-                for (i, keys) in keys.iter_mut().enumerate() {
-                    let k = &k.row(i)[col..col + dims];
-                    *keys = if dims == LANES { s.load(k) } else { s.load_partial(k, zero) };
+        self.by_head(
+            self.head_dim,
+            first,
+            k.cols(),
+            #[inline(always)]
+            |head, dims, cols| {
+                let steps = self.key_steps(units, head, dims).chunks_mut(LANES * BLOCK);
+                for (part, steps) in steps.enumerate() {
+                    let (col, dims) = (cols.start + part * LANES, steps.len() / BLOCK);
+                    let mut keys = [zero; LANES];
+                    for (i, keys) in keys.iter_mut().enumerate() {
+                        let k = &k.row(i)[col..col + dims];
+                        *keys = if dims == LANES { s.load(k) } else { s.load_partial(k, zero) };
+                    }
+                    for (keys, step) in s.transpose(keys).into_iter().zip(steps.chunks_exact_mut(BLOCK)) {
+                        keys.store(&mut step[t..t + LANES]);
+                    }
                 }
-                for (keys, step) in s.transpose(keys).into_iter().zip(steps.chunks_exact_mut(BLOCK)) {
-                    keys.store(&mut step[t..t + LANES]);
-                }
-            }
-        }
-        for i in 0..LANES {
-            let start = self.head_dim * BLOCK + (t + i) * self.value_stride();
-            for (unit, v) in
-                units.chunks_exact_mut(self.unit_len()).zip(v.row(i).chunks_exact(self.value_dim))
-            {
-                let values = &mut unit[start..][..self.value_dim];
-                let ((v, v_tail), (values, tail)) = (v.as_chunks::<LANES>(), values.as_chunks_mut::<LANES>());
-                for (v, values) in v.iter().zip(values) {
-                    s.load(v).store(values);
-                }
-                s.load_partial(v_tail, zero).store_partial(tail);
-            }
-        }
+            },
+        );
     }
 
-    /// Writes columns `first..first + x.len()` of a projected key row as token `t` of the block whose units are `units`; column 0
-    /// is the first head of `units`.
+    /// Some dimensions of a head's keys, [`BLOCK`] elements each.
     #[inline(always)]
-    pub(crate) fn store_key(self, units: &mut [f32], t: usize, first: usize, x: &[f32]) {
-        self.by_head(self.head_dim, first, x, |head, dims, x| {
-            let keys = &mut units[head * self.unit_len()..][..self.head_dim * BLOCK];
-            for (step, &x) in keys[dims.start * BLOCK..].chunks_exact_mut(BLOCK).zip(x) {
-                step[t] = x;
-            }
-        });
+    fn key_steps(self, units: &mut [f32], head: usize, dims: Range<usize>) -> &mut [f32] {
+        &mut units[head * self.unit_len()..][dims.start * BLOCK..dims.end * BLOCK]
     }
 
-    /// The same for a row of values.
+    /// As [`store_keys`](Self::store_keys), of values.
     #[inline(always)]
-    pub(crate) fn store_value(self, units: &mut [f32], t: usize, first: usize, x: &[f32]) {
-        self.by_head(self.value_dim, first, x, |head, dims, x| {
-            let start = head * self.unit_len() + self.head_dim * BLOCK + t * self.value_stride();
-            units[start..][dims].copy_from_slice(x);
-        });
+    pub(crate) fn store_values<S: Simd>(
+        self,
+        s: S,
+        units: &mut [f32],
+        t: usize,
+        first: usize,
+        v: MatRef<'_>,
+    ) {
+        s.vectorize(
+            #[inline(always)]
+            || self.store_value_rows(s, units, t, first, v),
+        );
     }
 
-    /// Cuts a run of columns where heads end.
+    #[inline(always)]
+    fn store_value_rows<S: Simd>(self, s: S, units: &mut [f32], t: usize, first: usize, v: MatRef<'_>) {
+        for row in 0..v.rows() {
+            let x = v.row(row);
+            self.by_head(
+                self.value_dim,
+                first,
+                x.len(),
+                #[inline(always)]
+                |head, dims, cols| {
+                    let start = self.head_dim * BLOCK + (t + row) * self.value_stride();
+                    let values = &mut units[head * self.unit_len() + start..][dims];
+                    let (values, tail) = values.as_chunks_mut::<LANES>();
+                    let (x, x_tail) = x[cols].as_chunks::<LANES>();
+                    for (values, x) in values.iter_mut().zip(x) {
+                        s.load(x).store(values);
+                    }
+                    s.load_partial(x_tail, s.splat(0.0)).store_partial(tail);
+                },
+            );
+        }
+    }
+
+    /// Cuts a run of columns where heads end: `f(head, dimensions of it, columns of the run)`.
     #[inline(always)]
     fn by_head(
         self,
         dim: usize,
         first: usize,
-        mut x: &[f32],
-        mut f: impl FnMut(usize, Range<usize>, &[f32]),
+        cols: usize,
+        mut f: impl FnMut(usize, Range<usize>, Range<usize>),
     ) {
-        let (mut head, mut at) = (first / dim, first % dim);
-        while !x.is_empty() {
-            let (part, rest) = x.split_at(x.len().min(dim - at));
-            f(head, at..at + part.len(), part);
-            (head, at, x) = (head + 1, 0, rest);
+        let (mut head, mut at, mut col) = (first / dim, first % dim, 0);
+        while col < cols {
+            let n = (dim - at).min(cols - col);
+            f(head, at..at + n, col..col + n);
+            (head, at, col) = (head + 1, 0, col + n);
         }
     }
 }

@@ -308,7 +308,7 @@ impl QkvProjection {
 
     /// Scratch of a tile, with room for so many copies of its rows.
     pub(crate) fn scratch_len(&self, copies: usize) -> usize {
-        MAX_TILE_ROWS * (PANEL + copies * padded_stride(self.d_model()))
+        MAX_TILE_ROWS * (2 * PANEL + copies * padded_stride(self.d_model()))
     }
 
     /// One phase: every tile of rows, or of few rows some heads.
@@ -340,7 +340,7 @@ impl QkvProjection {
             (data, &plan.tile_blocks, layout.block_len(), kv_heads * layout.unit_len()),
             #[inline(always)]
             |tile, part, mut q, units, scratch| {
-                let (scratch, rest) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
+                let (scratch, rest) = scratch.split_at_mut(2 * MAX_TILE_ROWS * PANEL);
                 let [of_q, of_k, of_v] =
                     rows.sources(s, plan.tile_rows[tile]..plan.tile_rows[tile + 1], rest);
                 let heads = part * kv_heads..self.heads.n_kv_heads.min((part + 1) * kv_heads);
@@ -358,38 +358,35 @@ impl QkvProjection {
                     scratch,
                     self.k.from(k_col),
                 );
-                let first = plan.tile_blocks[tile];
-                let place = |row: usize| {
-                    let (block, t) = plan.block_of(first, row);
-                    ((block - first) * layout.block_len(), t)
-                };
-                type Store = fn(KeyLayout, &mut [f32], usize, usize, &[f32]);
+                let blocks = plan.tile_blocks[tile]..plan.tile_blocks[tile + 1];
+                let row_of = |block: usize| plan.rows[block] - plan.tile_rows[tile];
+                let (lines, scratch) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
                 for (linear, x, dim, store, then) in [
-                    (&self.k, of_k, layout.head_dim, KeyLayout::store_key as Store, self.v.from(v_col)),
-                    (&self.v, of_v, layout.value_dim, KeyLayout::store_value, after),
+                    (&self.k, of_k, layout.head_dim, KeyLayout::store_keys as Store<S>, self.v.from(v_col)),
+                    (&self.v, of_v, layout.value_dim, KeyLayout::store_values, after),
                 ] {
                     let cols = heads.start * dim..heads.end * dim;
-                    linear.panels(
-                        s,
-                        x,
-                        cols.start / PANEL..cols.end.div_ceil(PANEL),
-                        Activation::None,
-                        (scratch, then),
-                        #[inline(always)]
-                        |row, first, v: [S::V; 4], width| {
-                            let mut line = [0.0; PANEL];
-                            for (j, v) in v.into_iter().enumerate() {
-                                v.store(&mut line[j * LANES..]);
-                            }
-                            let (base, t) = place(row);
-                            store(layout, &mut units[base..], t, first - cols.start, &line[..width]);
-                        },
-                    );
+                    for col in cols.clone().step_by(PANEL) {
+                        let end = cols.end.min(col + PANEL);
+                        let mut lines = MatMut::scratch(lines, x.rows(), end - col, PANEL);
+                        let then = if end < cols.end { linear.from(end) } else { then };
+                        linear.tile(s, x, col, Activation::None, Residual::None, &mut lines, scratch, then);
+                        for (block, units) in blocks.clone().zip(units.chunks_mut(layout.block_len())) {
+                            let rows = row_of(block)..row_of(block + 1);
+                            store(
+                                layout,
+                                s,
+                                units,
+                                0,
+                                col - cols.start,
+                                lines.as_ref().block(rows, 0..end - col),
+                            );
+                        }
+                    }
                 }
                 if let Some(rotary) = &self.rotary {
-                    rotary.turn_rows(s, layout.head_dim, &mut q, (plan, first, places));
-                    let blocks = units.chunks_mut(layout.block_len());
-                    for (block, units) in (first..plan.tile_blocks[tile + 1]).zip(blocks) {
+                    rotary.turn_rows(s, layout.head_dim, &mut q, (plan, blocks.start, places));
+                    for (block, units) in blocks.zip(units.chunks_mut(layout.block_len())) {
                         rotary.turn_keys(s, layout, units, (plan, block, places));
                     }
                 }
@@ -397,6 +394,9 @@ impl QkvProjection {
         );
     }
 }
+
+/// Stores a panel of keys or values.
+type Store<S> = fn(KeyLayout, S, &mut [f32], usize, usize, MatRef<'_>);
 
 /// Key heads whose columns, and whose query heads' columns, are whole panels.
 fn head_step(heads: &Heads) -> usize {
