@@ -375,21 +375,6 @@ pub(crate) fn own_tiles(member: usize, tiles: usize, members: usize) -> Range<us
     member * tiles / members..(member + 1) * tiles / members
 }
 
-/// A buffer that the tiles of a phase share.
-struct Shared(*mut f32);
-
-// SAFETY: tiles use disjoint spans, see `Crew::paired_blocks`.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    /// # Safety
-    /// `i` is at most the buffer's length.
-    unsafe fn at(&self, i: usize) -> *mut f32 {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.add(i) }
-    }
-}
-
 /// The members of an open region, as its caller sees them: it runs phases.
 pub(crate) struct Crew<'a> {
     control: &'a Control,
@@ -478,42 +463,37 @@ impl Crew<'_> {
         );
     }
 
-    /// Cuts a matrix and a buffer side by side, as a projection writes queries and head-split keys: tile `(cut, part)` gets the
-    /// rows of `cuts` and the columns of its part of `out`, and of the buffer, which is made of blocks of `block_len` elements, those
-    /// from `starts[cut]` to `starts[cut + 1]`, or with several parts the part's `part_len` elements of its one block.
+    /// Cuts two matrices side by side, as a projection writes queries and head-split keys: tile `(cut, part)` gets the rows of its cut and the
+    /// columns of its part of each. Either is a matrix, where it is cut, and how wide a part is; both have as many cuts and parts.
     pub(crate) fn paired_blocks<S: Simd>(
         &mut self,
         s: S,
-        (out, cuts, col_block): (&mut MatMut<'_>, &[usize], usize),
-        (buffer, starts, block_len, part_len): (&mut [f32], &[usize], usize, usize),
-        f: impl Fn(usize, usize, MatMut<'_>, &mut [f32], &mut [f32]) + Sync,
+        a: (&mut MatMut<'_>, &[usize], usize),
+        b: (&mut MatMut<'_>, &[usize], usize),
+        f: impl Fn(usize, usize, [MatMut<'_>; 2], &mut [f32]) + Sync,
     ) {
-        assert!(cuts.is_sorted() && starts.is_sorted() && cuts.len() == starts.len());
-        assert!(starts.last().is_none_or(|&end| end * block_len <= buffer.len()));
-        let (cols, down) = (out.cols(), cuts.len().saturating_sub(1));
-        let parts = cols.div_ceil(col_block);
-        let (out, buffer) = (&*out, Shared(buffer.as_mut_ptr()));
+        let pair = [(&*a.0, a.1, a.2), (&*b.0, b.1, b.2)];
+        let [(down, parts), of_b] = pair.map(|(matrix, cuts, width)| {
+            assert!(cuts.is_sorted());
+            (cuts.len().saturating_sub(1), matrix.cols().div_ceil(width))
+        });
+        assert_eq!((down, parts), of_b);
         self.phase(
             s,
             down * parts,
             #[inline(always)]
             |tile, scratch| {
                 let (cut, part) = (tile % down, tile / down);
-                let c = part * col_block;
-                let span = starts[cut] * block_len..starts[cut + 1] * block_len;
-                let span = if parts == 1 {
-                    span
-                } else {
-                    let start = span.end.min(span.start + part * part_len);
-                    start..span.end.min(start + part_len)
-                };
-                // SAFETY: tiles are claimed once and the cuts ascend, so different tiles are different blocks of `out` and, parts
-                // being `part_len` apart inside their cut, different spans of the buffer; both are borrowed exclusively.
-                let (block, span) = unsafe {
-                    let block = out.block_unchecked(cuts[cut]..cuts[cut + 1], c..cols.min(c + col_block));
-                    (block, core::slice::from_raw_parts_mut(buffer.at(span.start), span.len()))
-                };
-                f(cut, part, block, span, scratch);
+                let blocks = pair.map(
+                    #[inline(always)]
+                    |(matrix, cuts, width)| {
+                        let cols = part * width..matrix.cols().min((part + 1) * width);
+                        // SAFETY: tiles are claimed once; the cuts ascend, so different tiles are different blocks; both
+                        // matrices are borrowed exclusively for the whole phase.
+                        unsafe { matrix.block_unchecked(cuts[cut]..cuts[cut + 1], cols) }
+                    },
+                );
+                f(cut, part, blocks, scratch);
             },
         );
     }

@@ -192,6 +192,27 @@ on_every_isa! {
         }
     }
 
+    fn heads_of_short_sequences_with_helpers(isa) {
+        // Tiles of several sequences, cut by heads where there are few of them or their number leaves members without work. Panels of 64
+        // columns hold several heads, or parts of two.
+        for (n_heads, head_dim) in [(6, 16), (4, 20), (3, 80)] {
+            let mut rng = Rng::new(3);
+            let layer = Model::new(Shape::new(n_heads, head_dim, 30), &mut rng).layer();
+            for lens in [&[5, 16, 40, 3, 33][..], &[64, 1, 63, 17], &[16; 20], &[70, 130, 90, 29]] {
+                if matches!(isa.name(), "scalar" | "portable") && lens.len() != 5 {
+                    continue;
+                }
+                let x = rng.vec(lens.iter().sum::<usize>() * layer.d_model(), 1.5);
+                let alone = run(serial(isa), &layer, &x, lens, &Graph::full());
+                for threads in [2, 3, 5] {
+                    let together =
+                        run(Context::new(isa, &executors::Threads(threads)), &layer, &x, lens, &Graph::full());
+                    assert_bits(&together, &alone, &format!("{n_heads} of {head_dim}, {lens:?}, {threads} threads"));
+                }
+            }
+        }
+    }
+
     fn every_row_count_with_helpers(isa) {
         // Whether the FFN is cut into rows or columns depends on the rows, on the threads, and on how many rows of this width
         // fit into L2: more than 96, about 37, and fewer than a member's least share.

@@ -92,11 +92,11 @@ def phases(dims, batch, seq_len, members, rates):
         result.append(Phase(name, flops, weights * down, down, across, ns))
         return across == 1
 
-    by_block = members > 1 and t < 2 * BLOCK * members
-    down = batch * ceil(seq_len / BLOCK) if by_block else max(1, t // BLOCK)
+    down = ceil(t / BLOCK)
+    even = members == 1 or (down >= 2 * members and 9 * down >= 8 * members * ceil(down / members))
     # Heads of whole panels: two of MiniLM's.
     groups = d // PANEL
-    parts = ceil(groups / per_tile(groups, ceil(t / BLOCK), members)) if by_block else 1
+    parts = 1 if even else ceil(groups / per_tile(groups, down, members))
     qkv = 6 * t * d * d
     result.append(Phase("qkv", qkv, 12 * d * d * down, down, parts, qkv / rates.product(min(t, BLOCK))))
 

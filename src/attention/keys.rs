@@ -181,7 +181,7 @@ impl KeyStore {
         self.layout.check_rows(k, v)?;
         check_offsets("offsets", offsets, k.rows())?;
         self.check_batch(offsets)?;
-        self.build_plan(offsets, 1);
+        self.build_plan(offsets);
         let Self { layout, plan, data, .. } = self;
         let len = layout.block_len();
         let mut blocks = MatMut::scratch(data, plan.blocks.len(), len, len);
@@ -244,9 +244,9 @@ impl KeyStore {
     }
 
     /// Cuts the batch that is to be stored.
-    pub(crate) fn build_plan(&mut self, offsets: &[usize], members: usize) {
+    pub(crate) fn build_plan(&mut self, offsets: &[usize]) {
         self.behind.clear();
-        self.plan.build(offsets, members);
+        self.plan.build(offsets);
     }
 
     /// Which sequence stands before sequence `segment` of a store behind this one.

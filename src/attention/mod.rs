@@ -285,7 +285,7 @@ impl Stores<'_> {
         heads.check()?;
         self.keys.check_heads(heads)?;
         queries.check(heads, self.keys.plan.segments.len(), &out)?;
-        let plan = queries.plan(ctx.members());
+        let plan = queries.plan();
         check_terms(heads, graph, terms, &plan, self.longest())?;
         let call = Call { heads, graph, terms };
         let mut team = Team::new(ctx.members(), scratch_len(heads, terms.relative.is_some()));

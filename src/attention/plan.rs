@@ -28,8 +28,6 @@ pub(crate) struct Plan {
     /// Blocks grouped into tiles: rows and blocks where each begins, and the end.
     pub(crate) tile_rows: Vec<usize>,
     pub(crate) tile_blocks: Vec<usize>,
-    /// Every tile is one block: with few rows, so that the columns can be split as well.
-    pub(crate) by_block: bool,
     /// Tokens of the batch.
     pub(crate) tokens: usize,
 }
@@ -70,16 +68,15 @@ impl Plan {
             rows: Vec::with_capacity(blocks + 1),
             tile_rows: Vec::with_capacity(blocks + 1),
             tile_blocks: Vec::with_capacity(blocks + 1),
-            by_block: false,
             tokens: 0,
         }
     }
 
-    /// The batch of valid `offsets`, cut for `members` threads.
-    pub(crate) fn of(offsets: &[usize], members: usize) -> Plan {
+    /// The batch of valid `offsets`.
+    pub(crate) fn of(offsets: &[usize]) -> Plan {
         let (tokens, segments) = (offsets.last().copied().unwrap_or(0), offsets.len().saturating_sub(1));
         let mut plan = Plan::with_capacity(max_blocks(tokens, segments), segments);
-        plan.build(offsets, members);
+        plan.build(offsets);
         plan
     }
 
@@ -99,11 +96,10 @@ impl Plan {
         self.rows.clear();
     }
 
-    /// Cuts the batch of valid `offsets` for `members` threads.
-    pub(crate) fn build(&mut self, offsets: &[usize], members: usize) {
+    /// Cuts the batch of valid `offsets`.
+    pub(crate) fn build(&mut self, offsets: &[usize]) {
         self.clear();
         self.tokens = offsets.last().copied().unwrap_or(0);
-        self.by_block = members > 1 && self.tokens < 2 * TILE_ROWS * members;
         for (segment, bounds) in offsets.windows(2).enumerate() {
             let len = bounds[1] - bounds[0];
             self.segments.push(Segment { first_block: self.blocks.len(), len });
@@ -118,7 +114,7 @@ impl Plan {
         self.tile_blocks.clear();
         let mut begin = None;
         for (block, &row) in self.rows.iter().enumerate() {
-            let full = begin.is_none_or(|begin| self.by_block || row - begin >= TILE_ROWS);
+            let full = begin.is_none_or(|begin| row - begin >= TILE_ROWS);
             if full || block + 1 == self.rows.len() {
                 self.tile_rows.push(row);
                 self.tile_blocks.push(block);

@@ -166,7 +166,7 @@ impl QkvProjection {
         keys.check_batch(offsets)?;
         let longest = offsets.windows(2).map(|w| w[1] - w[0]).max();
         self.check_position(longest.and_then(|len| len.checked_sub(1)))?;
-        keys.build_plan(offsets, ctx.members());
+        keys.build_plan(offsets);
         let mut team = Team::new(ctx.members(), self.scratch_len(0));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
             self.phase(s, crew, &Rows::plain(x), &mut q, keys, None);
@@ -293,17 +293,20 @@ impl QkvProjection {
 
     /// What the sub-layer begins with.
     pub(crate) fn first_columns(&self, rows: usize, members: usize) -> Columns<'_> {
-        let q_heads = self.tile_heads(rows, members) * (self.heads.n_heads / self.heads.n_kv_heads);
+        let q_heads =
+            self.tile_heads(rows.div_ceil(TILE_ROWS), members) * (self.heads.n_heads / self.heads.n_kv_heads);
         Columns { linear: &self.q, per_tile: q_heads * self.heads.head_dim, members }
     }
 
-    /// Key heads of a tile: all, or with few rows some of whole panels.
-    fn tile_heads(&self, rows: usize, members: usize) -> usize {
-        if rows >= 2 * TILE_ROWS * members {
+    /// Key heads of a tile, of so many tiles of rows: all, or some of whole panels if there are few rows or the tiles leave members without one at
+    /// the end for more than an eighth of the phase.
+    fn tile_heads(&self, tiles: usize, members: usize) -> usize {
+        let is_even = tiles >= 2 * members && 9 * tiles >= 8 * tiles.next_multiple_of(members);
+        if members == 1 || is_even {
             return self.heads.n_kv_heads;
         }
         let step = head_step(&self.heads);
-        step * per_tile(self.heads.n_kv_heads.div_ceil(step), rows.div_ceil(TILE_ROWS).max(1), members)
+        step * per_tile(self.heads.n_kv_heads.div_ceil(step), tiles.max(1), members)
     }
 
     /// Scratch of a tile, with room for so many copies of its rows.
@@ -321,25 +324,23 @@ impl QkvProjection {
         keys: &mut KeyStore,
         next: Option<Columns<'_>>,
     ) {
-        let Rows { x, ref places, .. } = *rows;
-        let layout = keys.layout;
-        let kv_heads = if keys.plan.by_block {
-            self.tile_heads(x.rows(), crew.members())
-        } else {
-            self.heads.n_kv_heads
-        };
+        let (layout, places) = (keys.layout, &rows.places);
+        let tiles = keys.plan.tile_rows.len().saturating_sub(1);
+        let kv_heads = self.tile_heads(tiles, crew.members());
         let q_heads = kv_heads * (self.heads.n_heads / self.heads.n_kv_heads);
         let columns =
             Columns { linear: &self.q, per_tile: q_heads * layout.head_dim, members: crew.members() };
         // Behind other tiles of rows come the same columns again.
-        let next = next.filter(|_| keys.plan.tile_rows.len() == 2);
+        let next = next.filter(|_| tiles == 1);
         let (plan, data) = keys.parts();
+        let len = layout.block_len();
+        let mut blocks = MatMut::scratch(data, plan.blocks.len(), len, len);
         crew.paired_blocks(
             s,
             (q, &plan.tile_rows, q_heads * layout.head_dim),
-            (data, &plan.tile_blocks, layout.block_len(), kv_heads * layout.unit_len()),
+            (&mut blocks, &plan.tile_blocks, kv_heads * layout.unit_len()),
             #[inline(always)]
-            |tile, part, mut q, units, scratch| {
+            |tile, part, [mut q, mut units], scratch| {
                 let (scratch, rest) = scratch.split_at_mut(2 * MAX_TILE_ROWS * PANEL);
                 let [of_q, of_k, of_v] =
                     rows.sources(s, plan.tile_rows[tile]..plan.tile_rows[tile + 1], rest);
@@ -371,12 +372,12 @@ impl QkvProjection {
                         let mut lines = MatMut::scratch(lines, x.rows(), end - col, PANEL);
                         let then = if end < cols.end { linear.from(end) } else { then };
                         linear.tile(s, x, col, Activation::None, Residual::None, &mut lines, scratch, then);
-                        for (block, units) in blocks.clone().zip(units.chunks_mut(layout.block_len())) {
+                        for (i, block) in blocks.clone().enumerate() {
                             let rows = row_of(block)..row_of(block + 1);
                             store(
                                 layout,
                                 s,
-                                units,
+                                units.row_mut(i),
                                 0,
                                 col - cols.start,
                                 lines.as_ref().block(rows, 0..end - col),
@@ -386,8 +387,8 @@ impl QkvProjection {
                 }
                 if let Some(rotary) = &self.rotary {
                     rotary.turn_rows(s, layout.head_dim, &mut q, (plan, blocks.start, places));
-                    for (block, units) in blocks.zip(units.chunks_mut(layout.block_len())) {
-                        rotary.turn_keys(s, layout, units, (plan, block, places));
+                    for (i, block) in blocks.enumerate() {
+                        rotary.turn_keys(s, layout, units.row_mut(i), (plan, block, places));
                     }
                 }
             },

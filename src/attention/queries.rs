@@ -63,8 +63,8 @@ impl<'a> QueryRows<'a> {
     }
 
     /// Their blocks.
-    pub(super) fn plan(&self, members: usize) -> Plan {
-        Plan::of(self.offsets, members)
+    pub(super) fn plan(&self) -> Plan {
+        Plan::of(self.offsets)
     }
 
     /// The position of row `row` of a block whose sequence has `keys` keys, and how many rows from it on stand one after another: what

@@ -97,7 +97,7 @@ impl KeyStream {
         layout.check_rows(k, v)?;
         queries.check(heads, offsets.len().saturating_sub(1), &out)?;
         check_offsets("key offsets", offsets, k.rows())?;
-        let (keys, plan) = (Plan::of(offsets, 1), queries.plan(1));
+        let (keys, plan) = (Plan::of(offsets), queries.plan());
         check_terms(heads, graph, terms, &plan, keys.longest())?;
 
         // Blocks of the sequence of a block of queries, and those that its windows reach.

@@ -335,7 +335,7 @@ impl Graph {
         check_offsets("key_offsets", key_offsets, last(key_offsets))?;
         check_size("key_offsets.len()", offsets.len(), key_offsets.len())?;
         let mut plan = Plan::default();
-        plan.build(offsets, 1);
+        plan.build(offsets);
         let keys: Vec<Range<usize>> = key_offsets.windows(2).map(|w| w[0]..w[1]).collect();
         let longest_key = keys.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
         let n_heads = head.checked_add(1).ok_or(Error::Overflow { arg: "head" })?;

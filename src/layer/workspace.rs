@@ -142,10 +142,9 @@ impl Workspace {
         check_size("x.cols", layers[0].d_model(), x.cols())?;
         check_offsets("offsets", inputs.offsets, x.rows())?;
         self.check(layers, x.rows())?;
-        let members = ctx.members().min(self.team.members());
         if let Some(keys) = &mut self.buffers.keys {
             keys.check_batch(inputs.offsets)?;
-            keys.build_plan(inputs.offsets, members);
+            keys.build_plan(inputs.offsets);
             check_inputs(layers, inputs, &keys.plan)?;
         }
         if x.rows() == 0 {
