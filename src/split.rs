@@ -27,7 +27,10 @@ impl Split {
         if by_rows >= Self::FEW || rows > Self::most_rows_by_cols(members) {
             return Split { rows: by_rows, cols };
         }
-        Split { rows: rows.min(max_rows), cols: per_tile(cols.div_ceil(PANEL), 1, members) * PANEL }
+        Split {
+            rows: rows.min(max_rows),
+            cols: per_tile(cols.div_ceil(PANEL), 1, |block| block, members) * PANEL,
+        }
     }
 
     /// The most rows whose columns are split.
@@ -41,15 +44,17 @@ impl Split {
     }
 }
 
-/// How many of `units`, panels or heads, make a tile of each of some blocks of rows: two tiles for each member, so that a late helper still
-/// finds work, or more if that deals them out more evenly. Six panels in tiles of two are four for one of two members, tile by tile three.
-pub(crate) fn per_tile(units: usize, blocks: usize, members: usize) -> usize {
+/// How many of `units`, panels or heads, make a tile of each of some blocks of rows, of which block `i` begins at row `start(i)`: two tiles for each
+/// member, so that a late helper still finds work, or more if that deals them out more evenly. Six panels in tiles of two are four for one of two
+/// members, tile by tile three. A sixteenth is even enough.
+pub(crate) fn per_tile(units: usize, blocks: usize, start: impl Fn(usize) -> usize, members: usize) -> usize {
+    let rows = start(blocks);
     let largest_share = |per_tile: usize| {
         let tiles = blocks * units.div_ceil(per_tile);
-        // Units of the tiles before one: all blocks' first, then all blocks' next.
+        // Rows of units of the tiles before one: all blocks' first, then all blocks' next.
         let before = |tile: usize| {
             let done = tile / blocks * per_tile;
-            done.min(units) * blocks + tile % blocks * per_tile.min(units.saturating_sub(done))
+            done.min(units) * rows + start(tile % blocks) * per_tile.min(units.saturating_sub(done))
         };
         let share = |member| {
             let own = own_tiles(member, tiles, members);
@@ -57,7 +62,6 @@ pub(crate) fn per_tile(units: usize, blocks: usize, members: usize) -> usize {
         };
         (0..members).map(share).max().unwrap_or(0)
     };
-    let even = (units * blocks).div_ceil(members);
     let most = (units * blocks).div_ceil(members.saturating_mul(2)).clamp(1, units.max(1));
     let mut best = (most, usize::MAX);
     for per_tile in (1..=most).rev() {
@@ -65,7 +69,7 @@ pub(crate) fn per_tile(units: usize, blocks: usize, members: usize) -> usize {
         if share < best.1 {
             best = (per_tile, share);
         }
-        if share <= even {
+        if 16 * members * share <= 17 * units * rows {
             break;
         }
     }
@@ -109,21 +113,27 @@ mod tests {
 
     #[test]
     fn few_panels_are_dealt_out_evenly() {
-        for (units, blocks, members, expected) in [
-            (12, 1, 1, 6),
-            (12, 1, 2, 3),
-            (48, 1, 2, 12),
-            (6, 1, 2, 1),
-            (13, 1, 2, 3),
-            (1, 1, 2, 1),
-            (6, 1, 64, 1),
-            (0, 1, 2, 1),
+        let blocks = |n: usize| (0..=n).map(|block| 64 * block).collect::<Vec<_>>();
+        for (units, starts, members, expected) in [
+            (12, blocks(1), 1, 6),
+            (12, blocks(1), 2, 3),
+            (48, blocks(1), 2, 12),
+            (6, blocks(1), 2, 1),
+            (13, blocks(1), 2, 3),
+            (1, blocks(1), 2, 1),
+            (6, blocks(1), 64, 1),
+            (0, blocks(1), 2, 1),
             // Four tiles of six for two; for eight members twelve of two would be two for some, twenty-four of one are three.
-            (12, 2, 2, 6),
-            (12, 2, 8, 1),
-            (12, 100, 2, 12),
+            (12, blocks(2), 2, 6),
+            (12, blocks(2), 8, 1),
+            (12, blocks(100), 2, 12),
+            // Five blocks of rows for two members, or four of which one is short.
+            (12, blocks(5), 2, 6),
+            (12, vec![0, 64, 128, 192, 200], 2, 6),
+            (12, vec![0, 64, 128, 192, 250], 2, 12),
         ] {
-            assert_eq!(per_tile(units, blocks, members), expected, "{units} of {blocks} for {members}");
+            let actual = per_tile(units, starts.len() - 1, |block| starts[block], members);
+            assert_eq!(actual, expected, "{units} of {starts:?} for {members}");
         }
     }
 

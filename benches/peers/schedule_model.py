@@ -26,19 +26,21 @@ def split(rows, cols, max_rows, members):
     by_rows = ceil(rows / tiles)
     if by_rows >= FEW or rows > members * FEW:
         return by_rows, cols
-    return min(rows, max_rows), per_tile(ceil(cols / PANEL), 1, members) * PANEL
+    return min(rows, max_rows), per_tile(ceil(cols / PANEL), [0, 1], members) * PANEL
 
 
-def per_tile(units, blocks, members):
-    """`per_tile`: panels or heads of a tile, so that the largest share is least."""
+def per_tile(units, starts, members):
+    """`per_tile`: panels or heads of a tile of blocks of rows that begin at `starts`, so that the largest share is small."""
+    rows = [end - start for start, end in zip(starts, starts[1:])]
 
     def largest_share(per_tile):
-        tiles = blocks * ceil(units / per_tile)
-        sizes = [min(per_tile, units - tile // blocks * per_tile) for tile in range(tiles)]
+        sizes = [min(per_tile, units - done) * n for done in range(0, units, per_tile) for n in rows]
+        tiles = len(sizes)
         return max(sum(sizes[m * tiles // members : (m + 1) * tiles // members]) for m in range(members))
 
-    most = min(units, max(1, ceil(units * blocks / (2 * members))))
-    return min(range(most, 0, -1), key=largest_share)
+    most = min(units, max(1, ceil(units * len(rows) / (2 * members))))
+    even = 17 / 16 * units * starts[-1] / members
+    return min(range(most, 0, -1), key=lambda per_tile: max(even, largest_share(per_tile)))
 
 
 def ffn_rows(d, f):
@@ -93,10 +95,10 @@ def phases(dims, batch, seq_len, members, rates):
         return across == 1
 
     down = ceil(t / BLOCK)
-    even = members == 1 or (down >= 2 * members and 9 * down >= 8 * members * ceil(down / members))
     # Heads of whole panels: two of MiniLM's.
     groups = d // PANEL
-    parts = 1 if even else ceil(groups / per_tile(groups, down, members))
+    starts = [min(t, i * BLOCK) for i in range(down + 1)]
+    parts = 1 if members == 1 else ceil(groups / per_tile(groups, starts, members))
     qkv = 6 * t * d * d
     result.append(Phase("qkv", qkv, 12 * d * d * down, down, parts, qkv / rates.product(min(t, BLOCK))))
 

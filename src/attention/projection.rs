@@ -293,20 +293,20 @@ impl QkvProjection {
 
     /// What the sub-layer begins with.
     pub(crate) fn first_columns(&self, rows: usize, members: usize) -> Columns<'_> {
-        let q_heads =
-            self.tile_heads(rows.div_ceil(TILE_ROWS), members) * (self.heads.n_heads / self.heads.n_kv_heads);
+        let start = |tile: usize| rows.min(tile * TILE_ROWS);
+        let kv_heads = self.tile_heads(rows.div_ceil(TILE_ROWS), start, members);
+        let q_heads = kv_heads * (self.heads.n_heads / self.heads.n_kv_heads);
         Columns { linear: &self.q, per_tile: q_heads * self.heads.head_dim, members }
     }
 
-    /// Key heads of a tile, of so many tiles of rows: all, or some of whole panels if there are few rows or the tiles leave members without one at
-    /// the end for more than an eighth of the phase.
-    fn tile_heads(&self, tiles: usize, members: usize) -> usize {
-        let is_even = tiles >= 2 * members && 9 * tiles >= 8 * tiles.next_multiple_of(members);
-        if members == 1 || is_even {
-            return self.heads.n_kv_heads;
+    /// Key heads of a tile, where tile `i` of the rows begins at row `start(i)`: all, or some of whole panels if that keeps more members busy.
+    fn tile_heads(&self, tiles: usize, start: impl Fn(usize) -> usize, members: usize) -> usize {
+        let all = self.heads.n_kv_heads;
+        if members == 1 || tiles == 0 {
+            return all;
         }
         let step = head_step(&self.heads);
-        step * per_tile(self.heads.n_kv_heads.div_ceil(step), tiles.max(1), members)
+        all.min(step * per_tile(all.div_ceil(step), tiles, start, members))
     }
 
     /// Scratch of a tile, with room for so many copies of its rows.
@@ -326,7 +326,7 @@ impl QkvProjection {
     ) {
         let (layout, places) = (keys.layout, &rows.places);
         let tiles = keys.plan.tile_rows.len().saturating_sub(1);
-        let kv_heads = self.tile_heads(tiles, crew.members());
+        let kv_heads = self.tile_heads(tiles, |tile| keys.plan.tile_rows[tile], crew.members());
         let q_heads = kv_heads * (self.heads.n_heads / self.heads.n_kv_heads);
         let columns =
             Columns { linear: &self.q, per_tile: q_heads * layout.head_dim, members: crew.members() };
