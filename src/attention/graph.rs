@@ -184,3 +184,47 @@ impl Graph {
 fn below(n: usize) -> u64 {
     if n >= 64 { u64::MAX } else { (1 << n) - 1 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outside_of_the_runs_nothing_is_seen() -> Result<(), Error> {
+        const RUN: usize = 256;
+        let first = Query { segment: 0, head: 0, place: 0, row: 0 };
+        for len in [0, 1, 256, 257, 3000] {
+            let columns = |end: usize| {
+                let keys: Vec<bool> = (0..len).map(|key| key < end && key % 70 == 3).collect();
+                Bits::keys(&[&keys])
+            };
+            for (left, right) in [(0, 0), (5, 300), (700, 0), (usize::MAX, 0), (usize::MAX, usize::MAX)] {
+                let window = Graph::window(left, right);
+                let graphs = [
+                    window.clone(),
+                    window.clone().with_columns(columns(20)?),
+                    window.with_columns(columns(1100)?),
+                ];
+                for (graph, position) in
+                    graphs.iter().flat_map(|graph| [-400, -1, 0, 200, 2000, 4000].map(|p| (graph, p)))
+                {
+                    let span = (position, position + 63);
+                    let runs: Vec<usize> = graph.runs(span, len, RUN).collect();
+                    assert!(runs.is_sorted_by(|a, b| a < b), "{graph:?} {span:?} {runs:?}");
+                    for run in (0..len.div_ceil(RUN)).filter(|run| !runs.contains(run)) {
+                        let keys = run * RUN..len.min((run + 1) * RUN);
+                        assert!(
+                            graph.sees_none(first, span, keys.clone(), len),
+                            "{graph:?} {span:?} {keys:?}"
+                        );
+                    }
+                    // No more of them than windows and columns reach into.
+                    let most =
+                        graph.reach(64).div_ceil(RUN).saturating_add(1 + graph.columns_end().div_ceil(RUN));
+                    assert!(runs.len() <= most, "{graph:?} {span:?} {runs:?}");
+                }
+            }
+        }
+        Ok(())
+    }
+}

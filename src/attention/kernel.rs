@@ -47,8 +47,8 @@ pub(crate) fn attend<S: Simd>(
 ) {
     let (n, head_dim, stride) = (queries.q.rows(), queries.q.cols(), keys.layout.value_stride());
     let head = queries.first.head;
-    let [kv_head, next_kv_head] =
-        [head, (head + 1) % call.heads.n_heads].map(|head| head * call.heads.n_kv_heads / call.heads.n_heads);
+    let kv_head_of = |head: usize| head * call.heads.n_kv_heads / call.heads.n_heads;
+    let (kv_head, next_kv_head) = (kv_head_of(head), kv_head_of((head + 1) % call.heads.n_heads));
     let (score, rest) = scratch.split_at_mut(ROWS * SCORE_STRIDE);
     let (part, rest) = rest.split_at_mut(ROWS * stride);
     let (total, rest) = rest.split_at_mut(ROWS * stride);

@@ -374,14 +374,8 @@ impl QkvProjection {
                         linear.tile(s, x, col, Activation::None, Residual::None, &mut lines, scratch, then);
                         for (i, block) in blocks.clone().enumerate() {
                             let rows = row_of(block)..row_of(block + 1);
-                            store(
-                                layout,
-                                s,
-                                units.row_mut(i),
-                                0,
-                                col - cols.start,
-                                lines.as_ref().block(rows, 0..end - col),
-                            );
+                            let lines = lines.as_ref().block(rows, 0..end - col);
+                            store(layout, s, units.row_mut(i), 0, col - cols.start, lines);
                         }
                     }
                 }
