@@ -63,8 +63,13 @@ impl Images {
 
 /// Every matrix [rows, columns] of `x`, transposed.
 fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let matrices = x.chunks_exact((rows * cols).max(1));
-    matrices.flat_map(|m| (0..cols).flat_map(move |c| (0..rows).map(move |r| m[r * cols + c]))).collect()
+    let mut out = Vec::with_capacity(x.len());
+    for matrix in x.chunks_exact((rows * cols).max(1)) {
+        for c in 0..cols {
+            out.extend((0..rows).map(|r| matrix[r * cols + c]));
+        }
+    }
+    out
 }
 
 /// A square that slides over an image with zeros around it.

@@ -1,6 +1,7 @@
 //! The encoder of DETR (Carion et al. 2020, <https://arxiv.org/abs/2005.12872>): the pixels of a ResNet's feature map are the
 //! tokens of post-norm layers, whose queries and keys, but not values, see where they stand.
 
+use std::collections::HashMap;
 use std::f64::consts::TAU;
 use std::path::Path;
 
@@ -113,9 +114,11 @@ pub fn token_mask(
 /// for y, half for x.
 pub fn sine_positions(mask: &[bool], [rows, columns]: [usize; 2], d: usize) -> Vec<f32> {
     let half = d / 2;
+    // Pixels of a row or column share most of them.
+    let mut sinusoids: HashMap<[usize; 2], Vec<f32>> = HashMap::new();
     let mut positions = vec![];
     for mask in mask.chunks_exact((rows * columns).max(1)) {
-        let count = |pixels: &mut dyn Iterator<Item = usize>| pixels.filter(|&i| mask[i]).count() as f64;
+        let count = |pixels: &mut dyn Iterator<Item = usize>| pixels.filter(|&i| mask[i]).count();
         for i in 0..rows * columns {
             let (y, x) = (i / columns, i % columns);
             let up_to = [count(&mut (x..=i).step_by(columns)), count(&mut (i - x..=i))];
@@ -124,8 +127,11 @@ pub fn sine_positions(mask: &[bool], [rows, columns]: [usize; 2], d: usize) -> V
                 count(&mut (y * columns..(y + 1) * columns)),
             ];
             for (up_to, all) in up_to.into_iter().zip(all) {
-                let place = up_to / (all + 1e-6) * TAU;
-                positions.extend((0..half).map(|c| Sinusoid::Interleaved.at(place, c, half)));
+                let sinusoid = sinusoids.entry([up_to, all]).or_insert_with(|| {
+                    let place = up_to as f64 / (all as f64 + 1e-6) * TAU;
+                    (0..half).map(|c| Sinusoid::Interleaved.at(place, c, half)).collect()
+                });
+                positions.extend_from_slice(sinusoid);
             }
         }
     }
