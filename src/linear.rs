@@ -319,30 +319,13 @@ impl Linear {
         then: &[f32],
     ) {
         let panels = col / PANEL..(col + out.cols()).div_ceil(PANEL);
-        self.panels(
+        let sums = MatMut::scratch(scratch, x.rows(), PANEL, PANEL);
+        let mut epilogue = self.epilogue(
             s,
-            x,
-            panels,
-            activation,
-            (scratch, then),
+            sums,
             #[inline(always)]
             |row, first, v, width| store_row(s, residual, out, row, first - col..first - col + width, v),
         );
-    }
-
-    /// Calls `store(row, first column, activation(x W^T + b), columns)` for every row of every panel of the range. Vectors past
-    /// `columns` mean nothing.
-    pub(crate) fn panels<S: Simd>(
-        &self,
-        s: S,
-        x: MatRef<'_>,
-        panels: Range<usize>,
-        activation: Activation,
-        (scratch, then): (&mut [f32], &[f32]),
-        store: impl FnMut(usize, usize, [S::V; 4], usize),
-    ) {
-        let sums = MatMut::scratch(scratch, x.rows(), PANEL, PANEL);
-        let mut epilogue = self.epilogue(s, sums, store);
         for panel in panels.clone() {
             panel_product(s, x, &self.weight, panel, &mut epilogue.sums, (&panels, then));
             epilogue.first = panel * PANEL;
@@ -423,6 +406,7 @@ struct Panels<'a, S: Simd, F> {
     /// Sums of one panel, or of all.
     sums: MatMut<'a>,
     first: usize,
+    /// `store(row, first column, activation(x W^T + b), columns)`: vectors past `columns` mean nothing.
     store: F,
 }
 
