@@ -72,7 +72,8 @@ fn scores_are_those_of_the_model_and_sorted() {
     let (ctx, mut scratch) = (Context::serial(), Scratch::default());
     let ids = [38, 5, 39, 38, 7, 8, 39, 38, 30, 39, 38, 2, 39];
     let positions = [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 0, 1, 2];
-    let texts = Batch { ids: &ids, type_ids: &[], positions: &positions, offsets: &[0, 3, 7, 10, 13] };
+    let texts =
+        Batch { ids: &ids, type_ids: &[], positions: &positions, offsets: &[0, 3, 7, 10, 13], is_real: None };
     let states = clip.text.states(&mut scratch.with(ctx), texts).unwrap();
     let texts = clip.text.embed(ctx, texts, &states).unwrap();
     let all_scores = scores(&stdout);

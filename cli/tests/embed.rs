@@ -296,9 +296,9 @@ fn longformer_embeds_with_its_windows_alone() {
     let longformer = open(model.path(), Longformer::load).unwrap();
     for (embedding, ids) in embeddings.iter().zip([&ids[..], &ids[..3]]) {
         let (n, types, positions) = (ids.len(), vec![0; ids.len()], longformer.positions(ids));
-        let batch = Batch { ids, type_ids: &types, positions: &positions, offsets: &[0, n] };
-        let (none, all, mut scratch) = (vec![false; n], vec![true; n], Scratch::default());
-        let hidden = longformer.forward(&mut scratch.with(Context::serial()), batch, &none, &all).unwrap();
+        let batch = Batch { ids, type_ids: &types, positions: &positions, offsets: &[0, n], is_real: None };
+        let (none, mut scratch) = (vec![false; n], Scratch::default());
+        let hidden = longformer.forward(&mut scratch.with(Context::serial()), batch, &none).unwrap();
         let mean: Vec<f64> =
             (0..36).map(|c| hidden.chunks(36).map(|row| f64::from(row[c])).sum::<f64>()).collect();
         let length = mean.iter().map(|x| x * x).sum::<f64>().sqrt();

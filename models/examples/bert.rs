@@ -15,7 +15,13 @@ fn main() -> common::Result {
     let (ctx, d) = (common::context(), bert.config.hidden_size);
 
     let (ids, positions) = common::tokens(128, bert.config.vocab_size);
-    let batch = Batch { ids: &ids, type_ids: &[0; 128], positions: &positions, offsets: &[0, 128] };
+    let batch = Batch {
+        ids: &ids,
+        type_ids: &[0; 128],
+        positions: &positions,
+        offsets: &[0, 128],
+        ..Batch::default()
+    };
     let hidden = common::timed("encode", || bert.forward(&mut Scratch::default().with(ctx), batch))?;
     common::show("hidden states", &hidden, d);
     if let Some(pooled) = bert.pool(ctx, &hidden, batch.offsets)? {

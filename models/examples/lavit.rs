@@ -3,7 +3,7 @@
 mod common;
 
 use laneformer_models::Scratch;
-use laneformer_models::lavit::{Batch, Lavit};
+use laneformer_models::lavit::{Batch, Features, Lavit};
 use serde_json::json;
 
 fn main() -> common::Result {
@@ -25,11 +25,10 @@ fn main() -> common::Result {
             type_ids: &[0; 20],
             positions: &positions,
             offsets: &[0, 20],
+            is_real: None,
         },
-        audio: &[&sound, &sound],
-        audio_offsets: &[0, 3],
-        video: [&objects, &places],
-        video_offsets: &[0, 36],
+        audio: Features { kinds: &[&sound, &sound], offsets: &[0, 3], is_real: None },
+        video: Features { kinds: &[&objects, &places], offsets: &[0, 36], is_real: None },
     };
     let states = common::timed("three streams", || model.forward(&mut Scratch::default().with(ctx), &batch))?;
     for (name, state) in ["language", "audio", "video"].iter().zip(&states) {

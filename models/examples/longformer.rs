@@ -17,11 +17,12 @@ fn main() -> common::Result {
     let n = longformer.max_tokens();
     let (ids, _) = common::tokens(n, longformer.config.vocab_size);
     let (positions, type_ids) = (longformer.positions(&ids), vec![0; n]);
-    let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets: &[0, n] };
-    let (is_real, mut is_global) = (vec![true; n], vec![false; n]);
+    let batch =
+        Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets: &[0, n], ..Batch::default() };
+    let mut is_global = vec![false; n];
     is_global[0] = true;
     let hidden = common::timed("encode", || {
-        longformer.forward(&mut Scratch::default().with(common::context()), batch, &is_global, &is_real)
+        longformer.forward(&mut Scratch::default().with(common::context()), batch, &is_global)
     })?;
     common::show("hidden states", &hidden, longformer.config.hidden_size);
     Ok(())

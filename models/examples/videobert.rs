@@ -22,7 +22,13 @@ fn main() -> common::Result {
     println!("centroids of the first clips {:?}", &video_ids[..4]);
     let (ids, type_ids) = model.joint_sequence(&text, &video_ids, &[false; 64])?;
     let positions: Vec<_> = (0..ids.len() as u32).collect();
-    let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets: &[0, ids.len()] };
+    let batch = Batch {
+        ids: &ids,
+        type_ids: &type_ids,
+        positions: &positions,
+        offsets: &[0, ids.len()],
+        ..Batch::default()
+    };
     let hidden = common::timed("encode", || model.bert.forward(&mut Scratch::default().with(ctx), batch))?;
     common::show("logits", &model.logits(ctx, &hidden)?, config.bert.vocab_size + config.num_centroids);
     if let Some(pooled) = model.bert.pool(ctx, &hidden, batch.offsets)? {

@@ -106,11 +106,12 @@ impl Bert {
         let Transformer { embeddings, layers } = &self.encoder;
         let (tokens, segments) = (batch.ids.len(), batch.offsets.len().saturating_sub(1));
         let mut workspace = layers.stack.workspace(tokens, segments, ctx.members())?;
+        let graph = batch.real(Graph::full())?;
         let mut states = vec![embeddings.forward(ctx, batch)?];
         for layer in layers.stack.layers() {
             let mut x = states[states.len() - 1].clone();
             let rows = MatMut::contiguous(&mut x, tokens, self.config.hidden_size)?;
-            layer.forward(ctx, rows, batch.offsets, &Graph::full(), &mut workspace)?;
+            layer.forward(ctx, rows, batch.offsets, &graph, &mut workspace)?;
             states.push(x);
         }
         Ok(states)

@@ -318,14 +318,17 @@ impl Transformer {
     /// The last hidden state of every token, [T, d_model], as [`Layers::encode`] makes it.
     pub fn encode(&self, run: &mut Run<'_>, batch: Batch<'_>) -> Result<Vec<f32>> {
         let mut x = self.embeddings.forward(run.ctx, batch)?;
-        self.layers.encode(run, &mut x, batch.offsets)?;
+        let graph = batch.real(Graph::full())?;
+        self.layers.forward(run, &mut x, &mut Inputs::new(batch.offsets, &graph))?;
         Ok(x)
     }
 
     /// The last hidden state of every token, [T, d_model], as [`Layers::decode`] makes it.
     pub fn decode(&self, run: &mut Run<'_>, batch: Batch<'_>, state: &mut Decoding) -> Result<Vec<f32>> {
         let mut x = self.embeddings.forward(run.ctx, batch)?;
-        self.layers.decode(run, &mut x, batch.offsets, state)?;
+        let (graph, Decoding { sources, caches }) = (batch.real(Graph::causal())?, state);
+        let mut inputs = Inputs { sources, caches, ..Inputs::new(batch.offsets, &graph) };
+        self.layers.forward(run, &mut x, &mut inputs)?;
         Ok(x)
     }
 }

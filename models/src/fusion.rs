@@ -41,8 +41,8 @@ pub struct Stream {
 #[derive(Debug)]
 pub struct Fusion {
     steps: Vec<Step>,
-    /// The bottleneck tokens that every sequence begins with, if there are any.
-    bottleneck: Vec<f32>,
+    /// The bottleneck tokens that every sequence begins with, where streams meet in such.
+    bottleneck: Option<Vec<f32>>,
     d_model: usize,
 }
 
@@ -91,7 +91,7 @@ impl Fusion {
             let pairs = cross("cross_a")?.into_iter().zip(cross("cross_b")?);
             Ok::<_, Error>(pairs.map(|(a, b)| Step::Cross(a, b)).collect::<Vec<_>>())
         };
-        let mut bottleneck = vec![];
+        let mut bottleneck = None;
         let steps = match config.fusion.as_str() {
             "early_sum" => {
                 let (alpha, beta) = (config.alpha.unwrap_or(1.0), config.beta.unwrap_or(1.0));
@@ -115,7 +115,7 @@ impl Fusion {
             }
             "mbt" => {
                 let layers = |name| w.at(name).at("layers").layers(n, |_, w| spec.single(&w, ENCODER));
-                bottleneck = w.tensor("bottleneck", &[1, config.num_bottlenecks, d])?.into_owned();
+                bottleneck = Some(w.tensor("bottleneck", &[1, config.num_bottlenecks, d])?.into_owned());
                 let mut steps = vec![];
                 for (i, (a, b)) in layers("encoder_a")?.into_iter().zip(layers("encoder_b")?).enumerate() {
                     if i < config.fusion_layer {
@@ -136,7 +136,7 @@ impl Fusion {
     }
 
     /// Runs over two streams of as many sequences, in place. Summation makes `a` the fused stream and leaves `b` alone; its
-    /// streams have the same lengths. The bottleneck tokens [sequences, n, d_model] are returned where there are any.
+    /// streams have the same lengths. The bottleneck tokens [sequences, n, d_model] of `mbt` are returned.
     pub fn forward(&self, run: &mut Run<'_>, a: &mut Stream, b: &mut Stream) -> Result<Option<Vec<f32>>> {
         let d = self.d_model;
         check_size("sequences of b", a.offsets.len(), b.offsets.len())?;
@@ -148,8 +148,8 @@ impl Fusion {
             }
         }
         let n = a.offsets.len().saturating_sub(1);
-        let offsets = offsets(n, self.bottleneck.len() / d);
-        let mut bottleneck = Stream { x: self.bottleneck.repeat(n), offsets };
+        let tokens = self.bottleneck.as_deref().unwrap_or(&[]);
+        let mut bottleneck = Stream { x: tokens.repeat(n), offsets: offsets(n, tokens.len() / d) };
         for step in &self.steps {
             match step {
                 Step::Sum { alpha, beta } => {
@@ -182,7 +182,7 @@ impl Fusion {
                 }
             }
         }
-        Ok((!self.bottleneck.is_empty()).then_some(bottleneck.x))
+        Ok(self.bottleneck.is_some().then_some(bottleneck.x))
     }
 }
 

@@ -13,6 +13,7 @@ use crate::config::{from_value, with_defaults};
 use crate::encoder::{Layers, Part};
 use crate::error::check_size;
 use crate::head::{self, Head};
+use crate::ragged::real;
 use crate::run::project;
 use crate::weights::normalize;
 use crate::{Checkpoint, Error, Result, Run, Weights};
@@ -39,19 +40,32 @@ pub struct Batch<'a> {
     /// The question.
     pub language: crate::Batch<'a>,
     /// What the audio encoder reads: the features of each channel, and with an `_st` encoder the coordinates.
-    pub audio: &'a [&'a [f32]],
-    /// Where the audio of each sequence begins, and the end.
-    pub audio_offsets: &'a [usize],
+    pub audio: Features<'a>,
     /// The features and the coordinates of the objects.
-    pub video: [&'a [f32]; 2],
-    /// Where the objects of each sequence begin, and the end.
-    pub video_offsets: &'a [usize],
+    pub video: Features<'a>,
+}
+
+/// Tokens that are features.
+#[derive(Clone, Copy, Debug)]
+pub struct Features<'a> {
+    /// Rows of each kind of features, one per token.
+    pub kinds: &'a [&'a [f32]],
+    /// Where each sequence begins, and the end.
+    pub offsets: &'a [usize],
+    /// As [`crate::Batch`] has it.
+    pub is_real: Option<&'a [bool]>,
+}
+
+impl Features<'_> {
+    fn graph(&self) -> Result<Graph> {
+        real(Graph::full(), self.offsets, self.is_real)
+    }
 }
 
 impl<'a> Batch<'a> {
     /// The offsets of language, audio and video.
     pub fn offsets(&self) -> [&'a [usize]; 3] {
-        [self.language.offsets, self.audio_offsets, self.video_offsets]
+        [self.language.offsets, self.audio.offsets, self.video.offsets]
     }
 }
 
@@ -131,17 +145,18 @@ impl Lavit {
     /// The last hidden states of language, audio and video.
     pub fn forward(&self, run: &mut Run<'_>, batch: &Batch<'_>) -> Result<[Vec<f32>; 3]> {
         let l = self.language.forward(run, batch.language)?;
-        let a = self.audio.forward(run, batch.audio, batch.audio_offsets)?;
-        let v = self.video.forward(run, &batch.video, batch.video_offsets)?;
+        let a = self.audio.forward(run, &batch.audio)?;
+        let v = self.video.forward(run, &batch.video)?;
 
         let (mut states, offsets) = ([l, a, v], batch.offsets());
+        let graphs = [batch.language.real(Graph::full())?, batch.audio.graph()?, batch.video.graph()?];
         for layers in &self.cross {
             // Every stream reads the next one as it was before this layer.
             let keys = |i: usize| layers[i].sources(run.ctx, &states[(i + 1) % 3], offsets[(i + 1) % 3]);
             let keys = [keys(0)?, keys(1)?, keys(2)?];
             for (i, state) in states.iter_mut().enumerate() {
-                let graph = Graph::full();
-                let mut inputs = Inputs { sources: &keys[i], ..Inputs::new(offsets[i], &graph) };
+                let (sources, source_graph) = (&keys[i][..], &graphs[(i + 1) % 3]);
+                let mut inputs = Inputs { sources, source_graph, ..Inputs::new(offsets[i], &graphs[i]) };
                 layers[i].forward(run, state, &mut inputs)?;
             }
         }
@@ -189,10 +204,10 @@ struct Stream {
 }
 
 impl Stream {
-    fn forward(&self, run: &mut Run<'_>, features: &[&[f32]], offsets: &[usize]) -> Result<Vec<f32>> {
-        check_size("features of a token", self.features.len(), features.len())?;
+    fn forward(&self, run: &mut Run<'_>, features: &Features<'_>) -> Result<Vec<f32>> {
+        check_size("features of a token", self.features.len(), features.kinds.len())?;
         let mut mean: Vec<f32> = vec![];
-        for ((linear, norm), x) in self.features.iter().zip(features) {
+        for ((linear, norm), x) in self.features.iter().zip(features.kinds) {
             let mut y = project(run.ctx, linear, x)?;
             normalize(run.ctx, norm, &mut y)?;
             mean.resize(if mean.is_empty() { y.len() } else { mean.len() }, 0.0);
@@ -200,7 +215,9 @@ impl Stream {
             mean.iter_mut().zip(y).for_each(|(sum, y)| *sum += y);
         }
         mean.iter_mut().for_each(|sum| *sum /= self.features.len() as f32);
-        self.layers.as_ref().map_or(Ok(()), |layers| layers.encode(run, &mut mean, offsets))?;
+        if let Some(layers) = &self.layers {
+            layers.forward(run, &mut mean, &mut Inputs::new(features.offsets, &features.graph()?))?;
+        }
         Ok(mean)
     }
 }

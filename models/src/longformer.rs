@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use laneformer::{Bits, Context, Graph, Linear};
+use laneformer::{Context, Graph, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -14,6 +14,7 @@ use crate::embedding::Embeddings;
 use crate::encoder::LayerSpec;
 use crate::error::check_size;
 use crate::head;
+use crate::ragged::keys;
 use crate::{Batch, Checkpoint, Result, Run, Weights};
 
 /// What `config.json` of a Longformer directory has beyond that of a BERT.
@@ -104,25 +105,15 @@ impl Longformer {
     }
 
     /// The last hidden state of every token, [T, hidden_size]. `is_global` tokens see and are seen by all of their
-    /// sequence; those that are not `is_real`, padding between the others, are not seen.
-    pub fn forward(
-        &self,
-        run: &mut Run<'_>,
-        batch: Batch<'_>,
-        is_global: &[bool],
-        is_real: &[bool],
-    ) -> Result<Vec<f32>> {
+    /// sequence.
+    pub fn forward(&self, run: &mut Run<'_>, batch: Batch<'_>, is_global: &[bool]) -> Result<Vec<f32>> {
         check_size("is_global", batch.ids.len(), is_global.len())?;
-        check_size("is_real", batch.ids.len(), is_real.len())?;
         let mut x = self.embeddings.forward(run.ctx, batch)?;
         let globals = Globals::new(batch.offsets, is_global);
-        let (columns, real) = (keys(batch.offsets, is_global)?, keys(batch.offsets, is_real)?);
-        let real =
-            |graph: Graph| if is_real.contains(&false) { graph.with_bits(real.clone()) } else { graph };
-        let everything = real(Graph::full());
+        let (columns, everything) = (keys(batch.offsets, is_global)?, batch.real(Graph::full())?);
         for layer in &self.layers {
             // The window and the global columns for all rows, then everything for the global rows.
-            let local = real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()));
+            let local = batch.real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()))?;
             let own = &layer.block.projections;
             let mut attended = own.attend_to(run, &x, batch.offsets, (&x, batch.offsets), &local)?;
             if !globals.rows.is_empty() {
@@ -167,11 +158,4 @@ impl Globals {
         let offsets = offsets.iter().map(|&end| rows.partition_point(|&row| row < end)).collect();
         Globals { rows, offsets }
     }
-}
-
-/// The chosen tokens of each sequence as keys.
-fn keys(offsets: &[usize], chosen: &[bool]) -> Result<Bits> {
-    let sequences: Option<Vec<_>> = offsets.windows(2).map(|ends| chosen.get(ends[0]..ends[1])).collect();
-    let sequences = sequences.ok_or(laneformer::Error::NotAscending { arg: "offsets", at: 0 })?;
-    Ok(Bits::keys(&sequences)?)
 }

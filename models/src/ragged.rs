@@ -1,5 +1,7 @@
 //! Padded batches as packed ones: the tokens that are real, one sequence behind the other.
 
+use laneformer::{Bits, Graph};
+
 use crate::Result;
 use crate::error::check_size;
 
@@ -42,6 +44,13 @@ impl Ragged {
         Ragged::from_mask(&spans, seq_len)
     }
 
+    /// As [`from_mask`](Ragged::from_mask), but the first of a sequence stays even if it is padding, for what is made of it.
+    pub fn from_first(mask: &[bool], seq_len: usize) -> Ragged {
+        let mut kept = mask.to_vec();
+        kept.iter_mut().step_by(seq_len.max(1)).for_each(|first| *first = true);
+        Ragged::from_mask(&kept, seq_len)
+    }
+
     /// Where each sequence begins among the packed tokens, and the end.
     pub fn offsets(&self) -> &[usize] {
         &self.offsets
@@ -74,4 +83,18 @@ impl Ragged {
             padded[place * d..][..d].copy_from_slice(row);
         }
     }
+}
+
+/// The chosen tokens of each sequence as keys.
+pub(crate) fn keys(offsets: &[usize], chosen: &[bool]) -> Result<Bits> {
+    let sequences: Option<Vec<_>> = offsets.windows(2).map(|ends| chosen.get(ends[0]..ends[1])).collect();
+    let sequences = sequences.ok_or(laneformer::Error::NotAscending { arg: "offsets", at: 0 })?;
+    Ok(Bits::keys(&sequences)?)
+}
+
+/// What of `graph` leads to tokens that are real; all are without a list.
+pub(crate) fn real(graph: Graph, offsets: &[usize], is_real: Option<&[bool]>) -> Result<Graph> {
+    let Some(is_real) = is_real else { return Ok(graph) };
+    check_size("is_real", offsets.last().copied().unwrap_or(0), is_real.len())?;
+    Ok(if is_real.contains(&false) { graph.with_bits(keys(offsets, is_real)?) } else { graph })
 }

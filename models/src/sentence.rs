@@ -118,8 +118,7 @@ impl SentenceEncoder {
                 let positions = sentences.iter().flat_map(|sentence| longformer.positions(&sentence.ids));
                 let batch = Batch { positions: &positions.collect::<Vec<_>>(), ..batch };
                 // Only windows: sentence-transformers makes no token global.
-                let (is_global, is_real) = (vec![false; batch.ids.len()], vec![true; batch.ids.len()]);
-                longformer.forward(&mut scratch.with(ctx), batch, &is_global, &is_real)?
+                longformer.forward(&mut scratch.with(ctx), batch, &vec![false; batch.ids.len()])?
             }
             Model::Clip(clip) => {
                 let states = clip.states(&mut scratch.with(ctx), batch)?;

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use laneformer::Graph;
 use tokenizers::{PostProcessor, Tokenizer, TruncationParams};
 
+use crate::ragged::real;
 use crate::{Error, Result};
 
 /// The tokens of one text.
@@ -91,6 +93,15 @@ pub struct Batch<'a> {
     pub type_ids: &'a [u32],
     pub positions: &'a [u32],
     pub offsets: &'a [usize],
+    /// Which tokens are seen; all if absent. Padding that keeps its place sees the others and is not seen.
+    pub is_real: Option<&'a [bool]>,
+}
+
+impl Batch<'_> {
+    /// What of `graph` leads to real tokens.
+    pub(crate) fn real(&self, graph: Graph) -> Result<Graph> {
+        real(graph, self.offsets, self.is_real)
+    }
 }
 
 /// A [`Batch`] of texts, with memory that is used again.
@@ -121,6 +132,6 @@ impl Packed {
     /// What is there.
     pub fn batch(&self) -> Batch<'_> {
         let Packed { ids, type_ids, positions, offsets } = self;
-        Batch { ids, type_ids, positions, offsets }
+        Batch { ids, type_ids, positions, offsets, is_real: None }
     }
 }

@@ -49,11 +49,7 @@ impl VideoBert {
         let words = &mut bert.encoder.embeddings.words;
         words.extend(&w.tensor("video_embeddings.weight", &[n, d])?);
 
-        // |f - c|^2 is least where f.c - |c|^2 / 2 is largest: a product with a bias.
-        let centroids = w.tensor("centroids", &[n, n_features])?;
-        let square = |c: &[f32]| c.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
-        let bias = centroids.chunks_exact(n_features.max(1)).map(|c| (square(c) / -2.0) as f32);
-        let centroids = linear(&centroids, n_features, n, Some(&bias.collect::<Vec<_>>()))?;
+        let centroids = nearest(&w.tensor("centroids", &[n, n_features])?, n_features, n)?;
 
         let head = w.at("cls.predictions");
         let bias = head.tensor("bias", &[config.bert.vocab_size + n])?;
@@ -106,5 +102,41 @@ impl VideoBert {
     /// Whether text and video belong together, as two logits per row of the pooler's output.
     pub fn alignment_logits(&self, ctx: Context<'_>, pooled: &[f32]) -> Result<Vec<f32>> {
         project(ctx, &self.alignment, pooled)
+    }
+}
+
+/// A product whose largest output is that of the nearest of `n` centroids: |f - c|^2 is least where f.(c - m) - (|c|^2 - |m|^2) / 2 is
+/// largest, for any m. With their mean the terms are no larger than the centroids lie apart.
+fn nearest(centroids: &[f32], n_features: usize, n: usize) -> Result<Linear> {
+    let rows = || centroids.chunks_exact(n_features.max(1));
+    let mut mean = vec![0.0f64; n_features];
+    for c in rows() {
+        mean.iter_mut().zip(c).for_each(|(mean, &c)| *mean += f64::from(c) / n as f64);
+    }
+    let from_mean =
+        |c: &[f32]| c.iter().zip(&mean).map(|(&c, m)| (f64::from(c) - m) as f32).collect::<Vec<_>>();
+    // |c|^2 - |m|^2 as the sum of (c - m)(c + m), of the c - m that is multiplied.
+    let bias = rows().map(|c| {
+        let terms = c.iter().zip(&mean).zip(from_mean(c));
+        (terms.map(|((&c, m), d)| f64::from(d) * (f64::from(c) + m)).sum::<f64>() / -2.0) as f32
+    });
+    let weight: Vec<f32> = rows().flat_map(from_mean).collect();
+    linear(&weight, n_features, n, Some(&bias.collect::<Vec<_>>()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Centroids a little apart and far from 0: |c|^2 / 2 is a million, what tells them from one another 0.03.
+    #[test]
+    fn the_nearest_of_distant_centroids_is_found() -> Result<()> {
+        let (n, n_features) = (7, 1024);
+        let centroid = |c: usize| (0..n_features).map(move |i| 50.0 + ((i * (c + 3)) % 11) as f32 / 700.0);
+        let centroids: Vec<f32> = (0..n).flat_map(centroid).collect();
+        let scores = project(Context::serial(), &nearest(&centroids, n_features, n)?, &centroids)?;
+        let found: Vec<usize> = scores.chunks_exact(n).map(argmax).collect();
+        assert_eq!(found, (0..n).collect::<Vec<_>>());
+        Ok(())
     }
 }

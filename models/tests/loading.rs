@@ -111,8 +111,13 @@ fn load(config: serde_json::Value, checkpoint: &Checkpoint) -> Result<Bert> {
 }
 
 fn last_hidden_state(bert: &Bert) -> Vec<f32> {
-    let batch =
-        Batch { ids: &[1, 2, 3, 4, 5], type_ids: &[0; 5], positions: &[0, 1, 0, 1, 2], offsets: &[0, 2, 5] };
+    let batch = Batch {
+        ids: &[1, 2, 3, 4, 5],
+        type_ids: &[0; 5],
+        positions: &[0, 1, 0, 1, 2],
+        offsets: &[0, 2, 5],
+        is_real: None,
+    };
     bert.forward(&mut Scratch::default().with(Context::serial()), batch).unwrap()
 }
 
@@ -176,7 +181,7 @@ fn tokens_outside_the_tables_are_refused() {
     let checkpoint = Checkpoint::open(&golden("bert-right-pad/weights.safetensors")).unwrap();
     let bert = load(config(), &checkpoint).unwrap();
     let forward = |ids, type_ids, positions| {
-        let batch = Batch { ids, type_ids, positions, offsets: &[0, 2] };
+        let batch = Batch { ids, type_ids, positions, offsets: &[0, 2], is_real: None };
         bert.forward(&mut Scratch::default().with(Context::serial()), batch).unwrap_err().to_string()
     };
     assert!(forward(&[1, 60], &[0, 0], &[0, 1]).contains("word_embeddings: index 60 at token 1"));

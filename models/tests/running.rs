@@ -6,7 +6,7 @@ use laneformer::{Context, Isa};
 use laneformer_models::bert::Bert;
 use laneformer_models::encoder::Config;
 use laneformer_models::videobert::VideoBert;
-use laneformer_models::{Checkpoint, Scratch};
+use laneformer_models::{Batch, Checkpoint, Scratch};
 use serde_json::json;
 
 /// Stacks of any widths run with the same scratch, and make what they make alone.
@@ -69,4 +69,30 @@ fn clips_outside_of_the_centroids_are_refused() {
         assert!(why.contains("centroids") && why.contains(&id.to_string()), "{why}");
     }
     assert!(joint(&[0, 1], &[false]).is_err());
+}
+
+/// Padding that keeps its place sees its sequence, and changes nothing for it.
+#[test]
+fn padding_that_keeps_its_place_is_not_seen() {
+    let config = json!({
+        "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8,
+        "max_position_embeddings": 16,
+    });
+    let model = Bert::load(Path::new("config"), &config, &Checkpoint::random(1)).unwrap();
+    let forward = |is_real: Option<&[bool]>, from: usize| {
+        let (ids, positions) = ([0, 7, 9, 0, 5], [0, 1, 2, 0, 1]);
+        let offsets = [0, 3 - from, 5 - from];
+        let (ids, positions) = (&ids[from..], &positions[from..]);
+        let batch = Batch { ids, type_ids: &[0; 5][from..], positions, offsets: &offsets, is_real };
+        model.forward(&mut Scratch::default().with(Context::serial()), batch)
+    };
+    let padded = forward(Some(&[false, true, true, true, true]), 0).unwrap();
+    let packed = forward(None, 1).unwrap();
+    for (padded, packed) in padded[8..].iter().zip(&packed) {
+        assert!((padded - packed).abs() < 1e-5, "{padded} {packed}");
+    }
+    assert_eq!(padded.len(), 40);
+    assert!(padded[..8].iter().all(|x| x.is_finite() && *x != 0.0));
+    let why = forward(Some(&[true; 4]), 0).unwrap_err().to_string();
+    assert!(why.contains("is_real"), "{why}");
 }

@@ -75,7 +75,7 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
                 let positions = model.positions(&text.ids);
                 let batch = Batch { positions: &positions, ..text.batch() };
                 let is_global: Vec<bool> = (0..text.ids.len()).map(|i| i < globals).collect();
-                Ok(model.forward(&mut scratch.with(ctx), batch, &is_global, &vec![true; text.ids.len()])?)
+                Ok(model.forward(&mut scratch.with(ctx), batch, &is_global)?)
             })
         }
         Kind::TransformerXl => {
@@ -182,7 +182,7 @@ impl Text {
 
     fn batch(&self) -> Batch<'_> {
         let Text { ids, type_ids, positions, offsets } = self;
-        Batch { ids, type_ids, positions, offsets }
+        Batch { ids, type_ids, positions, offsets, is_real: None }
     }
 
     fn input(&self, name: &str) -> Input {

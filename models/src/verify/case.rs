@@ -181,12 +181,17 @@ impl Case {
         Ok(Ragged::from_mask(&self.mask(mask)?, seq_len))
     }
 
-    /// The same, or all tokens of a batch [B, T] if there is no mask.
-    pub(super) fn ragged_or_full(&self, mask: &str, [sequences, seq_len]: [usize; 2]) -> Result<Ragged> {
-        if self.has(mask) {
-            return self.ragged(mask);
-        }
-        Ok(Ragged::from_mask(&vec![true; sequences * seq_len], seq_len))
+    /// The real tokens of a batch [B, T], all if there is no mask, and the first of each sequence, of which a pooler makes something even
+    /// if it is padding; and which of them are real.
+    pub(super) fn ragged_from_first(
+        &self,
+        mask: &str,
+        [sequences, seq_len]: [usize; 2],
+    ) -> Result<(Ragged, Vec<bool>)> {
+        let mask = if self.has(mask) { self.mask(mask)? } else { vec![true; sequences * seq_len] };
+        let tokens = Ragged::from_first(&mask, seq_len);
+        let is_real = tokens.gather(&mask, 1)?;
+        Ok((tokens, is_real))
     }
 
     pub(super) fn error(&self, message: String) -> Error {

@@ -5,6 +5,7 @@ use laneformer::Context;
 use super::case::{Case, Outputs};
 use crate::clip::Clip;
 use crate::conv::Images;
+use crate::ragged::Ragged;
 use crate::{Batch, Result, Scratch};
 
 pub(super) fn clip(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
@@ -13,10 +14,13 @@ pub(super) fn clip(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let image_states = model.image_states(&mut Scratch::default().with(ctx), &images)?;
     let image_embeds = model.embed_images(ctx, &image_states)?;
 
-    let tokens = case.ragged_or_full("attention_mask", case.shape("input_ids")?)?;
-    let ids = tokens.gather(&case.indices("input_ids")?, 1)?;
-    let texts =
-        Batch { ids: &ids, positions: tokens.positions(), offsets: tokens.offsets(), ..Batch::default() };
+    // Padding stays: the token that stands for a text is looked for there, too.
+    let [sequences, seq_len] = case.shape("input_ids")?;
+    let tokens = Ragged::from_mask(&vec![true; sequences * seq_len], seq_len);
+    let is_real = case.has("attention_mask").then(|| case.mask("attention_mask")).transpose()?;
+    let (ids, is_real) = (case.indices("input_ids")?, is_real.as_deref());
+    let (positions, offsets) = (tokens.positions(), tokens.offsets());
+    let texts = Batch { ids: &ids, positions, offsets, is_real, ..Batch::default() };
     let text_states = model.text.states(&mut Scratch::default().with(ctx), texts)?;
     let text_embeds = model.text.embed(ctx, texts, &text_states)?;
 

@@ -3,13 +3,13 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::lavit::{Batch, Lavit};
+use crate::lavit::{Batch, Features, Lavit};
 use crate::{Result, Scratch};
 
 pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Lavit::load(case.path(), case.json(), case.weights())?;
     let config = &model.config;
-    let l = case.ragged_or_full("l_mask", case.shape("input_ids")?)?;
+    let (l, l_real) = case.ragged_from_first("l_mask", case.shape("input_ids")?)?;
     let ids = l.gather(&case.indices("input_ids")?, 1)?;
     let types = vec![0; ids.len()];
 
@@ -18,7 +18,7 @@ pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let &[sequences, .., a_len, a_dim] = a_shape else {
         return Err(case.error(format!("in.a_feat: expected 3 or 4 dimensions, got {a_shape:?}")));
     };
-    let a = case.ragged_or_full("a_mask", [sequences, a_len])?;
+    let (a, a_real) = case.ragged_from_first("a_mask", [sequences, a_len])?;
     let (a_feat, channel) = (case.f32("a_feat")?, (a_len * a_dim).max(1));
     let channels = a_shape[1..a_shape.len() - 2].iter().product();
     let mut audio = vec![];
@@ -33,17 +33,16 @@ pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     }
 
     let [_, v_len, _] = case.shape("v_feat")?;
-    let v = case.ragged_or_full("v_mask", [sequences, v_len])?;
+    let (v, v_real) = case.ragged_from_first("v_mask", [sequences, v_len])?;
     let v_feat = v.gather(&case.f32("v_feat")?, config.visual_feat_dim)?;
     let v_coord = v.gather(&case.f32("v_coord")?, config.visual_coord_dim)?;
 
     let (positions, offsets) = (l.positions(), l.offsets());
+    let audio: Vec<_> = audio.iter().map(Vec::as_slice).collect();
     let batch = Batch {
-        language: crate::Batch { ids: &ids, type_ids: &types, positions, offsets },
-        audio: &audio.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-        audio_offsets: a.offsets(),
-        video: [&v_feat, &v_coord],
-        video_offsets: v.offsets(),
+        language: crate::Batch { ids: &ids, type_ids: &types, positions, offsets, is_real: Some(&l_real) },
+        audio: Features { kinds: &audio, offsets: a.offsets(), is_real: Some(&a_real) },
+        video: Features { kinds: &[&v_feat, &v_coord], offsets: v.offsets(), is_real: Some(&v_real) },
     };
     let states = model.forward(&mut Scratch::default().with(ctx), &batch)?;
     let answer_logits = model.answer_logits(ctx, &states, batch.offsets())?;

@@ -21,8 +21,9 @@ pub(super) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let is_global: Vec<_> = is_global.iter().zip(&is_real).map(|(&global, &real)| global && real).collect();
 
     let offsets = tokens.offsets();
-    let batch = Batch { ids: &ids, type_ids: &type_ids, positions: &positions, offsets };
-    let hidden = model.forward(&mut Scratch::default().with(ctx), batch, &is_global, &is_real)?;
+    let (positions, is_real) = (&positions[..], Some(&is_real[..]));
+    let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets, is_real };
+    let hidden = model.forward(&mut Scratch::default().with(ctx), batch, &is_global)?;
     let padded = tokens.scatter(&hidden, model.config.hidden_size);
     let mut outputs = Outputs::from([("last_hidden_state".into(), padded)]);
     if !case.run().no_pooler

@@ -15,7 +15,7 @@ pub(super) fn bert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let ids = tokens.gather(&case.indices("input_ids")?, 1)?;
     let type_ids = tokens.gather(&case.indices("token_type_ids")?, 1)?;
     let (positions, offsets) = (tokens.positions(), tokens.offsets());
-    let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets };
+    let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets, is_real: None };
 
     let mut outputs = Outputs::new();
     let hidden = model.forward(&mut Scratch::default().with(ctx), batch)?;

@@ -20,10 +20,10 @@ pub(super) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         type_ids.extend(types);
     }
 
-    let tokens = case.ragged("attention_mask")?;
+    let (tokens, is_real) = case.ragged_from_first("attention_mask", case.shape("attention_mask")?)?;
     let (ids, type_ids) = (tokens.gather(&ids, 1)?, tokens.gather(&type_ids, 1)?);
     let (positions, offsets) = (tokens.positions(), tokens.offsets());
-    let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets };
+    let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets, is_real: Some(&is_real) };
     let hidden = model.bert.forward(&mut Scratch::default().with(ctx), batch)?;
     let config = &model.config.bert;
     let vocab_size = config.vocab_size + model.config.num_centroids;

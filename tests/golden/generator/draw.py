@@ -53,7 +53,7 @@ class Draw:
     def bits(self, probability, *shape):
         return (self.rng.random(shape) < probability).astype(np.uint8)
 
-    def mask(self, batch, length, kinds=MASKS, first_is_real=False, may_be_empty=False):
+    def mask(self, batch, length, kinds=MASKS, may_be_empty=False):
         """Real tokens [batch, length] and what kind of mask it is. Unless they may, no sequence is all padding."""
         kind = self.pick(*kinds)
         mask = np.ones((batch, length), np.uint8)
@@ -68,8 +68,6 @@ class Draw:
                 row[length // 3 : max(length // 3 + cut // 2, length // 3)] = 0
             elif of_row == "random":
                 row[:] = self.bits(self.pick(0.2, 0.5, 0.9), length)
-            if first_is_real:
-                row[0] = 1
             if not row.any():
                 row[self.between(0, length - 1)] = 1
         if may_be_empty and batch > 1 and kind != "none" and self.chance(0.2):

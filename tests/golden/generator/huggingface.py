@@ -296,7 +296,7 @@ def videobert(case):
     case.config |= special | {"num_centroids": draw.between(2, 90), "video_feature_dim": draw.between(2, 70)}
     words, n, f = (case.config[name] for name in ("vocab_size", "num_centroids", "video_feature_dim"))
     d, eps = case.config["hidden_size"], case.config["layer_norm_eps"]
-    text_mask, kind = draw.mask(batch, text, ("none", "right"), first_is_real=True)
+    text_mask, kind = draw.mask(batch, text)
     clip_mask, kind_of_clips = np.ones((batch, 0), np.uint8), "no-clips"
     if clips:
         clip_mask, kind_of_clips = draw.mask(batch, clips, may_be_empty=True)

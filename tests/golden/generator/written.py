@@ -173,7 +173,7 @@ def lavit(case):
     masks = dict.fromkeys("lav")
     for stream in "lav":
         if draw.chance():
-            mask, kind = draw.mask(batch, lengths[stream], first_is_real=True)
+            mask, kind = draw.mask(batch, lengths[stream])
             masks[stream] = case.input(f"{stream}_mask", mask)
             case.variant.append(f"{stream}-{kind}")
 
