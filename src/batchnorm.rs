@@ -214,7 +214,8 @@ fn train<S: Simd>(
             squares = d.mul_add(d, squares);
         }
         let centre = rest / n;
-        let var = squares / n - centre * centre;
+        // Rounding may leave less than nothing of a constant channel.
+        let var = zero.max(squares / n - centre * centre);
         let inv = s.splat(1.0) / (var + s.splat(eps)).sqrt();
         let (g, b) = (lanes(s, gain, &cols), lanes(s, bias, &cols));
         for i in (0..x.rows()).filter(|&i| is_valid(i)) {

@@ -110,11 +110,14 @@ pub(crate) fn check_dim(arg: &'static str, actual: usize) -> Result<(), Error> {
     if actual > 0 { Ok(()) } else { Err(Error::ZeroDim { arg }) }
 }
 
+/// The largest allocation that the language has, less what huge pages need at its begin and end.
+const MAX_BYTES: usize = isize::MAX as usize - (4 << 20);
+
 /// The product of sizes, in `f32` elements that can be allocated.
 pub(crate) fn checked_product(arg: &'static str, sizes: &[usize]) -> Result<usize, Error> {
     sizes
         .iter()
         .try_fold(1_usize, |n, &size| n.checked_mul(size))
-        .filter(|&n| n <= isize::MAX as usize / size_of::<f32>())
+        .filter(|&n| n <= MAX_BYTES / size_of::<f32>())
         .ok_or(Error::Overflow { arg })
 }

@@ -116,6 +116,9 @@ pub struct Ticket {
 
 impl Ticket {
     /// Works on the region until it is closed, if it still is open and not all of its places are taken.
+    ///
+    /// For another thread than the one that makes the call, and not from inside a region (a fill of
+    /// [`Linear::forward_filled`](crate::Linear::forward_filled)): a thread that waits for itself waits forever.
     pub fn help(&self) {
         if let Some(member) = self.control.enter(self.epoch) {
             self.control.work(member);
@@ -265,7 +268,11 @@ impl Control {
                 let run = AssertUnwindSafe(|| unsafe { call(data, tile, member) });
                 if let Err(payload) = catch_unwind(run) {
                     let mut first = self.panic.lock().unwrap_or_else(|e| e.into_inner());
-                    first.get_or_insert(payload);
+                    match &*first {
+                        None => *first = Some(payload),
+                        // Dropping it could panic here, where nothing catches it and the caller waits for this tile.
+                        Some(_) => core::mem::forget(payload),
+                    }
                     self.poisoned.store(true, Ordering::Relaxed);
                 }
                 self.done.0.fetch_add(1, Ordering::Release);
@@ -575,6 +582,32 @@ mod tests {
             });
         });
         catch_unwind(run).err().and_then(|payload| payload.downcast_ref::<String>().cloned())
+    }
+
+    /// Panics where it is dropped, unless that is while another panic unwinds.
+    struct Bomb;
+
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            assert!(std::thread::panicking(), "dropped");
+        }
+    }
+
+    #[test]
+    fn a_panic_that_nobody_takes_is_not_dropped_in_a_region() {
+        let mut team = Team::new(4, 0);
+        let run = AssertUnwindSafe(|| {
+            team.region(&Threads(3), |crew| {
+                crew.phase(Scalar, 64, |_, _| {
+                    std::thread::sleep(std::time::Duration::from_micros(200));
+                    std::panic::panic_any(Bomb);
+                });
+            });
+        });
+        let first = catch_unwind(run).expect_err("64 panics");
+        assert!(first.is::<Bomb>());
+        core::mem::forget(first);
+        assert_eq!(panic_of(&mut team, &Threads(3), usize::MAX), None);
     }
 
     #[test]

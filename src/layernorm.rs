@@ -132,6 +132,8 @@ pub(crate) fn layernorm_rows<S: Simd>(
             // What the rounding of the mean left over is the mean of the centred row: taking it off costs one add.
             let centre = reduce::fold(rest) / n;
             let var = reduce::fold(squares) / n - centre * centre;
+            // Rounding may leave less than nothing of a constant row. Unlike `max`, this keeps a NaN.
+            let var = if var < 0.0 { 0.0 } else { var };
             *moments = [mean, centre, 1.0 / (var + eps).sqrt()];
         }
         for (i, [mean, centre, inv]) in group(begin).zip(moments) {

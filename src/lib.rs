@@ -19,7 +19,7 @@
 //!   sequence, the split of a sequence into calls with a cache, or the instruction set. [`Isa::PORTABLE`] is outside of this promise, and so are
 //!   [`gemm::matmul`] and the payload of a NaN.
 //! - **Bad input is an [`Error`]** that names the argument, what was expected and what came; nothing has been written then. No call panics on its input, prints,
-//!   or reads the environment.
+//!   or reads the environment. Memory that the system does not have ends the process, as everywhere in Rust.
 //! - **[`Layer::forward`] allocates nothing** (an executor may allocate one job per invited helper) and is one parallel region.
 //! - The floating-point environment is the default one: denormals are neither flushed nor read as zero.
 //!

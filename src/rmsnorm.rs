@@ -19,7 +19,7 @@ use crate::view::{MatMut, MatRef};
 /// range of f32 count as infinite.
 ///
 /// # Accuracy
-/// Relative error of an element at most `4e-7 + 1e-7 * log2(cols)`; the same bits on every instruction set that [keeps
+/// Relative error of an element at most `4e-7 + 1e-7 * log2(cols)`, unless squares fall below the smallest number and `eps` does not outweigh them; the same bits on every instruction set that [keeps
 /// them](crate::Isa::keeps_bits).
 ///
 /// # Errors

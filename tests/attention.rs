@@ -95,6 +95,24 @@ on_every_isa! {
         }
     }
 
+    /// Here -1e-30 times the weight of its key underflows to -0, which a masked key would make +0 if it were computed.
+    fn zeros_are_positive(isa) {
+        let case = |n: usize, last: f32| {
+            let (k, v) = ([-80.0, 0.0, 0.0], [-1e-30, -0.0, last]);
+            Case { heads: heads(1, 1), lens: vec![n], q: vec![1.0; n], k: k[..n].to_vec(), v: v[..n].to_vec() }
+        };
+        for (n, last) in [(2, 0.0), (3, 1.0), (3, f32::NAN)] {
+            assert_eq!(case(n, last).run(isa, &Graph::causal())[1].to_bits(), 0, "{n} keys, {last}");
+        }
+    }
+
+    /// The largest score that is a number overflows by the scale: the NaN beside it still is one.
+    fn a_nan_beside_scores_that_overflow(isa) {
+        let heads = heads(1, 1).with_scale(10.0);
+        let case = Case { heads, lens: vec![2], q: vec![1.0; 2], k: vec![-3e38, f32::NAN], v: vec![1.0; 2] };
+        assert!(case.run(isa, &Graph::full()).iter().all(|x| x.is_nan()));
+    }
+
     fn ragged(isa) {
         for graph in &GRAPHS {
             for lens in [&[1, 2, 3][..], &[0, 5, 0, 0, 70, 1, 0], &[64, 64, 1], &[257, 3]] {

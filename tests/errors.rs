@@ -9,9 +9,9 @@ use laneformer::gemm::{Strided, StridedMut, matmul};
 use laneformer::{
     Activation, Affine, BatchStats, Bias, Bits, Context, CrossAttention, Epilogue, Error, Executor, Ffn,
     Graph, Heads, Inputs, Isa, KeyStore, KvCache, Layer, Linear, MatMut, MatRef, Norm, PackedMatrix,
-    Placement, QkvProjection, QueryRows, Relative, RelativeTable, SegmentTerm, SelfAttention, Stack,
-    SubLayer, Terms, Ticket, attention, batchnorm_train, layernorm, layernorm_into, rmsnorm, rmsnorm_into,
-    softmax, softmax_into,
+    Placement, QkvProjection, QueryRows, Relative, RelativeTable, Rotary, RotaryPairs, SegmentTerm,
+    SelfAttention, Stack, SubLayer, Terms, Ticket, attention, batchnorm_train, layernorm, layernorm_into,
+    rmsnorm, rmsnorm_into, softmax, softmax_into,
 };
 
 /// The error that `result` must be, and what it says.
@@ -539,6 +539,22 @@ fn workspaces_of_any_size() {
 }
 
 #[test]
+fn sizes_that_no_memory_has() {
+    let overflows =
+        |result: Result<(), Error>| assert!(matches!(result, Err(Error::Overflow { .. })), "{result:?}");
+    overflows(Rotary::frequencies(MAX - 1, 1e4).map(drop));
+    overflows(Rotary::new(RotaryPairs::Halves, MAX - 1, 1e4, 4).map(drop));
+    overflows(Bits::dense([1 << 60, 1, 1, 1], |_, _, _, _| true).map(drop));
+    let heads = Heads::new(1, (MAX >> 1) / 512).unwrap();
+    overflows(KeyStore::new(&heads, 1, 1).map(drop));
+    assert_eq!(Heads::new(MAX, 2).unwrap().query_cols(), MAX);
+    for (offsets, key_offsets) in [([0, 1 << 62], [0, 1 << 62]), ([0, 1], [0, 1 << 63])] {
+        let tiles = Graph::full().tiles(0, &offsets, &key_offsets).map(drop);
+        assert!(matches!(tiles, Err(Error::TooLarge { .. })), "{tiles:?}");
+    }
+}
+
+#[test]
 fn an_executor_with_any_number_of_helpers() {
     /// Promises helpers of whom none comes.
     struct Boast(usize);
@@ -832,4 +848,25 @@ fn caches_and_sources_that_do_not_fit_the_layer() {
     let short = Graph::full().with_bits(Bits::keys(&[&[true; 2][..]; 2]).unwrap());
     assert_eq!(run(fits(), &short).as_deref(), Some("graph bits: expected at least 3, got 2"));
     assert_eq!(run(fits(), &full), None);
+}
+
+#[test]
+fn what_an_ffn_has_no_use_for() {
+    let mut rng = Rng::new(6);
+    let model = Model::new(Shape::new(2, 4, 20), &mut rng);
+    let norm = Norm::RmsNorm { gain: vec![1.0; 8], eps: 1e-5 };
+    let layer = Layer::new(vec![SubLayer::ffn(model.ffn(), Placement::post(norm)).unwrap()]).unwrap();
+    let heads = Heads::new(2, 4).unwrap();
+    let (graph, sources) = (Graph::full(), [KeyStore::new(&heads, 2, 1).unwrap()]);
+    let mut caches = [KvCache::new(&heads, 1, 256).unwrap()];
+    let forward = |inputs: &mut Inputs<'_>| {
+        let (mut y, mut workspace) = (Guarded::unset(2, 8), layer.workspace(2, 1, 1).unwrap());
+        let result = layer.forward_with(ctx(), y.view_mut(), inputs, &mut workspace);
+        y.assert_unset();
+        result
+    };
+    let inputs = || Inputs::new(&[0, 2], &graph);
+    wrong_size(forward(&mut Inputs { sources: &sources, ..inputs() }), "sources.len()", 0, 1);
+    wrong_size(forward(&mut Inputs { caches: &mut caches, ..inputs() }), "caches.len()", 0, 1);
+    wrong_size(forward(&mut Inputs { positions: Some(&[0; 5]), ..inputs() }), "positions.len()", 2, 5);
 }

@@ -96,6 +96,20 @@ on_every_isa! {
         assert_close(&run_layernorm(isa, &x, &gain, None, 0.0), &expected, 1e-6 * slack(isa), "shifted");
     }
 
+    fn constant_rows_and_channels_of_any_length(isa) {
+        // Sums of many numbers leave a mean so far off that what is taken from the squares is more than they are.
+        for n in [9001, 100_000] {
+            for value in (0..40).map(|i| 99.5 + i as f32 * 0.612_03) {
+                let y = run_layernorm(isa, &vec![value; n], &vec![1.0; n], None, EPS);
+                assert!(y.iter().all(|y| y.is_finite()), "a row of {n} times {value}: {}", y[0]);
+                let mut stats = BatchStats::new(vec![0.0], vec![1.0], 1.0).unwrap();
+                let y = run_train(isa, &vec![value; n], None, (&[1.0], &[0.0]), &mut stats);
+                assert!(y.iter().all(|y| y.is_finite()), "a channel of {n} times {value}: {}", y[0]);
+                assert!(stats.batch_var[0] >= 0.0 && stats.running_var[0] >= 0.0, "{stats:?}");
+            }
+        }
+    }
+
     fn layernorm_of_constant_rows(isa) {
         // The centred row is what the mean's rounding left: its variance must not turn negative.
         for cols in [1, 3, 7, 17, 63, 100, 129, 1031] {

@@ -29,7 +29,7 @@ pub(crate) struct Query {
 }
 
 impl Bits {
-    /// `f(sequence, head, query, key)` for a batch of `[sequences, heads, queries, keys]`; a dimension of 1 serves all.
+    /// `f(sequence, head, query, key)` for a batch of `[sequences, heads, queries, keys]`; one sequence, head or query serves all.
     ///
     /// # Errors
     /// [`Error::ZeroDim`] if sequences, heads or queries are 0, [`Error::Overflow`].
@@ -42,6 +42,8 @@ impl Bits {
         }
         let rows = crate::error::checked_product("bits", &[sequences, heads, queries])?;
         crate::error::checked_product("bits", &[rows, keys])?;
+        // A row is whole words of 64 keys, each as large as two elements.
+        crate::error::checked_product("bits", &[rows, keys.div_ceil(64), 2])?;
         let words =
             pack(rows, keys, |row, key| f(row / queries / heads, row / queries % heads, row % queries, key));
         let stride = |n: usize, step: usize| if n == 1 { 0 } else { step };
@@ -49,10 +51,11 @@ impl Bits {
         Ok(Bits { words, keys, select: Select::Strided { strides, sizes: [sequences, heads, queries] } })
     }
 
-    /// One set of keys per sequence, `[sequences, keys]`: padding, or columns that all queries see.
+    /// One set of keys per sequence, each as long as its sequence: padding, or columns that all queries see. Keys behind the end of a set
+    /// are not in it.
     ///
     /// # Errors
-    /// [`Error::Size`] if the rows differ in length from `keys`.
+    /// None; it is a `Result` as the others are.
     pub fn keys(sequences: &[&[bool]]) -> Result<Bits, Error> {
         let keys = sequences.iter().map(|row| row.len()).max().unwrap_or(0);
         let words = pack(sequences.len(), keys, |row, key| sequences[row].get(key) == Some(&true));

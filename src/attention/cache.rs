@@ -51,7 +51,8 @@ impl KvCache {
         Ok(KvCache { store, capacity, window: false })
     }
 
-    /// A cache that keeps at least the last `window` tokens of each sequence and drops older ones in chunks of 256.
+    /// A cache that keeps at least the last `window` tokens of each sequence, the newest among them, and drops older ones in chunks of 256. [`Graph::window`](crate::Graph::window)
+    /// with `left` tokens before needs `left + 1`.
     ///
     /// # Errors
     /// [`Error::ZeroDim`], [`Error::Overflow`].

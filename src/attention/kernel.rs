@@ -127,18 +127,19 @@ fn write<S: Simd>(s: S, rows: &Rows<'_>, out: &mut MatMut<'_>) -> bool {
             out.fill(0.0);
             continue;
         }
+        // Plus zero: masked keys that are computed and those that are skipped differ in the sign of a zero, so it is always positive.
         let inv = s.splat(1.0 / sum);
         let (total, (whole, tail)) = (rows.total.row(row), out.as_chunks_mut::<LANES>());
         let mut total = total.as_chunks::<LANES>().0.iter();
         // 0 times what is not finite is a NaN.
         let mut zeros_of_row = zero;
         for (out, total) in whole.iter_mut().zip(&mut total) {
-            let x = s.load(total) * inv;
+            let x = s.load(total).mul_add(inv, zero);
             zeros_of_row = x.mul_add(zero, zeros_of_row);
             x.store(out);
         }
         for total in total {
-            let x = s.load(total) * inv;
+            let x = s.load(total).mul_add(inv, zero);
             zeros_of_row = x.mul_add(zero, zeros_of_row);
             x.store_partial(tail);
         }
@@ -196,6 +197,9 @@ fn attend_chunk<S: Simd>(
             }
             // Rounding keeps the order of products with a positive scale, so the largest can be scaled alone.
             chunk_max[row] = largest(s, scores, tiles.words(row)) * scale;
+            if chunk_max[row] == f32::NEG_INFINITY && has_nan(scores, tiles.words(row)) {
+                chunk_max[row] = f32::NAN;
+            }
         }
         for row in group {
             let (seen, words) = (tiles.seen(row), tiles.words(row));
@@ -337,8 +341,7 @@ fn finish<S: Simd>(
     }
 }
 
-/// The largest score that a row is allowed: `-inf` if there is none. A NaN among others may be passed over, but does not hide in a
-/// row of `-inf`.
+/// The largest score that a row is allowed: `-inf` if there is none. A NaN among others may be passed over.
 #[inline(always)]
 fn largest<S: Simd>(s: S, scores: &[f32], words: &Words) -> f32 {
     let least = s.splat(f32::NEG_INFINITY);
@@ -357,8 +360,7 @@ fn largest<S: Simd>(s: S, scores: &[f32], words: &Words) -> f32 {
             }
         }
     }
-    let max = (slots[0].max(slots[1])).max(slots[2].max(slots[3])).max_lane();
-    if max == f32::NEG_INFINITY && has_nan(scores, words) { f32::NAN } else { max }
+    (slots[0].max(slots[1])).max(slots[2].max(slots[3])).max_lane()
 }
 
 /// Replaces the scores of a row by `exp(score * scale - max)`, by 0 where of what its band sees it does not see a key itself, and returns

@@ -110,22 +110,22 @@ impl Heads {
 
     /// Columns of a row of queries.
     pub fn query_cols(&self) -> usize {
-        self.n_heads * self.head_dim
+        self.n_heads.saturating_mul(self.head_dim)
     }
 
     /// Columns of a row of keys.
     pub fn key_cols(&self) -> usize {
-        self.n_kv_heads * self.head_dim
+        self.n_kv_heads.saturating_mul(self.head_dim)
     }
 
     /// Columns of a row of values.
     pub fn value_cols(&self) -> usize {
-        self.n_kv_heads * self.value_dim
+        self.n_kv_heads.saturating_mul(self.value_dim)
     }
 
     /// Columns of a row of the output.
     pub fn output_cols(&self) -> usize {
-        self.n_heads * self.value_dim
+        self.n_heads.saturating_mul(self.value_dim)
     }
 
     /// Bytes of scratch that each thread of an attention takes, whatever the length of the sequences. Relative positions take more.
@@ -167,14 +167,15 @@ impl Heads {
 ///
 /// # Special values
 /// A row without an allowed key, or whose allowed scores are all `-inf`, is 0. A NaN or `+inf` among the allowed scores makes the row NaN, a NaN in an allowed value
-/// reaches the output. Whatever stands behind the mask does not.
+/// reaches the output, unless its own score is `-inf` and those of its chunk of 256 keys all are. Whatever stands behind the mask does not. A zero is positive.
 ///
 /// # Accuracy
 /// Weights within `1e-6` relative of those of the same scores in exact arithmetic. A row depends only on its allowed keys and their places in the segment: the same bits
 /// for any other rows, threads and on every instruction set that [keeps them](crate::Isa::keeps_bits).
 ///
 /// # Errors
-/// [`Error::Size`], [`Error::NotAscending`].
+/// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if shapes disagree; [`Error::ZeroDim`], [`Error::NotDivisible`], [`Error::Overflow`] for heads that
+/// cannot be. Nothing is written then.
 ///
 /// # Source
 /// Vaswani et al. 2017, arXiv:1706.03762; computed by chunks of keys after Dao et al. 2022, arXiv:2205.14135.

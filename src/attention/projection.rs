@@ -124,7 +124,7 @@ impl QkvProjection {
         let q = self.q.between(norm, None)?;
         let norm = norm.filter(|_| !is_cross);
         let (k, v) = (self.k.between(norm, None)?, self.v.between(norm, None)?);
-        Ok(QkvProjection { q, k, v, is_behind: norm.is_some(), ..self })
+        Ok(QkvProjection { q, k, v, is_behind: self.is_behind || norm.is_some(), ..self })
     }
 
     /// Columns of the rows that it projects.

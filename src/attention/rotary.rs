@@ -133,6 +133,7 @@ impl Rotary {
         if !rotary_dim.is_multiple_of(2) {
             return Err(Error::NotDivisible { arg: "rotary_dim", actual: rotary_dim, by: 2 });
         }
+        checked_product("rotary_dim", &[rotary_dim])?;
         if !(base >= 1.0 && base.is_finite()) {
             return Err(Error::Mismatch { arg: "base", expected: "a finite number of at least 1" });
         }

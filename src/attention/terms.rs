@@ -21,7 +21,7 @@ pub struct Terms<'a> {
     pub segment: Option<SegmentTerm<'a>>,
 }
 
-/// An additive bias `[sequences, heads, queries, keys]`; a dimension of 1 serves all.
+/// An additive bias `[sequences, heads, queries, keys]`; one sequence, head or query serves all.
 #[derive(Clone, Copy, Debug)]
 pub struct Bias<'a> {
     data: &'a [f32],

@@ -20,6 +20,9 @@ pub(crate) const ROWS: usize = BLOCK;
 const BAND: usize = LANES;
 const BANDS: usize = ROWS / BAND;
 
+/// The most tokens that [`Graph::tiles`] is asked about.
+const MAX_TOKENS: usize = 1 << 32;
+
 /// What all tiles of a call share.
 #[derive(Clone, Copy)]
 pub(crate) struct Call<'a> {
@@ -312,7 +315,8 @@ impl Graph {
     /// of a sequence stands at its last key, as in [`QueryRows::new`](crate::QueryRows::new). Bits may differ by `head`.
     ///
     /// # Errors
-    /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if the offsets do not fit one another or the graph's bits.
+    /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if the offsets do not fit one another or the graph's bits, [`Error::TooLarge`]
+    /// beyond 2^32 tokens.
     ///
     /// ```
     /// use laneformer::{Cover, Graph};
@@ -334,6 +338,12 @@ impl Graph {
         check_offsets("offsets", offsets, last(offsets))?;
         check_offsets("key_offsets", key_offsets, last(key_offsets))?;
         check_size("key_offsets.len()", offsets.len(), key_offsets.len())?;
+        // The list of blocks of queries is made at once, and its tiles are one by one of all blocks of keys.
+        for (arg, offsets) in [("offsets", offsets), ("key_offsets", key_offsets)] {
+            if last(offsets) > MAX_TOKENS {
+                return Err(Error::TooLarge { arg, max: MAX_TOKENS, actual: last(offsets) });
+            }
+        }
         let mut plan = Plan::default();
         plan.build(offsets);
         let keys: Vec<Range<usize>> = key_offsets.windows(2).map(|w| w[0]..w[1]).collect();

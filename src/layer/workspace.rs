@@ -142,6 +142,7 @@ impl Workspace {
         check_size("x.cols", layers[0].d_model(), x.cols())?;
         check_offsets("offsets", inputs.offsets, x.rows())?;
         self.check(layers, x.rows())?;
+        check_counts(layers, inputs, x.rows())?;
         if let Some(keys) = &mut self.buffers.keys {
             keys.check_batch(inputs.offsets)?;
             keys.build_plan(inputs.offsets);
@@ -209,8 +210,8 @@ impl Workspace {
     }
 }
 
-/// Whether caches, sources, graphs and terms fit the layers and the batch.
-fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<(), Error> {
+/// Whether there are as many caches, sources and positions as the layers and the batch have use for.
+fn check_counts(layers: &[Layer], inputs: &Inputs<'_>, tokens: usize) -> Result<(), Error> {
     let sub_layers = || layers.iter().flat_map(|layer| &layer.sub_layers);
     let count = |f: fn(&Kind) -> bool| sub_layers().filter(|sub_layer| f(&sub_layer.kind)).count();
     let own = count(|kind| matches!(kind, Kind::SelfAttention(_)));
@@ -219,8 +220,14 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
         check_size("caches.len()", own, inputs.caches.len())?;
     }
     if let Some(positions) = inputs.positions {
-        check_size("positions.len()", plan.tokens, positions.len())?;
+        check_size("positions.len()", tokens, positions.len())?;
     }
+    Ok(())
+}
+
+/// Whether caches, sources, graphs and terms, of which there are enough, fit the layers and the batch.
+fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<(), Error> {
+    let sub_layers = || layers.iter().flat_map(|layer| &layer.sub_layers);
     let (mut caches, mut sources) = (inputs.caches.iter(), inputs.sources.iter());
     for sub_layer in sub_layers() {
         match &sub_layer.kind {
