@@ -132,11 +132,12 @@ pub(crate) fn layernorm_rows<S: Simd>(
             // What the rounding of the mean left over is the mean of the centred row: taking it off costs one add.
             let centre = reduce::fold(rest) / n;
             let var = reduce::fold(squares) / n - centre * centre;
-            // Rounding may leave less than nothing of a constant row. Unlike `max`, this keeps a NaN.
-            let var = if var < 0.0 { 0.0 } else { var };
-            *moments = [mean, centre, 1.0 / (var + eps).sqrt()];
+            *moments = [mean, centre, var];
         }
-        for (i, [mean, centre, inv]) in group(begin).zip(moments) {
+        for (i, [mean, centre, var]) in group(begin).zip(moments) {
+            // Here, so that the sums of the next row need not wait for it. Rounding may leave less than nothing of a constant row; unlike
+            // `max`, this keeps a NaN.
+            let inv = 1.0 / (if var < 0.0 { 0.0 } else { var } + eps).sqrt();
             let (mean, centre, inv) = (s.splat(mean), s.splat(centre), s.splat(inv));
             scale_row(
                 s,
