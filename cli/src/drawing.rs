@@ -25,8 +25,7 @@ pub fn draw(path: &Path, size: (u32, u32), picture: impl FnOnce(&Area<'_>) -> Re
         area.present().map_err(failed)?;
     }
     file.write_all(svg.as_bytes()).with_context(place)?;
-    file.persist(path).with_context(place)?;
-    Ok(())
+    file.persist().with_context(place)
 }
 
 /// Errors of plotters borrow from the picture.

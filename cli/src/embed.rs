@@ -1,10 +1,11 @@
 //! `laneformer embed`: sentences to embeddings, in order, as they come.
 
+use std::fs;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use laneformer_models::sentence::{Buffers, SentenceEncoder, Tokens};
 
@@ -37,6 +38,14 @@ pub fn run(args: EmbedArgs) -> anyhow::Result<()> {
     let runtime = args.runtime.build()?;
     let model = SentenceEncoder::open(&args.model)?;
     let mut lines = Lines::open(args.input.as_deref())?;
+    if let Some(output) = &args.output {
+        let weights = args.model.join("model.safetensors");
+        for read in args.input.iter().chain([&weights]) {
+            let is_same =
+                fs::canonicalize(read).ok().zip(fs::canonicalize(output).ok()).is_some_and(|(a, b)| a == b);
+            ensure!(!is_same, "cannot write {}: it is read", output.display());
+        }
+    }
     let mut sink = Sink::open(args.output.as_deref(), model.dim())?;
     let progress = progress_bar(lines.total_bytes);
     let (mut totals, mut buffers) = (Totals::default(), Buffers::default());

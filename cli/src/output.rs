@@ -10,18 +10,51 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
-/// A new file beside `path`, to be [persisted](NamedTempFile::persist) there when it is whole.
-pub fn beside(path: &Path) -> io::Result<NamedTempFile> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+/// A new file beside its place, which is taken when it is whole.
+pub struct Beside {
+    file: NamedTempFile,
+    place: PathBuf,
+}
+
+impl Beside {
+    /// Puts the file in its place.
+    pub fn persist(self) -> io::Result<()> {
+        self.file.persist(self.place)?;
+        Ok(())
+    }
+}
+
+impl Write for Beside {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Seek for Beside {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+/// A new file beside `path`, or beside the file that a link there leads to. A device or a pipe is not replaced by a file.
+pub fn beside(path: &Path) -> io::Result<Beside> {
+    let place = if path.is_symlink() { fs::canonicalize(path)? } else { path.into() };
+    match fs::metadata(&place) {
+        Ok(there) if there.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
+        Ok(there) if !there.is_file() => return Err(io::Error::other("not a file")),
+        _ => {}
+    }
+    let dir = place.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
     // The usual mode of a new file, less the umask, instead of a private one.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let file = builder.prefix(".laneformer-").tempfile_in(dir)?;
-    if fs::metadata(path).is_ok_and(|there| there.is_dir()) {
-        return Err(io::ErrorKind::IsADirectory.into());
-    }
-    Ok(file)
+    Ok(Beside { file, place })
 }
 
 /// A place for embeddings.
@@ -89,7 +122,7 @@ impl JsonLines {
 /// as they come, so that memory does not grow with the input: the header follows when their number is known.
 pub struct SafetensorsFile {
     path: PathBuf,
-    file: BufWriter<NamedTempFile>,
+    file: BufWriter<Beside>,
     dim: usize,
     rows: usize,
 }
@@ -113,8 +146,7 @@ impl SafetensorsFile {
         let header = self.header()?;
         self.file.seek(SeekFrom::Start(0))?;
         self.file.write_all(&header)?;
-        self.file.into_inner()?.persist(self.path)?;
-        Ok(())
+        self.file.into_inner()?.persist()
     }
 
     /// The length of the header, the header, and spaces up to the data.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use image::imageops::{FilterType, resize, rotate90, rotate270};
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
 use laneformer_models::config::read_json;
 use laneformer_models::conv::Images;
 use serde::Deserialize;
@@ -156,6 +156,8 @@ fn decode(file: &Path) -> anyhow::Result<RgbImage> {
         ensure!(has_end(&fs::read(file)?), "the JPEG data is cut short");
     }
     let mut decoder = reader.into_decoder()?;
+    // What a header says of its size must not decide how much is allocated.
+    Limits::default().reserve(decoder.total_bytes())?;
     let orientation = decoder.orientation()?;
     let mut image = DynamicImage::from_decoder(decoder)?;
     image.apply_orientation(orientation);

@@ -149,6 +149,16 @@ fn bad_images_are_named() {
         fs::write(&path, &data[..data.len() * 2 / 3]).unwrap();
         refused(&path, &[name]);
     }
+    // A header that says 100000 x 100000, with its checksum.
+    let path = save(&model, "large.png", &picture(2));
+    let mut data = fs::read(&path).unwrap();
+    data[16..20].copy_from_slice(&100_000u32.to_be_bytes());
+    data[20..24].copy_from_slice(&100_000u32.to_be_bytes());
+    let bits = data[12..29].iter().flat_map(|byte| (0..8).map(move |bit| u32::from(byte >> bit & 1)));
+    let crc = bits.fold(u32::MAX, |crc, bit| crc >> 1 ^ if (crc ^ bit) & 1 == 1 { 0xedb8_8320 } else { 0 });
+    data[29..33].copy_from_slice(&(!crc).to_be_bytes());
+    fs::write(&path, data).unwrap();
+    refused(&path, &["large.png", "imit"]);
     refused(&save(&model, "strip.png", &RgbImage::new(1, 9_000_000 / 20)), &["strip.png: cannot resize 1 x"]);
 }
 

@@ -174,6 +174,55 @@ fn another_architecture_is_refused() {
         .write_json("modules.json", &json!([{ "type": "sentence_transformers.models.Pooling", "path": "" }]));
     model.set("config.json", "pooling_mode_cls_token", json!(true));
     refused(&model, &["config.json", "pooling_mode_cls_token"]);
+    model.set("config.json", "pooling_mode_cls_token", json!(false));
+    model.set("config.json", "pooling_mode", json!("cls"));
+    refused(&model, &["config.json", "pooling_mode", "\"cls\""]);
+    let model = Model::new();
+    let prompts = json!({ "prompts": { "query": "query: ", "none": "" }, "default_prompt_name": "query" });
+    model.write_json("config_sentence_transformers.json", &prompts);
+    refused(&model, &["config_sentence_transformers.json", "default_prompt_name", "query"]);
+    model.set("config_sentence_transformers.json", "default_prompt_name", json!("none"));
+    let (status, _, stderr) = parts(&laneformer(&["embed", "--model", model.arg()], b"w1\n"));
+    assert_eq!(status, 0, "{stderr}");
+}
+
+/// Directories of newer versions of sentence-transformers have the length in the configuration of the tokenizer.
+#[test]
+fn the_tokenizer_says_where_sentences_are_cut_off() {
+    let model = Model::new();
+    fs::remove_file(model.path().join("sentence_bert_config.json")).unwrap();
+    for (max, note) in [(json!(5), "1 sentences truncated at 5 tokens"), (json!(1e30), "")] {
+        model.write_json("tokenizer_config.json", &json!({ "model_max_length": max }));
+        let output = laneformer(&["embed", "--model", model.arg()], b"w1 w2 w3 w4 w5 w6\n");
+        let (status, _, stderr) = parts(&output);
+        assert_eq!(status, 0, "{stderr}");
+        assert!(stderr.contains(note) && stderr.contains("truncated") != note.is_empty(), "{stderr}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn links_lead_to_what_is_written_and_what_is_read_is_not_overwritten() {
+    let model = Model::new();
+    let (input, file, link) =
+        (model.path().join("in.txt"), model.path().join("file.st"), model.path().join("link.st"));
+    fs::write(&input, "w1\n").unwrap();
+    fs::write(&file, "before").unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    let embed = |output: &std::path::Path| {
+        let args = ["embed", "--model", model.arg(), "--input", input.to_str().unwrap(), "--output"];
+        parts(&laneformer(&[&args[..], &[output.to_str().unwrap()]].concat(), b""))
+    };
+    assert_eq!(embed(&link).0, 0);
+    let socket = model.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    assert!(link.is_symlink() && fs::read(&file).unwrap() != b"before");
+    for output in [input.clone(), model.path().join("model.safetensors"), socket] {
+        let (status, _, stderr) = embed(&output);
+        assert_eq!(status, 2, "{stderr}");
+        assert!(stderr.contains(output.to_str().unwrap()), "{stderr}");
+    }
+    assert_eq!(fs::read(&input).unwrap(), b"w1\n");
 }
 
 #[test]

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use laneformer::Context;
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 use crate::bert::Bert;
 use crate::clip::TextEncoder;
-use crate::config::{model_type, open, read_json_if_there};
+use crate::config::{check, model_type, open, read_json_if_there};
 use crate::longformer::Longformer;
 pub use crate::tokens::Tokens;
 use crate::tokens::{Packed, TextTokenizer};
@@ -62,11 +63,15 @@ impl SentenceEncoder {
             }
         };
         check_modules(dir)?;
+        check_prompt(dir)?;
         let path = dir.join("sentence_bert_config.json");
         let mut config: SentenceConfig = read_json_if_there(&path)?.unwrap_or_default();
         let (mut tokenizer, model) = (TextTokenizer::open(dir)?, load(dir)?);
-        if let Model::Clip(_) = model {
-            config.max_seq_length.get_or_insert(model.positions());
+        if config.max_seq_length.is_none() {
+            config.max_seq_length = match model {
+                Model::Clip(_) => Some(model.positions()),
+                _ => model_max_length(dir)?.filter(|&max| max <= model.positions()),
+            };
         }
         if let Some(max) = config.max_seq_length {
             let refused = |why| Error::config(&path, "max_seq_length", why, max);
@@ -157,6 +162,23 @@ fn unit_mean(rows: &[f32], d: usize) -> Vec<f32> {
     sum.iter().map(|x| (x / length) as f32).collect()
 }
 
+/// Where newer directories say at what length sentences are cut off. Tokenizers without a limit have a very large one.
+fn model_max_length(dir: &Path) -> Result<Option<usize>> {
+    let config: Option<Value> = read_json_if_there(&dir.join("tokenizer_config.json"))?;
+    Ok(config
+        .and_then(|config| config["model_max_length"].as_u64())
+        .and_then(|max| usize::try_from(max).ok()))
+}
+
+/// A prompt that stands before all sentences is not for a model that gets them as they are.
+fn check_prompt(dir: &Path) -> Result<()> {
+    let path = dir.join("config_sentence_transformers.json");
+    let config: Value = read_json_if_there(&path)?.unwrap_or_default();
+    let name = config["default_prompt_name"].as_str().unwrap_or_default();
+    let prompt = config["prompts"][name].as_str().unwrap_or_default();
+    check(&path, "default_prompt_name", name, prompt.is_empty(), "null, or the name of an empty prompt")
+}
+
 /// `modules.json` and the pooling's configuration, if they are there, describe what is computed here: other poolings
 /// would give other vectors without a word.
 fn check_modules(dir: &Path) -> Result<()> {
@@ -179,7 +201,10 @@ fn check_modules(dir: &Path) -> Result<()> {
 }
 
 fn check_pooling(path: &Path) -> Result<()> {
-    let pooling: serde_json::Map<String, serde_json::Value> = read_json_if_there(path)?.unwrap_or_default();
+    let pooling: serde_json::Map<String, Value> = read_json_if_there(path)?.unwrap_or_default();
+    // One field in newer directories, a name or a list of names.
+    let mode = pooling.get("pooling_mode").cloned().unwrap_or(json!("mean"));
+    check(path, "pooling_mode", &mode, mode == json!("mean") || mode == json!(["mean"]), "\"mean\"")?;
     let others = pooling.iter().filter(|(mode, on)| {
         mode.starts_with("pooling_mode_") && *mode != "pooling_mode_mean_tokens" && **on == true
     });

@@ -35,6 +35,9 @@ use crate::{Error, Result};
 /// Only if the case itself cannot be read.
 pub fn verify(ctx: Context<'_>, dir: &Path) -> Result<Vec<Verdict>> {
     let case = Case::open(dir)?;
+    if case.outputs().next().is_none() {
+        return Err(case.error("outputs: expected at least one".into()));
+    }
     let computed = run(ctx, &case);
     case.outputs()
         .map(|(name, spec)| match &computed {
