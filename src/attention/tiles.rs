@@ -21,7 +21,7 @@ const BAND: usize = LANES;
 const BANDS: usize = ROWS / BAND;
 
 /// The most tokens that [`Graph::tiles`] is asked about.
-const MAX_TOKENS: usize = 1 << 32;
+const MAX_TOKENS: usize = u32::MAX as usize;
 
 /// What all tiles of a call share.
 #[derive(Clone, Copy)]
@@ -316,7 +316,7 @@ impl Graph {
     ///
     /// # Errors
     /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if the offsets do not fit one another or the graph's bits, [`Error::TooLarge`]
-    /// beyond 2^32 tokens.
+    /// beyond `u32::MAX` tokens.
     ///
     /// ```
     /// use laneformer::{Cover, Graph};
