@@ -5,9 +5,9 @@ use crate::error::Error;
 use crate::isa::dispatch;
 use crate::math;
 use crate::reduce;
-use crate::rows::for_rows;
+use crate::rows::{check_shape, for_tiles};
 use crate::simd::Simd;
-use crate::view::MatMut;
+use crate::view::{MatMut, MatRef};
 
 /// An elementwise function; the formulas, accuracy and special values are on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,25 +75,40 @@ pub enum Activation {
 /// # Ok::<(), laneformer::Error>(())
 /// ```
 pub fn elementwise(ctx: Context<'_>, function: Function, x: MatMut<'_>) -> Result<(), Error> {
-    dispatch!(ctx.isa(), |s| apply(ctx, s, function, x));
+    dispatch!(ctx.isa(), |s| apply(ctx, s, function, None, x));
+    Ok(())
+}
+
+/// [`elementwise`] from `x` into `out`.
+///
+/// # Errors
+/// [`Error::Size`] if the shapes differ.
+pub fn elementwise_into(
+    ctx: Context<'_>,
+    function: Function,
+    x: MatRef<'_>,
+    out: MatMut<'_>,
+) -> Result<(), Error> {
+    check_shape(x, &out)?;
+    dispatch!(ctx.isa(), |s| apply(ctx, s, function, Some(x), out));
     Ok(())
 }
 
 #[inline(always)]
-fn apply<S: Simd>(ctx: Context<'_>, s: S, function: Function, x: MatMut<'_>) {
+fn apply<S: Simd>(ctx: Context<'_>, s: S, function: Function, source: Option<MatRef<'_>>, out: MatMut<'_>) {
     macro_rules! rows {
         ($f:path) => {
-            for_rows(
+            for_tiles(
                 ctx,
                 s,
-                None,
-                x,
+                out,
                 #[inline(always)]
-                |rows| {
-                    for i in 0..rows.rows() {
-                        reduce::map(
+                |first, out| {
+                    for i in 0..out.rows() {
+                        reduce::map_from(
                             s,
-                            rows.row_mut(i),
+                            source.map(|x| x.row(first + i)),
+                            out.row_mut(i),
                             #[inline(always)]
                             |v| $f(s, v),
                         );

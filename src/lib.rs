@@ -79,7 +79,7 @@ mod split;
 mod view;
 mod workspace;
 
-pub use activation::{Activation, Function, elementwise};
+pub use activation::{Activation, Function, elementwise, elementwise_into};
 pub use attention::{
     Bias, Bits, Cover, Graph, Heads, KeyRows, KeyStore, KeyStream, KvCache, QkvProjection, QueryRows,
     Relative, RelativeTable, Rotary, RotaryPairs, SegmentTerm, Terms, Tile, attention,

@@ -116,3 +116,22 @@ pub(crate) fn map<S: Simd>(s: S, row: &mut [f32], f: impl Fn(S::V) -> S::V) {
         f(s.load_partial(part, s.splat(0.0))).store_partial(part);
     }
 }
+
+/// [`map`] from `source`, which is as long, if there is one.
+#[inline(always)]
+pub(crate) fn map_from<S: Simd>(s: S, source: Option<&[f32]>, row: &mut [f32], f: impl Fn(S::V) -> S::V) {
+    let Some(source) = source else { return map(s, row, f) };
+    let ((from, from_tail), (to, to_tail)) = (source.as_chunks::<SLOTS>(), row.as_chunks_mut::<SLOTS>());
+    for (from, to) in from.iter().zip(to) {
+        let v = four(
+            #[inline(always)]
+            |j| f(s.load(&from[j * LANES..])),
+        );
+        for (j, v) in v.into_iter().enumerate() {
+            v.store(&mut to[j * LANES..]);
+        }
+    }
+    for (from, to) in from_tail.chunks(LANES).zip(to_tail.chunks_mut(LANES)) {
+        f(s.load_partial(from, s.splat(0.0))).store_partial(to);
+    }
+}

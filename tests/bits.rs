@@ -11,8 +11,8 @@ use common::model::{ACTIVATIONS, Map, Model, NormKind, PlacementKind, Shape, off
 use common::{bit_keeping, executors, serial};
 use laneformer::{
     Affine, BatchStats, Context, Epilogue, Executor, Function, Graph, Heads, Isa, KeyStore, MatMut, MatRef,
-    QueryRows, Rotary, RotaryPairs, Stack, Terms, attention, batchnorm_train, elementwise, layernorm,
-    rmsnorm, softmax,
+    QueryRows, Rotary, RotaryPairs, Stack, Terms, attention, batchnorm_train, elementwise, elementwise_into,
+    layernorm, layernorm_into, rmsnorm, rmsnorm_into, softmax, softmax_into,
 };
 
 /// Pools are shared by the tests: starting one for each call would be most of the time.
@@ -83,6 +83,12 @@ fn row_operations() {
         ] {
             in_place(&format!("{function:?}"), &|ctx, x| elementwise(ctx, function, x).unwrap());
         }
+        // Tiles find their rows of the input.
+        let x = view(&x, cols);
+        in_place("softmax_into", &|ctx, out| softmax_into(ctx, x, out).unwrap());
+        in_place("layernorm_into", &|ctx, out| layernorm_into(ctx, x, &gain, None, 1e-5, out).unwrap());
+        in_place("rmsnorm_into", &|ctx, out| rmsnorm_into(ctx, x, &gain, 1e-5, out).unwrap());
+        in_place("Tanh into", &|ctx, out| elementwise_into(ctx, Function::Tanh, x, out).unwrap());
     }
 }
 

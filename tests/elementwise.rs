@@ -7,7 +7,7 @@ use common::compare::assert_bits;
 use common::data::Rng;
 use common::sizes::{COLS, ROWS};
 use common::{on_every_isa, serial};
-use laneformer::{Function, Isa, MatMut, elementwise};
+use laneformer::{Function, Isa, MatMut, elementwise, elementwise_into};
 
 const FUNCTIONS: [Function; 8] = [
     Function::Exp,
@@ -20,9 +20,15 @@ const FUNCTIONS: [Function; 8] = [
     Function::Silu,
 ];
 
+/// Runs both forms on guarded buffers; they agree in bits.
 fn run(isa: Isa, function: Function, cols: usize, x: &[f32]) -> Vec<f32> {
-    let mut y = Guarded::new(x.len() / cols, cols, x);
+    let rows = x.len() / cols;
+    let mut y = Guarded::new(rows, cols, x);
     elementwise(serial(isa), function, y.view_mut()).unwrap();
+    let (input, mut out) = (Guarded::new(rows, cols, x), Guarded::unset(rows, cols));
+    elementwise_into(serial(isa), function, input.view(), out.view_mut()).unwrap();
+    assert_bits(&out.values(), &y.values(), "elementwise_into");
+    assert_bits(&input.values(), x, "the input of elementwise_into");
     y.values()
 }
 

@@ -8,10 +8,10 @@ use common::model::{Map, Model, PlacementKind, Shape};
 use laneformer::gemm::{Strided, StridedMut, matmul};
 use laneformer::{
     Activation, Affine, BatchStats, Bias, Bits, Context, CrossAttention, Epilogue, Error, Executor, Ffn,
-    Graph, Heads, Inputs, Isa, KeyStore, KvCache, Layer, Linear, MatMut, MatRef, Norm, PackedMatrix,
-    Placement, QkvProjection, QueryRows, Relative, RelativeTable, Rotary, RotaryPairs, SegmentTerm,
-    SelfAttention, Stack, SubLayer, Terms, Ticket, attention, batchnorm_train, layernorm, layernorm_into,
-    rmsnorm, rmsnorm_into, softmax, softmax_into,
+    Function, Graph, Heads, Inputs, Isa, KeyStore, KvCache, Layer, Linear, MatMut, MatRef, Norm,
+    PackedMatrix, Placement, QkvProjection, QueryRows, Relative, RelativeTable, Rotary, RotaryPairs,
+    SegmentTerm, SelfAttention, Stack, SubLayer, Terms, Ticket, attention, batchnorm_train, elementwise_into,
+    layernorm, layernorm_into, rmsnorm, rmsnorm_into, softmax, softmax_into,
 };
 
 /// The error that `result` must be, and what it says.
@@ -108,6 +108,7 @@ fn row_operations() {
     wrong_size(softmax_into(ctx(), tall, y.view_mut()), "out.rows", 3, 2);
     wrong_size(softmax_into(ctx(), wide, y.view_mut()), "out.rows", 1, 2);
     wrong_size(softmax_into(ctx(), view(&x, 2, 2), y.view_mut()), "out.cols", 2, 3);
+    wrong_size(elementwise_into(ctx(), Function::Exp, wide, y.view_mut()), "out.rows", 1, 2);
     wrong_size(layernorm_into(ctx(), wide, &gain, None, 1e-5, y.view_mut()), "out.rows", 1, 2);
     wrong_size(rmsnorm_into(ctx(), view(&x, 2, 2), &short, 1e-5, y.view_mut()), "out.cols", 2, 3);
     y.assert_unset();

@@ -7,7 +7,7 @@ use laneformer::{Context, Graph, Linear, MatMut};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
+use crate::config::{activation, check, check_model_type, epsilon, from_value, heads, with_defaults};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::head;
@@ -26,6 +26,7 @@ pub struct Config {
     pub max_position_embeddings: usize,
     pub hidden_act: String,
     pub type_vocab_size: usize,
+    #[serde(deserialize_with = "epsilon")]
     pub layer_norm_eps: f32,
     pub position_embedding_type: Option<String>,
     pub is_decoder: bool,

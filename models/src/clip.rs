@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::attend::offsets;
-use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
+use crate::config::{activation, check, check_model_type, epsilon, from_value, heads, with_defaults};
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, Embeddings};
 use crate::encoder::{Attention, Decoding, LayerSpec, Layers, NormPlacement, Part, Transformer};
@@ -40,6 +40,7 @@ pub struct TowerConfig {
     pub num_hidden_layers: usize,
     pub num_attention_heads: usize,
     pub hidden_act: String,
+    #[serde(deserialize_with = "epsilon")]
     pub layer_norm_eps: f32,
 }
 

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use laneformer::{Activation, Heads};
-use serde::Deserializer;
-use serde::de::{DeserializeOwned, Error as _};
+use serde::de::{DeserializeOwned, Error as _, Unexpected};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
@@ -34,11 +34,12 @@ fn from_json<'a, T: DeserializeOwned>(
     json: impl Deserializer<'a, Error = serde_json::Error>,
 ) -> Result<T> {
     serde_path_to_error::deserialize(json).map_err(|error| {
-        let field = error.path().to_string();
+        let path_in_file = error.path().to_string();
+        // A dot is the whole, a question mark where nothing could be read.
+        let field = path_in_file.trim_end_matches(['.', '?']);
         let reason = error.into_inner();
-        // A dot is the whole.
         let reason =
-            if field == "." { reason } else { serde_json::Error::custom(format!("{field}: {reason}")) };
+            if field.is_empty() { reason } else { serde_json::Error::custom(format!("{field}: {reason}")) };
         Error::json(path)(reason)
     })
 }
@@ -95,6 +96,15 @@ pub fn activation(path: &Path, field: &'static str, name: &str) -> Result<Activa
         "quick_gelu" => Ok(Activation::QuickGelu),
         "silu" | "swish" => Ok(Activation::Silu),
         _ => Err(Error::config(path, field, "relu, gelu, gelu_new, quick_gelu or silu", name)),
+    }
+}
+
+/// The epsilon of a norm.
+pub(crate) fn epsilon<'de, D: Deserializer<'de>>(json: D) -> Result<f32, D::Error> {
+    let given = f64::deserialize(json)?;
+    match given as f32 {
+        eps if eps.is_finite() && eps >= 0.0 => Ok(eps),
+        _ => Err(D::Error::invalid_value(Unexpected::Float(given), &"a finite number of at least 0")),
     }
 }
 

@@ -9,7 +9,7 @@ use laneformer::{
 use serde::Deserialize;
 
 use crate::attend::{Block, Projections};
-use crate::config::{activation, heads};
+use crate::config::{activation, epsilon, heads};
 use crate::embedding::Embeddings;
 use crate::run::rows;
 use crate::weights::{NormKind, normalize};
@@ -27,7 +27,7 @@ pub struct Config {
     #[serde(default)]
     pub norm: NormKind,
     pub norm_placement: String,
-    #[serde(alias = "layer_norm_eps")]
+    #[serde(alias = "layer_norm_eps", deserialize_with = "epsilon")]
     pub eps: f32,
     pub activation: String,
     #[serde(default)]

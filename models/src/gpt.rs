@@ -7,7 +7,7 @@ use laneformer::{Activation, Context, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
+use crate::config::{activation, check, check_model_type, epsilon, from_value, heads, with_defaults};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::run::project;
@@ -26,6 +26,7 @@ pub struct Config {
     // By an alias: a default beside it would be the same field twice.
     #[serde(alias = "afn", default = "gelu_new")]
     pub activation_function: String,
+    #[serde(deserialize_with = "epsilon")]
     pub layer_norm_epsilon: f32,
     pub scale_attn_weights: bool,
     pub scale_attn_by_inverse_layer_idx: bool,

@@ -6,7 +6,7 @@ use std::path::Path;
 use laneformer::{Context, Linear};
 use serde::Deserialize;
 
-use crate::config::{activation, heads};
+use crate::config::{activation, epsilon, heads};
 use crate::embedding::{Embedding, Sinusoid};
 use crate::encoder::{DECODER, ENCODER, LayerSpec, Layers, NormPlacement};
 use crate::error::check_size;
@@ -26,6 +26,7 @@ pub struct Config {
     pub activation: String,
     pub norm_first: bool,
     pub final_norm: bool,
+    #[serde(deserialize_with = "epsilon")]
     pub layer_norm_eps: f32,
     #[serde(default)]
     pub vocab_size: usize,

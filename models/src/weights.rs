@@ -100,21 +100,19 @@ impl<'a> Weights<'a> {
     /// The norm here; old checkpoints call a LayerNorm's `weight` and `bias` `gamma` and `beta`.
     pub fn norm(&self, kind: NormKind, d: usize, eps: f32) -> Result<Norm> {
         let of = |name| self.tensor(name, &[d]).map(Cow::into_owned);
-        let norm = match kind {
+        Ok(match kind {
             NormKind::LayerNorm if self.has("gamma") => {
                 Norm::LayerNorm { gain: of("gamma")?, bias: Some(of("beta")?), eps }
             }
             NormKind::LayerNorm => Norm::LayerNorm { gain: of("weight")?, bias: Some(of("bias")?), eps },
             NormKind::RmsNorm => Norm::RmsNorm { gain: of("weight")?, eps },
             NormKind::BatchNorm => Norm::BatchNorm(self.batch_norm(d, eps)?),
-        };
-        check_eps(eps).map(|()| norm)
+        })
     }
 
     /// The batch norm here with its running statistics, as one scale and shift per channel.
     pub fn batch_norm(&self, d: usize, eps: f32) -> Result<Affine> {
         let of = |name| self.tensor(name, &[d]);
-        check_eps(eps)?;
         let (gain, bias) = (of("weight")?, of("bias")?);
         Ok(Affine::from_running(&gain, &bias, &of("running_mean")?, &of("running_var")?, eps)?)
     }
@@ -132,14 +130,6 @@ impl<'a> Weights<'a> {
     fn name(&self, name: impl Display) -> String {
         if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
     }
-}
-
-fn check_eps(eps: f32) -> Result<()> {
-    if eps.is_finite() && eps >= 0.0 {
-        return Ok(());
-    }
-    let expected = "a finite number of at least 0";
-    Err(laneformer::Error::Mismatch { arg: "epsilon of a norm", expected }.into())
 }
 
 /// The kinds of norms.

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets};
-use crate::config::{activation, check, from_value, heads, with_defaults};
+use crate::config::{activation, check, epsilon, from_value, heads, with_defaults};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
 use crate::error::check_size;
@@ -35,6 +35,7 @@ pub struct Config {
     pub bi_data: bool,
     pub mem_len: Option<usize>,
     pub reuse_len: Option<usize>,
+    #[serde(deserialize_with = "epsilon")]
     pub layer_norm_eps: f32,
     pub tie_word_embeddings: bool,
 }

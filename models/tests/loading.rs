@@ -165,7 +165,7 @@ fn configurations_that_cannot_be_followed_are_refused() {
         (
             "layer_norm_eps",
             serde_json::json!(-1e-5),
-            "epsilon of a norm: expected a finite number of at least 0",
+            "config.json: layer_norm_eps: invalid value: floating point `-0.00001`, expected a finite",
         ),
         ("num_hidden_layers", serde_json::json!(3), "no tensor encoder.layer.2.attention.self.query.weight"),
     ] {

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, bail};
 use laneformer::{
     Activation, Context, Epilogue, Ffn, Function, Graph, Heads, KeyStore, Layer, Linear, MatMut, MatRef,
     Norm, PackedMatrix, Placement, QkvProjection, QueryRows, SelfAttention, Stack, SubLayer, Terms,
-    Workspace, elementwise, layernorm_into, softmax_into,
+    Workspace, elementwise_into, layernorm_into, softmax_into,
 };
 
 use crate::bench::data::Buffer;
@@ -210,15 +210,12 @@ impl Engine for Rows<'_> {
     fn run(&mut self) -> Result<()> {
         let (ctx, cols) = (self.ctx, self.cols);
         let rows = self.x.len() / cols;
-        if let RowOp::Elementwise(_) = self.op {
-            self.y.copy_from_slice(&self.x);
-        }
         let x = MatRef::contiguous(&self.x, rows, cols)?;
         let y = MatMut::contiguous(&mut self.y, rows, cols)?;
         match &self.op {
             RowOp::Softmax => softmax_into(ctx, x, y)?,
             RowOp::LayerNorm { gain, bias } => layernorm_into(ctx, x, gain, Some(bias), 1e-5, y)?,
-            RowOp::Elementwise(function) => elementwise(ctx, *function, y)?,
+            RowOp::Elementwise(function) => elementwise_into(ctx, *function, x, y)?,
         }
         Ok(())
     }
