@@ -101,13 +101,14 @@ fn apply<S: Simd>(ctx: Context<'_>, s: S, function: Function, source: Option<Mat
             for_tiles(
                 ctx,
                 s,
+                source,
                 out,
                 #[inline(always)]
-                |first, out| {
+                |source, out| {
                     for i in 0..out.rows() {
-                        reduce::map_from(
+                        reduce::map(
                             s,
-                            source.map(|x| x.row(first + i)),
+                            source.map(|source| source.row(i)),
                             out.row_mut(i),
                             #[inline(always)]
                             |v| $f(s, v),

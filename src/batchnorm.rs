@@ -7,9 +7,9 @@ use crate::context::Context;
 use crate::error::{Error, check_dim, check_size};
 use crate::isa::dispatch;
 use crate::layernorm::scale_row;
-use crate::rows::for_rows;
+use crate::rows::for_tiles;
 use crate::simd::{LANES, Simd, Vector};
-use crate::view::MatMut;
+use crate::view::{MatMut, MatRef};
 
 /// A scale and a shift per channel: `y = x * scale + shift`. What batch normalisation is at inference.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,22 +78,23 @@ impl Affine {
     /// [`Error::Size`] if a row has another length than there are channels.
     pub fn apply(&self, ctx: Context<'_>, x: MatMut<'_>) -> Result<(), Error> {
         check_size("x.cols", self.channels(), x.cols())?;
-        dispatch!(ctx.isa(), |s| for_rows(
+        dispatch!(ctx.isa(), |s| for_tiles(
             ctx,
             s,
             None,
             x,
             #[inline(always)]
-            |rows| self.apply_rows(s, rows)
+            |source, rows| self.apply_rows(s, source, rows)
         ));
         Ok(())
     }
 
     #[inline(always)]
-    pub(crate) fn apply_rows<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
+    pub(crate) fn apply_rows<S: Simd>(&self, s: S, source: Option<MatRef<'_>>, x: &mut MatMut<'_>) {
         for i in 0..x.rows() {
             scale_row(
                 s,
+                source.map(|source| source.row(i)),
                 x.row_mut(i),
                 &self.scale,
                 Some(&self.shift),

@@ -4,7 +4,7 @@ use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::isa::dispatch;
 use crate::reduce;
-use crate::rows::{TOGETHER, check_shape, copy_rows, for_tiles, looks_ahead, together};
+use crate::rows::{TOGETHER, check_shape, for_tiles, input, looks_ahead, together};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -72,9 +72,10 @@ fn rows(
     dispatch!(ctx.isa(), |s| for_tiles(
         ctx,
         s,
+        source,
         x,
         #[inline(always)]
-        |first, rows| layernorm_rows(s, (source, first), rows, gain, bias, eps)
+        |source, rows| layernorm_rows(s, source, rows, gain, bias, eps)
     ));
     Ok(())
 }
@@ -84,7 +85,7 @@ fn rows(
 #[inline(always)]
 pub(crate) fn layernorm_rows<S: Simd>(
     s: S,
-    (source, first): (Option<MatRef<'_>>, usize),
+    source: Option<MatRef<'_>>,
     x: &mut MatMut<'_>,
     gain: &[f32],
     bias: Option<&[f32]>,
@@ -96,11 +97,10 @@ pub(crate) fn layernorm_rows<S: Simd>(
     let mut sums = [0.0; TOGETHER];
     for begin in (0..rows).step_by(step) {
         if begin == 0 || !looks_ahead::<S>() {
-            copy_rows(source, first + begin, &mut x.block(group(begin), 0..cols));
             for (i, sum) in group(begin).zip(&mut sums) {
                 *sum = reduce::sum(
                     s,
-                    x.row(i),
+                    input(source, x, i),
                     zero,
                     #[inline(always)]
                     |x| x,
@@ -108,15 +108,14 @@ pub(crate) fn layernorm_rows<S: Simd>(
             }
         }
         let next = if looks_ahead::<S>() { group(begin + step) } else { 0..0 };
-        copy_rows(source, first + next.start, &mut x.block(next.clone(), 0..cols));
         let mut moments = [[0.0; 3]; TOGETHER];
         for ((i, sum), moments) in group(begin).zip(&mut sums).zip(&mut moments) {
             let mean = *sum / n;
-            let next = if i + step < next.end { x.row(i + step) } else { &[] };
+            let next = if i + step < next.end { input(source, x, i + step) } else { &[] };
             let (m, mut rest, mut squares, mut slots) = (s.splat(mean), [zero; 4], [zero; 4], [zero; 4]);
             reduce::for_each_beside(
                 s,
-                x.row(i),
+                input(source, x, i),
                 m,
                 next,
                 #[inline(always)]
@@ -141,6 +140,7 @@ pub(crate) fn layernorm_rows<S: Simd>(
             let (mean, centre, inv) = (s.splat(mean), s.splat(centre), s.splat(inv));
             scale_row(
                 s,
+                source.map(|source| source.row(i)),
                 x.row_mut(i),
                 gain,
                 bias,
@@ -151,35 +151,41 @@ pub(crate) fn layernorm_rows<S: Simd>(
     }
 }
 
-/// `x = f(x) * gain + bias`.
+/// `f(x) * gain + bias` of a row of a source, or else of the row itself, to the row.
 #[inline(always)]
 pub(crate) fn scale_row<S: Simd>(
     s: S,
+    source: Option<&[f32]>,
     row: &mut [f32],
     gain: &[f32],
     bias: Option<&[f32]>,
     f: impl Fn(S::V) -> S::V,
 ) {
     let zero = s.splat(0.0);
+    let source = source.map(|source| source.as_chunks::<LANES>());
     let (whole, tail) = row.as_chunks_mut::<LANES>();
     let (gains, gain_tail) = gain.as_chunks::<LANES>();
     match bias {
         Some(bias) => {
             let (biases, bias_tail) = bias.as_chunks::<LANES>();
-            for ((x, g), b) in whole.iter_mut().zip(gains).zip(biases) {
-                f(s.load(x)).mul_add(s.load(g), s.load(b)).store(x);
+            for (i, ((row, g), b)) in whole.iter_mut().zip(gains).zip(biases).enumerate() {
+                let x = source.map_or(&*row, |(source, _)| &source[i]);
+                f(s.load(x)).mul_add(s.load(g), s.load(b)).store(row);
             }
             if !tail.is_empty() {
+                let x = s.load_partial(source.map_or(&*tail, |(_, source)| source), zero);
                 let (g, b) = (s.load_partial(gain_tail, zero), s.load_partial(bias_tail, zero));
-                f(s.load_partial(tail, zero)).mul_add(g, b).store_partial(tail);
+                f(x).mul_add(g, b).store_partial(tail);
             }
         }
         None => {
-            for (x, g) in whole.iter_mut().zip(gains) {
-                (f(s.load(x)) * s.load(g)).store(x);
+            for (i, (row, g)) in whole.iter_mut().zip(gains).enumerate() {
+                let x = source.map_or(&*row, |(source, _)| &source[i]);
+                (f(s.load(x)) * s.load(g)).store(row);
             }
             if !tail.is_empty() {
-                (f(s.load_partial(tail, zero)) * s.load_partial(gain_tail, zero)).store_partial(tail);
+                let x = s.load_partial(source.map_or(&*tail, |(_, source)| source), zero);
+                (f(x) * s.load_partial(gain_tail, zero)).store_partial(tail);
             }
         }
     }

@@ -5,7 +5,6 @@ use crate::error::{Error, check_dim, check_size};
 use crate::layernorm::layernorm_rows;
 use crate::linear::padded_stride;
 use crate::rmsnorm::rmsnorm_rows;
-use crate::rows::each_group;
 use crate::simd::Simd;
 use crate::view::{MatMut, MatRef};
 
@@ -51,28 +50,29 @@ impl Norm {
         }
     }
 
-    /// Normalises each row in place.
-    pub(crate) fn apply<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
-        s.vectorize(
-            #[inline(always)]
-            || self.rows(s, x),
-        );
+    /// Normalises each row, of a source if there is one.
+    pub(crate) fn apply<S: Simd>(&self, s: S, source: Option<MatRef<'_>>, x: &mut MatMut<'_>) {
+        // Each is compiled for itself.
+        match source {
+            None => s.vectorize(
+                #[inline(always)]
+                || self.rows(s, None, x),
+            ),
+            Some(source) => s.vectorize(
+                #[inline(always)]
+                || self.rows(s, Some(source), x),
+            ),
+        }
     }
 
     #[inline(always)]
-    fn rows<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
+    fn rows<S: Simd>(&self, s: S, source: Option<MatRef<'_>>, x: &mut MatMut<'_>) {
         match self {
             Norm::LayerNorm { gain, bias, eps } => {
-                layernorm_rows(s, (None, 0), x, gain, bias.as_deref(), *eps);
+                layernorm_rows(s, source, x, gain, bias.as_deref(), *eps);
             }
-            Norm::RmsNorm { gain, eps } => each_group(
-                None,
-                0,
-                x,
-                #[inline(always)]
-                |rows| rmsnorm_rows(s, rows, gain, *eps),
-            ),
-            Norm::BatchNorm(affine) => affine.apply_rows(s, x),
+            Norm::RmsNorm { gain, eps } => rmsnorm_rows(s, source, x, gain, *eps),
+            Norm::BatchNorm(affine) => affine.apply_rows(s, source, x),
         }
     }
 }
@@ -158,9 +158,6 @@ pub(crate) fn normalised<'a, S: Simd>(
     let Some(norm) = norm else { return x };
     let stride = padded_stride(x.cols());
     let mut rows = MatMut::scratch(scratch, x.rows(), x.cols(), stride);
-    for i in 0..x.rows() {
-        rows.row_mut(i).copy_from_slice(x.row(i));
-    }
-    norm.apply(s, &mut rows);
+    norm.apply(s, Some(x), &mut rows);
     rows.into_ref()
 }

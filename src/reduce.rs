@@ -98,40 +98,24 @@ pub(crate) fn fold_max<V: Vector>(slots: [V; 4]) -> f32 {
     (slots[0].max(slots[1])).max(slots[2].max(slots[3])).max_lane()
 }
 
-/// Replaces every `x[i]` by `f(x)[i]`, tails by partial vectors of the same arithmetic.
+/// Writes `f` of every element of `source`, or else of the row itself, to the row; tails as partial vectors of the same arithmetic.
 #[inline(always)]
-pub(crate) fn map<S: Simd>(s: S, row: &mut [f32], f: impl Fn(S::V) -> S::V) {
+pub(crate) fn map<S: Simd>(s: S, source: Option<&[f32]>, row: &mut [f32], f: impl Fn(S::V) -> S::V) {
+    let source = source.map(|source| source.as_chunks::<SLOTS>());
     let (whole, tail) = row.as_chunks_mut::<SLOTS>();
-    for slots in whole {
+    for (i, slots) in whole.iter_mut().enumerate() {
+        let x = source.map_or(&*slots, |(source, _)| &source[i]);
         // Four independent vectors at a time hide the latency of a polynomial.
         let v = four(
             #[inline(always)]
-            |j| f(s.load(&slots[j * LANES..])),
+            |j| f(s.load(&x[j * LANES..])),
         );
         for (j, v) in v.into_iter().enumerate() {
             v.store(&mut slots[j * LANES..]);
         }
     }
-    for part in tail.chunks_mut(LANES) {
-        f(s.load_partial(part, s.splat(0.0))).store_partial(part);
-    }
-}
-
-/// [`map`] from `source`, which is as long, if there is one.
-#[inline(always)]
-pub(crate) fn map_from<S: Simd>(s: S, source: Option<&[f32]>, row: &mut [f32], f: impl Fn(S::V) -> S::V) {
-    let Some(source) = source else { return map(s, row, f) };
-    let ((from, from_tail), (to, to_tail)) = (source.as_chunks::<SLOTS>(), row.as_chunks_mut::<SLOTS>());
-    for (from, to) in from.iter().zip(to) {
-        let v = four(
-            #[inline(always)]
-            |j| f(s.load(&from[j * LANES..])),
-        );
-        for (j, v) in v.into_iter().enumerate() {
-            v.store(&mut to[j * LANES..]);
-        }
-    }
-    for (from, to) in from_tail.chunks(LANES).zip(to_tail.chunks_mut(LANES)) {
-        f(s.load_partial(from, s.splat(0.0))).store_partial(to);
+    for (i, part) in tail.chunks_mut(LANES).enumerate() {
+        let x = source.map_or(&*part, |(_, source)| &source[i * LANES..][..part.len()]);
+        f(s.load_partial(x, s.splat(0.0))).store_partial(part);
     }
 }

@@ -5,7 +5,7 @@ use crate::error::{Error, check_size};
 use crate::isa::dispatch;
 use crate::layernorm::scale_row;
 use crate::reduce;
-use crate::rows::{TOGETHER, check_shape, for_rows};
+use crate::rows::{TOGETHER, check_shape, for_tiles, input, together};
 use crate::simd::Simd;
 use crate::view::{MatMut, MatRef};
 
@@ -59,40 +59,51 @@ fn rows(
     eps: f32,
 ) -> Result<(), Error> {
     check_size("gain.len()", x.cols(), gain.len())?;
-    dispatch!(ctx.isa(), |s| for_rows(
+    dispatch!(ctx.isa(), |s| for_tiles(
         ctx,
         s,
         source,
         x,
         #[inline(always)]
-        |rows| rmsnorm_rows(s, rows, gain, eps)
+        |source, rows| rmsnorm_rows(s, source, rows, gain, eps)
     ));
     Ok(())
 }
 
-/// [`TOGETHER`] rows at most: each pass on all of them before the next.
+/// Some rows at a time: each pass on all of them before the next.
 #[inline(always)]
-pub(crate) fn rmsnorm_rows<S: Simd>(s: S, x: &mut MatMut<'_>, gain: &[f32], eps: f32) {
-    let (n, mut inverses) = (x.cols() as f32, [0.0; TOGETHER]);
-    for (i, inv) in inverses.iter_mut().enumerate().take(x.rows()) {
-        let squares = reduce::sum(
-            s,
-            x.row(i),
-            s.splat(0.0),
-            #[inline(always)]
-            |x| x * x,
-        );
-        *inv = 1.0 / (squares / n + eps).sqrt();
-    }
-    for (i, inv) in inverses.into_iter().enumerate().take(x.rows()) {
-        let inv = s.splat(inv);
-        scale_row(
-            s,
-            x.row_mut(i),
-            gain,
-            None,
-            #[inline(always)]
-            |x| x * inv,
-        );
+pub(crate) fn rmsnorm_rows<S: Simd>(
+    s: S,
+    source: Option<MatRef<'_>>,
+    x: &mut MatMut<'_>,
+    gain: &[f32],
+    eps: f32,
+) {
+    let (rows, n, step) = (x.rows(), x.cols() as f32, together(x.cols()));
+    let mut inverses = [0.0; TOGETHER];
+    for begin in (0..rows).step_by(step) {
+        let group = begin..rows.min(begin + step);
+        for (i, inv) in group.clone().zip(&mut inverses) {
+            let squares = reduce::sum(
+                s,
+                input(source, x, i),
+                s.splat(0.0),
+                #[inline(always)]
+                |x| x * x,
+            );
+            *inv = 1.0 / (squares / n + eps).sqrt();
+        }
+        for (i, inv) in group.zip(inverses) {
+            let inv = s.splat(inv);
+            scale_row(
+                s,
+                source.map(|source| source.row(i)),
+                x.row_mut(i),
+                gain,
+                None,
+                #[inline(always)]
+                |x| x * inv,
+            );
+        }
     }
 }

@@ -18,33 +18,38 @@ pub(crate) const TOGETHER: usize = 4;
 /// Columns up to which so many rows stay in L1 between their passes.
 const SHORT: usize = 1024;
 
-/// Runs `f` on every row, [`TOGETHER`] at a time at most, in tiles of several rows on the context's threads. With a `source` of the same
-/// shape rows are first copied from there: just before they are worked on, so that they are in L1.
-#[inline(always)]
-pub(crate) fn for_rows<S: Simd>(
-    ctx: Context<'_>,
-    s: S,
-    source: Option<MatRef<'_>>,
-    x: MatMut<'_>,
-    f: impl Fn(&mut MatMut<'_>) + Copy + Sync,
-) {
-    for_tiles(
-        ctx,
-        s,
-        x,
-        #[inline(always)]
-        |first, tile| each_group(source, first, tile, f),
-    );
-}
-
-/// Runs `f(first row, rows)` on tiles of several rows on the context's threads.
+/// Runs `f(source, x)` on tiles of several rows on the context's threads. The source, if there is one, has as many rows as the tile: what is
+/// read instead of what is written. With and without it `f` is compiled for itself.
 #[inline(always)]
 pub(crate) fn for_tiles<S: Simd>(
     ctx: Context<'_>,
     s: S,
-    mut x: MatMut<'_>,
-    f: impl Fn(usize, &mut MatMut<'_>) + Sync,
+    source: Option<MatRef<'_>>,
+    x: MatMut<'_>,
+    f: impl Fn(Option<MatRef<'_>>, &mut MatMut<'_>) + Sync,
 ) {
+    let cols = x.cols();
+    match source {
+        None => tiles(
+            ctx,
+            s,
+            x,
+            #[inline(always)]
+            |_, x| f(None, x),
+        ),
+        Some(source) => tiles(
+            ctx,
+            s,
+            x,
+            #[inline(always)]
+            |first, x| f(Some(source.block(first..first + x.rows(), 0..cols)), x),
+        ),
+    }
+}
+
+/// Runs `f(first row, x)`.
+#[inline(always)]
+fn tiles<S: Simd>(ctx: Context<'_>, s: S, mut x: MatMut<'_>, f: impl Fn(usize, &mut MatMut<'_>) + Sync) {
     let (rows, cols) = (x.rows(), x.cols());
     if cols == 0 {
         return;
@@ -67,21 +72,10 @@ pub(crate) fn for_tiles<S: Simd>(
     });
 }
 
-/// Runs `f` on the rows of `x`, [`TOGETHER`] at a time at most; `x` is rows from `first` on of what has the `source`.
+/// Row `i` of what is read: of the source if there is one, or else of `x`.
 #[inline(always)]
-pub(crate) fn each_group(
-    source: Option<MatRef<'_>>,
-    first: usize,
-    x: &mut MatMut<'_>,
-    f: impl Fn(&mut MatMut<'_>),
-) {
-    let (rows, cols) = (x.rows(), x.cols());
-    let step = together(cols);
-    for begin in (0..rows).step_by(step) {
-        let mut group = x.block(begin..rows.min(begin + step), 0..cols);
-        copy_rows(source, first + begin, &mut group);
-        f(&mut group);
-    }
+pub(crate) fn input<'a>(source: Option<MatRef<'a>>, x: &'a MatMut<'_>, i: usize) -> &'a [f32] {
+    source.map_or_else(|| x.row(i), |source| source.row(i))
 }
 
 /// Rows that are worked on together.
@@ -93,16 +87,6 @@ pub(crate) fn together(cols: usize) -> usize {
 /// Whether there are registers for the sums of two rows: then the first pass over the rows that follow is made beside another.
 pub(crate) const fn looks_ahead<S: Simd>() -> bool {
     S::MR * S::NV >= 12
-}
-
-/// The rows of `source`, if there is one, from `first` on.
-#[inline(always)]
-pub(crate) fn copy_rows(source: Option<MatRef<'_>>, first: usize, x: &mut MatMut<'_>) {
-    if let Some(source) = source {
-        for i in 0..x.rows() {
-            x.row_mut(i).copy_from_slice(source.row(first + i));
-        }
-    }
 }
 
 /// Whether `x` can be the source of `out`.

@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::isa::dispatch;
 use crate::math::exp_nonpositive;
 use crate::reduce;
-use crate::rows::{TOGETHER, check_shape, copy_rows, for_tiles, looks_ahead, together};
+use crate::rows::{TOGETHER, check_shape, for_tiles, input, looks_ahead, together};
 use crate::simd::{Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -52,37 +52,37 @@ fn rows(ctx: Context<'_>, source: Option<MatRef<'_>>, x: MatMut<'_>) {
     dispatch!(ctx.isa(), |s| for_tiles(
         ctx,
         s,
+        source,
         x,
         #[inline(always)]
-        |first, rows| softmax_rows(s, (source, first), rows)
+        |source, rows| softmax_rows(s, source, rows)
     ));
 }
 
 /// Some rows at a time, each pass on all of them before the next. The maxima of those that follow are found beside the exponentials, which
 /// leave loads and comparisons free: the first of three passes takes no time of its own.
 #[inline(always)]
-fn softmax_rows<S: Simd>(s: S, (source, first): (Option<MatRef<'_>>, usize), x: &mut MatMut<'_>) {
-    let (rows, cols, step) = (x.rows(), x.cols(), together(x.cols()));
+fn softmax_rows<S: Simd>(s: S, source: Option<MatRef<'_>>, x: &mut MatMut<'_>) {
+    let (rows, step) = (x.rows(), together(x.cols()));
     let group = |begin: usize| begin.min(rows)..rows.min(begin + step);
     let mut max = [f32::NEG_INFINITY; TOGETHER];
     for begin in (0..rows).step_by(step) {
         if begin == 0 || !looks_ahead::<S>() {
-            copy_rows(source, first + begin, &mut x.block(group(begin), 0..cols));
             for (i, max) in group(begin).zip(&mut max) {
-                *max = reduce::max(s, x.row(i));
+                *max = reduce::max(s, input(source, x, i));
             }
         }
         let next = if looks_ahead::<S>() { group(begin + step) } else { 0..0 };
-        copy_rows(source, first + next.start, &mut x.block(next.clone(), 0..cols));
         let mut sum = [0.0; TOGETHER];
         for ((i, max), sum) in group(begin).zip(&mut max).zip(&mut sum) {
             let after = (i + step < next.end).then_some(i + step);
-            (*sum, *max) = exp_sum(s, x, i, *max, after);
+            (*sum, *max) = exp_sum(s, source, x, i, *max, after);
         }
         for (i, sum) in group(begin).zip(sum) {
             let scale = s.splat(1.0 / sum);
             reduce::map(
                 s,
+                None,
                 x.row_mut(i),
                 #[inline(always)]
                 |p| p * scale,
@@ -91,34 +91,42 @@ fn softmax_rows<S: Simd>(s: S, (source, first): (Option<MatRef<'_>>, usize), x: 
     }
 }
 
-/// Replaces row `i` by `exp(x - max)` and returns the canonical sum, and the maximum of the row `after`, if there is one.
+/// Makes row `i` `exp(x - max)` and returns the canonical sum, and the maximum of the row `after`, if there is one.
 #[inline(always)]
-fn exp_sum<S: Simd>(s: S, x: &mut MatMut<'_>, i: usize, max: f32, after: Option<usize>) -> (f32, f32) {
+fn exp_sum<S: Simd>(
+    s: S,
+    source: Option<MatRef<'_>>,
+    x: &mut MatMut<'_>,
+    i: usize,
+    max: f32,
+    after: Option<usize>,
+) -> (f32, f32) {
     let has_number = max > f32::NEG_INFINITY;
     if !has_number {
-        let row = x.row_mut(i);
         // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
-        row.fill(if row.iter().any(|x| x.is_nan()) { f32::NAN } else { 0.0 });
-        return (1.0, after.map_or(max, |after| reduce::max(s, x.row(after))));
+        let is_nan = input(source, x, i).iter().any(|x| x.is_nan());
+        x.row_mut(i).fill(if is_nan { f32::NAN } else { 0.0 });
+        return (1.0, after.map_or(max, |after| reduce::max(s, input(source, x, after))));
     }
-    let (row, next) = match after {
-        Some(after) => x.row_mut_beside(i, after),
-        None => (x.row_mut(i), &[][..]),
+    let (row, next) = match (source, after) {
+        (Some(source), Some(after)) => (x.row_mut(i), source.row(after)),
+        (None, Some(after)) => x.row_mut_beside(i, after),
+        (_, None) => (x.row_mut(i), &[][..]),
     };
+    let source = source.map(|source| source.row(i).as_chunks::<64>());
     let least = s.splat(f32::NEG_INFINITY);
     let (m, mut slots, mut maxima) = (s.splat(max), [s.splat(0.0); 4], [least; 4]);
     let (whole, tail) = row.as_chunks_mut::<64>();
     let (next_whole, next_tail) = next.as_chunks::<64>();
     let mut next_whole = next_whole.iter();
-    for x in whole {
-        exp_slots(
-            s,
-            core::slice::from_mut(x),
-            m,
+    for (i, row) in whole.iter_mut().enumerate() {
+        let x = source.map_or(&*row, |(source, _)| &source[i]);
+        // Four independent vectors at a time hide the latency of the polynomial.
+        let p = reduce::four(
             #[inline(always)]
-            |x| x,
-            &mut slots,
+            |j| exp_nonpositive(s, s.load(&x[j * 16..]) - m),
         );
+        store_and_add(p, row, &mut slots);
         if let Some(next) = next_whole.next() {
             for (j, slot) in maxima.iter_mut().enumerate() {
                 *slot = s.load(&next[j * 16..]).max(*slot);
@@ -126,8 +134,9 @@ fn exp_sum<S: Simd>(s: S, x: &mut MatMut<'_>, i: usize, max: f32, after: Option<
         }
     }
     for (j, part) in tail.chunks_mut(16).enumerate() {
+        let x = source.map_or(&*part, |(_, source)| &source[j * 16..][..part.len()]);
         // Lanes past the end: exp(-inf) is +0.
-        let p = exp_nonpositive(s, s.load_partial(part, least) - m);
+        let p = exp_nonpositive(s, s.load_partial(x, least) - m);
         p.store_partial(part);
         slots[j] = slots[j] + p;
     }
@@ -137,24 +146,11 @@ fn exp_sum<S: Simd>(s: S, x: &mut MatMut<'_>, i: usize, max: f32, after: Option<
     (reduce::fold(slots), reduce::fold_max(maxima))
 }
 
-/// Replaces `x` by `exp(f(x) - max)` and adds it to the slots of a canonical sum.
+/// Writes 64 exponentials and adds them to the slots of a canonical sum.
 #[inline(always)]
-pub(crate) fn exp_slots<S: Simd>(
-    s: S,
-    x: &mut [[f32; 64]],
-    max: S::V,
-    f: impl Fn(S::V) -> S::V,
-    slots: &mut [S::V; 4],
-) {
-    for x in x {
-        // Four independent vectors at a time hide the latency of the polynomial.
-        let p = reduce::four(
-            #[inline(always)]
-            |j| exp_nonpositive(s, f(s.load(&x[j * 16..])) - max),
-        );
-        for (j, (slot, p)) in slots.iter_mut().zip(p).enumerate() {
-            p.store(&mut x[j * 16..]);
-            *slot = *slot + p;
-        }
+pub(crate) fn store_and_add<V: Vector>(p: [V; 4], out: &mut [f32; 64], slots: &mut [V; 4]) {
+    for (j, (slot, p)) in slots.iter_mut().zip(p).enumerate() {
+        p.store(&mut out[j * 16..]);
+        *slot = *slot + p;
     }
 }

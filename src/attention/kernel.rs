@@ -15,9 +15,9 @@ use crate::attention::tiles::{Call, Queries, ROWS, Seen, Tiles, Words, runs};
 use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
-use crate::reduce::fold;
+use crate::reduce::{fold, four};
 use crate::simd::{LANES, Simd, Vector};
-use crate::softmax::exp_slots;
+use crate::softmax::store_and_add;
 use crate::view::{MatMut, MatRef};
 
 /// A row of scores, one line longer than the chunk, so that rows do not share L1 sets.
@@ -376,14 +376,11 @@ fn exponentials<S: Simd>(s: S, scores: &mut [f32], seen: &Seen, words: &Words, s
     let mut slots = [zero; 4];
     for ((block, &word), seen) in blocks.iter_mut().zip(words).zip(seen) {
         if word == u64::MAX {
-            exp_slots(
-                s,
-                core::slice::from_mut(block),
-                m,
+            let p = four(
                 #[inline(always)]
-                |x| x * scale,
-                &mut slots,
+                |j| exp_nonpositive(s, s.load(&block[j * LANES..]) * scale - m),
             );
+            store_and_add(p, block, &mut slots);
         } else if !seen.is_empty() {
             let block = block.as_chunks_mut::<LANES>().0;
             // A block at an edge is seldom seen to its other end.
