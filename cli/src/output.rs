@@ -57,6 +57,11 @@ pub fn beside(path: &Path) -> io::Result<Beside> {
     Ok(Beside { file, place })
 }
 
+/// Whether a file can be written at `path`, before the work whose result it is to hold.
+pub fn check_writable(path: &Path) -> anyhow::Result<()> {
+    beside(path).map(drop).with_context(|| format!("cannot write {}", path.display()))
+}
+
 /// A place for embeddings.
 pub enum Sink {
     Lines(JsonLines),

@@ -2,8 +2,11 @@
 
 use std::num::NonZeroUsize;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use laneformer::{Context, Executor, Isa, Serial};
+
+/// More than machines have CPUs: thousands that wait for one another would take minutes.
+const MAX_THREADS: usize = 1024;
 
 /// What a command runs on.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
@@ -36,6 +39,7 @@ pub struct Runtime {
 impl Runtime {
     /// `threads` counts the calling thread too.
     pub fn new(isa: Isa, threads: usize) -> anyhow::Result<Runtime> {
+        ensure!(threads <= MAX_THREADS, "--threads: expected at most {MAX_THREADS}, got {threads}");
         let pool = if threads > 1 {
             let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
             Some(builder.build().with_context(|| format!("cannot start {threads} threads"))?)

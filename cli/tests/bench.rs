@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Model, laneformer, parts};
+use common::{Model, laneformer, parts, refused};
 use serde_json::Value;
 
 #[test]
@@ -217,5 +217,18 @@ fn info_names_the_machine_and_its_roofs() {
     assert_eq!(status, 0, "{stderr}");
     for part in ["CPU", "features", "caches", "FMA peak", "read bandwidth", "scalar", "2 threads", "DRAM"] {
         assert!(stdout.contains(part), "{part} in {stdout}");
+    }
+}
+
+#[test]
+fn places_and_sizes_that_make_no_sense_are_refused_before_anything_is_measured() {
+    for (args, expected) in [
+        (&["bench", "scaling", "--svg", "no/such/directory/x.svg"][..], "no/such/directory/x.svg"),
+        (&["bench", "scaling", "--longest", "63"], "64..=1048576"),
+        (&["bench", "scaling", "--largest", "0"], "1..=65536"),
+        (&["bench", "softmax", "--threads", "1025"], "--threads: expected at most 1024, got 1025"),
+        (&["compare", "--out", "/dev/null/x"], "/dev/null/x/docs/img"),
+    ] {
+        refused(args, &[expected]);
     }
 }

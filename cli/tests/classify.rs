@@ -199,6 +199,9 @@ fn directories_and_arguments_that_do_not_fit_are_refused() {
         common::refused(&[&args(&model, &image)[..], &["--labels", "w5"]].concat(), &[expected]);
     }
     let model = clip();
+    model.lose_numbers();
+    refused(&model, &["--labels", "w5"], &["a probability: not a number"]);
+    let model = clip();
     fs::remove_file(model.path().join("preprocessor_config.json")).unwrap();
     refused(&model, &["--labels", "w5"], &["preprocessor_config.json: No such file"]);
     for (tower, field, value, expected) in [

@@ -362,3 +362,13 @@ fn longformer_embeds_with_its_windows_alone() {
     assert_eq!(status, 2);
     assert!(stderr.contains("line 1: 79 tokens, but the model has 78 positions"), "{stderr}");
 }
+
+#[test]
+fn weights_that_are_no_numbers_are_an_error_and_nothing_is_written() {
+    for model in [Model::new(), Model::of("clip-quick-gelu", "clip", 40)] {
+        model.lose_numbers();
+        let (status, stdout, stderr) = parts(&laneformer(&["embed", "--model", model.arg()], b"w1\n"));
+        assert_eq!((status, &stdout[..]), (2, ""), "{stderr}");
+        assert!(stderr.contains("an embedding: not a number"), "{stderr}");
+    }
+}

@@ -246,4 +246,6 @@ fn tokens_and_arguments_that_make_no_sense_are_refused() {
         refused(&args, &[expected]);
     }
     refused(&["generate", "--model", model.arg()], &["--prompt"]);
+    model.lose_numbers();
+    refused(&["generate", "--model", model.arg(), "--prompt", "w1"], &["a logit: not a number"]);
 }

@@ -12,7 +12,7 @@ use crate::config::{activation, check, check_model_type, epsilon, from_value, he
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, Embeddings};
 use crate::encoder::{Attention, Decoding, LayerSpec, Layers, NormPlacement, Part, Transformer};
-use crate::error::check_size;
+use crate::error::{check_numbers, check_size};
 use crate::run::project;
 use crate::weights::{linear, normalize};
 use crate::{Batch, Checkpoint, Result, Run, Weights};
@@ -197,10 +197,11 @@ impl Clip {
         Ok(logits)
     }
 
-    /// The probability of each text for each image, from [`Clip::logits_per_image`].
+    /// The probability of each text for each image, from [`Clip::logits_per_image`]; [`NotANumber`](crate::Error::NotANumber) where there is none.
     pub fn probabilities(&self, ctx: Context<'_>, mut logits: Vec<f32>, texts: usize) -> Result<Vec<f32>> {
         let images = logits.len() / texts.max(1);
         softmax(ctx, MatMut::contiguous(&mut logits, images, texts)?)?;
+        check_numbers("a probability", &logits)?;
         Ok(logits)
     }
 }

@@ -38,6 +38,8 @@ pub enum Error {
     /// Special tokens are counted.
     #[error("{tokens} tokens, but the model has {positions} positions")]
     TooLong { tokens: usize, positions: usize },
+    #[error("{0}: not a number; the weights are not all finite, or too large for f32")]
+    NotANumber(&'static str),
     #[error("the prompt is empty, and the model has no bos_token_id or eos_token_id to begin with")]
     EmptyPrompt,
     /// A part of the survey that this version does not have.
@@ -73,4 +75,9 @@ impl Error {
 /// The library's error of a size, if it is not the one that it has to be.
 pub(crate) fn check_size(arg: &'static str, expected: usize, actual: usize) -> Result<()> {
     if actual == expected { Ok(()) } else { Err(laneformer::Error::Size { arg, expected, actual }.into()) }
+}
+
+/// What is given to somebody has no NaN.
+pub(crate) fn check_numbers(what: &'static str, x: &[f32]) -> Result<()> {
+    if x.iter().any(|x| x.is_nan()) { Err(Error::NotANumber(what)) } else { Ok(()) }
 }

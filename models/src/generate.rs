@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use crate::bart::Bart;
 use crate::config::{check, from_value, model_type, open, read_json, read_json_if_there, with_defaults};
 use crate::encoder::{Decoding, Transformer};
+use crate::error::check_numbers;
 use crate::gpt::Gpt;
 use crate::head::argmax;
 use crate::run::project;
@@ -247,6 +248,7 @@ impl Sampler {
     }
 
     fn choose(&mut self, ctx: Context<'_>, logits: &[f32]) -> Result<u32> {
+        check_numbers("a logit", logits)?;
         let Some((k, rng)) = &mut self.0 else { return Ok(argmax(logits) as u32) };
         let (at, k) = (|id: u32| logits[id as usize], k.get().min(logits.len()));
         let order = |&a: &u32, &b: &u32| at(b).total_cmp(&at(a)).then(a.cmp(&b));

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::bert::Bert;
 use crate::clip::TextEncoder;
 use crate::config::{check, model_type, open, read_json_if_there};
+use crate::error::check_numbers;
 use crate::longformer::Longformer;
 pub use crate::tokens::Tokens;
 use crate::tokens::{Packed, TextTokenizer};
@@ -127,7 +128,8 @@ impl SentenceEncoder {
             }
             Model::Clip(clip) => {
                 let states = clip.states(&mut scratch.with(ctx), batch)?;
-                return clip.embed(ctx, batch, &states);
+                let embeddings = clip.embed(ctx, batch, &states)?;
+                return check_numbers("an embedding", &embeddings).map(|()| embeddings);
             }
         };
         let d = self.dim();
@@ -135,6 +137,7 @@ impl SentenceEncoder {
         for ends in batch.offsets.windows(2) {
             embeddings.extend(unit_mean(&hidden[ends[0] * d..ends[1] * d], d));
         }
+        check_numbers("an embedding", &embeddings)?;
         Ok(embeddings)
     }
 }

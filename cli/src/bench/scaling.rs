@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use clap::value_parser;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use laneformer::{Activation, Context, Graph, Layer, MatMut, Placement};
@@ -14,17 +15,18 @@ use crate::bench::data::Buffer;
 use crate::bench::layer::{BERT_BASE, Dims, random_layer};
 use crate::bench::roof::Roof;
 use crate::compare::picture;
+use crate::output::check_writable;
 use crate::runtime::RuntimeArgs;
 
 /// Arguments of `bench scaling`.
 #[derive(clap::Args)]
 pub struct ScalingArgs {
     /// The longest sequence
-    #[arg(long, value_name = "TOKENS", default_value = "16384")]
-    longest: usize,
+    #[arg(long, value_name = "TOKENS", default_value = "16384", value_parser = value_parser!(u32).range(64..=1 << 20))]
+    longest: u32,
     /// The largest batch
-    #[arg(long, value_name = "SEQUENCES", default_value = "64")]
-    largest: usize,
+    #[arg(long, value_name = "SEQUENCES", default_value = "64", value_parser = value_parser!(u32).range(1..=1 << 16))]
+    largest: u32,
     /// Draw the curves to this SVG file
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
@@ -65,11 +67,12 @@ struct Scale {
 
 /// Measures every shape; an error if a workspace is beyond its bound.
 pub fn run(args: &ScalingArgs) -> Result<()> {
+    args.svg.as_deref().map_or(Ok(()), check_writable)?;
     let runtime = args.runtime.build()?;
     let ctx = runtime.context();
     let layer = random_layer(DIMS, Activation::GeluErf, Placement::post, 1)?;
-    let lengths = doubling(SHORTEST, args.longest).into_iter().map(|seq_len| (1, seq_len));
-    let batches = doubling(1, args.largest).into_iter().map(|batch| (batch, BATCHED));
+    let lengths = doubling(SHORTEST, args.longest as usize).into_iter().map(|seq_len| (1, seq_len));
+    let batches = doubling(1, args.largest as usize).into_iter().map(|batch| (batch, BATCHED));
     let mut out = io::stdout().lock();
     let mut scales: Vec<Scale> = vec![];
     for (batch, seq_len) in lengths.chain(batches) {

@@ -13,7 +13,7 @@ mod task;
 use std::fs;
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -26,6 +26,7 @@ use crate::bench::roof::Roof;
 use crate::compare::contest::{Line, Rounds, contest};
 use crate::compare::peers::Handover;
 use crate::compare::report::{Report, Roofs};
+use crate::output::check_writable;
 use crate::runtime::Runtime;
 
 /// Arguments of `compare`.
@@ -60,6 +61,21 @@ pub struct CompareArgs {
     out: PathBuf,
 }
 
+impl CompareArgs {
+    /// Whether a page is written.
+    fn is_whole(&self) -> bool {
+        self.filter.is_empty() && !self.small
+    }
+
+    fn page(&self) -> PathBuf {
+        self.out.join("BENCHMARKS.md")
+    }
+
+    fn images(&self) -> PathBuf {
+        self.out.join("docs/img")
+    }
+}
+
 /// Runs everybody, prints, and writes the report of a whole run.
 pub fn run(args: CompareArgs) -> Result<ExitCode> {
     let mut tasks = task::all(args.small)?;
@@ -82,6 +98,11 @@ pub fn run(args: CompareArgs) -> Result<ExitCode> {
     } else {
         args.threads.iter().map(|n| n.get()).collect()
     };
+    if args.is_whole() {
+        let images = args.images();
+        fs::create_dir_all(&images).with_context(|| images.display().to_string())?;
+        check_writable(&args.page())?;
+    }
     let rounds = Rounds { count: args.rounds.get(), length: Duration::from_millis(args.round_ms) };
     let mut report = Report::new(host::Host::detect()?, rounds);
     for (name, reason) in &absent {
@@ -124,8 +145,11 @@ const NO_MODEL: &str = "not measured: --model names no directory with a MiniLM";
 
 /// Writes the page of a whole run, and prints the tables.
 fn finish(report: &Report, args: &CompareArgs) -> Result<ExitCode> {
-    if args.filter.is_empty() && !args.small {
-        write_report(report, &args.out)?;
+    if args.is_whole() {
+        let page = args.page();
+        let images: Vec<String> = report.pictures(&args.images())?;
+        fs::write(&page, report.markdown(&images)).with_context(|| page.display().to_string())?;
+        eprintln!("laneformer: wrote {}", page.display());
     }
     if !args.json {
         print!("{}", report.tables());
@@ -156,16 +180,6 @@ fn announce_absent(name: &str, reason: &str, json: bool) -> Result<()> {
     } else {
         eprintln!("{name}: {reason}");
     }
-    Ok(())
-}
-
-fn write_report(report: &Report, dir: &Path) -> Result<()> {
-    let images = dir.join("docs/img");
-    fs::create_dir_all(&images).with_context(|| images.display().to_string())?;
-    let images: Vec<String> = report.pictures(&images)?;
-    let path = dir.join("BENCHMARKS.md");
-    fs::write(&path, report.markdown(&images)).with_context(|| path.display().to_string())?;
-    eprintln!("laneformer: wrote {}", path.display());
     Ok(())
 }
 
