@@ -7,7 +7,7 @@ use crate::context::Context;
 use crate::error::{Error, check_dim, check_size};
 use crate::isa::dispatch;
 use crate::layernorm::scale_row;
-use crate::rows::for_tiles;
+use crate::rows::{check_shape, for_tiles};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -77,11 +77,24 @@ impl Affine {
     /// # Errors
     /// [`Error::Size`] if a row has another length than there are channels.
     pub fn apply(&self, ctx: Context<'_>, x: MatMut<'_>) -> Result<(), Error> {
+        self.rows(ctx, None, x)
+    }
+
+    /// [`apply`](Affine::apply) from `x` into `out`.
+    ///
+    /// # Errors
+    /// [`Error::Size`] if the shapes differ, or as [`apply`](Affine::apply).
+    pub fn apply_into(&self, ctx: Context<'_>, x: MatRef<'_>, out: MatMut<'_>) -> Result<(), Error> {
+        check_shape(x, &out)?;
+        self.rows(ctx, Some(x), out)
+    }
+
+    fn rows(&self, ctx: Context<'_>, source: Option<MatRef<'_>>, x: MatMut<'_>) -> Result<(), Error> {
         check_size("x.cols", self.channels(), x.cols())?;
         dispatch!(ctx.isa(), |s| for_tiles(
             ctx,
             s,
-            None,
+            source,
             x,
             #[inline(always)]
             |source, rows| self.apply_rows(s, source, rows)

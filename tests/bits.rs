@@ -88,6 +88,7 @@ fn row_operations() {
         in_place("softmax_into", &|ctx, out| softmax_into(ctx, x, out).unwrap());
         in_place("layernorm_into", &|ctx, out| layernorm_into(ctx, x, &gain, None, 1e-5, out).unwrap());
         in_place("rmsnorm_into", &|ctx, out| rmsnorm_into(ctx, x, &gain, 1e-5, out).unwrap());
+        in_place("batchnorm into", &|ctx, out| affine.apply_into(ctx, x, out).unwrap());
         in_place("Tanh into", &|ctx, out| elementwise_into(ctx, Function::Tanh, x, out).unwrap());
     }
 }

@@ -125,9 +125,11 @@ fn batchnorm() {
     wrong_size(Affine::from_running(&two, &two, &three, &two, 0.0), "running_mean.len()", 2, 3);
     wrong_size(Affine::from_running(&two, &two, &two, &three, 0.0), "running_var.len()", 2, 3);
 
-    let mut y = Guarded::unset(4, 3);
+    let (x, mut y) = ([1.0; 12], Guarded::unset(4, 3));
     let affine = Affine::new(vec![1.0; 2], vec![1.0; 2]).unwrap();
     wrong_size(affine.apply(ctx(), y.view_mut()), "x.cols", 2, 3);
+    wrong_size(affine.apply_into(ctx(), view(&x, 4, 3), y.view_mut()), "x.cols", 2, 3);
+    wrong_size(affine.apply_into(ctx(), view(&x, 6, 2), y.view_mut()), "out.rows", 6, 4);
 
     assert!(matches!(BatchStats::new(vec![], vec![], 0.1), Err(Error::ZeroDim { .. })));
     assert!(matches!(

@@ -206,6 +206,9 @@ on_every_isa! {
                 let mut y = Guarded::new(rows, cols, &x);
                 let affine = Affine::from_running(&gain, &bias, &mean, &var, EPS).unwrap();
                 affine.apply(serial(isa), y.view_mut()).unwrap();
+                let (input, mut out) = (Guarded::new(rows, cols, &x), Guarded::unset(rows, cols));
+                affine.apply_into(serial(isa), input.view(), out.view_mut()).unwrap();
+                assert_bits(&out.values(), &y.values(), "apply_into");
                 // Terms reach 3 * 1.5 / sqrt(0.1), and some cancel.
                 assert_close(&y.values(), &expected, 4e-6 * slack(isa), &format!("[{rows}, {cols}]"));
             }
