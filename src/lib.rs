@@ -7,7 +7,7 @@
 //! | a whole layer, or many | [`Layer`], [`Stack`], [`SubLayer`], [`Placement`], [`Workspace`] |
 //! | attention | [`attention()`], [`KeyStore`], [`KeyStream`], [`KvCache`], [`Graph`], [`Bits`], [`Terms`], [`Heads`], [`QkvProjection`], [`Rotary`] |
 //! | products | [`Linear`], [`PackedMatrix`], [`Epilogue`], [`gemm::matmul`], [`Ffn`] |
-//! | rows | [`softmax`], [`layernorm`], [`rmsnorm`], [`Affine`], [`batchnorm_train`], [`elementwise`] |
+//! | rows, in place or `_into` another matrix | [`softmax`], [`layernorm`], [`rmsnorm`], [`Affine`], [`elementwise`]; [`batchnorm_train`] |
 //! | where it runs | [`Context`], [`Isa`], [`Executor`], [`AlignedBuffer`], [`peak`] |
 //!
 //! All sizes and strides are in elements. A batch is ragged: the tokens of all sequences packed one behind the other, and `offsets` that say

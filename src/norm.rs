@@ -50,19 +50,20 @@ impl Norm {
         }
     }
 
-    /// Normalises each row, of a source if there is one.
-    pub(crate) fn apply<S: Simd>(&self, s: S, source: Option<MatRef<'_>>, x: &mut MatMut<'_>) {
-        // Each is compiled for itself.
-        match source {
-            None => s.vectorize(
-                #[inline(always)]
-                || self.rows(s, None, x),
-            ),
-            Some(source) => s.vectorize(
-                #[inline(always)]
-                || self.rows(s, Some(source), x),
-            ),
-        }
+    /// Normalises each row in place.
+    pub(crate) fn apply<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
+        s.vectorize(
+            #[inline(always)]
+            || self.rows(s, None, x),
+        );
+    }
+
+    /// Writes the normalised rows of `source` to `x`.
+    fn apply_into<S: Simd>(&self, s: S, source: MatRef<'_>, x: &mut MatMut<'_>) {
+        s.vectorize(
+            #[inline(always)]
+            || self.rows(s, Some(source), x),
+        );
     }
 
     #[inline(always)]
@@ -158,6 +159,6 @@ pub(crate) fn normalised<'a, S: Simd>(
     let Some(norm) = norm else { return x };
     let stride = padded_stride(x.cols());
     let mut rows = MatMut::scratch(scratch, x.rows(), x.cols(), stride);
-    norm.apply(s, Some(x), &mut rows);
+    norm.apply_into(s, x, &mut rows);
     rows.into_ref()
 }

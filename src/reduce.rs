@@ -63,6 +63,15 @@ pub(crate) fn fold<V: Vector>(slots: [V; 4]) -> f32 {
     ((slots[0] + slots[1]) + (slots[2] + slots[3])).sum()
 }
 
+/// Writes four vectors of a row and adds them to the slots of its sum.
+#[inline(always)]
+pub(crate) fn store_and_add<V: Vector>(x: [V; 4], row: &mut [f32; SLOTS], slots: &mut [V; 4]) {
+    for (j, (slot, x)) in slots.iter_mut().zip(x).enumerate() {
+        x.store(&mut row[j * LANES..]);
+        *slot = *slot + x;
+    }
+}
+
 /// The sum of `f(x)` over a row. `f(fill)` is `+0`.
 #[inline(always)]
 pub(crate) fn sum<S: Simd>(s: S, row: &[f32], fill: S::V, f: impl Fn(S::V) -> S::V) -> f32 {

@@ -18,8 +18,8 @@ pub(crate) const TOGETHER: usize = 4;
 /// Columns up to which so many rows stay in L1 between their passes.
 const SHORT: usize = 1024;
 
-/// Runs `f(source, x)` on tiles of several rows on the context's threads. The source, if there is one, has as many rows as the tile: what is
-/// read instead of what is written. With and without it `f` is compiled for itself.
+/// Runs `f(source, x)` on tiles of several rows on the context's threads. `f` reads the source, if there is one, instead of `x`; it has the tile's
+/// rows. `f` is compiled once with a source and once without: a loop that may read from either place is slower.
 #[inline(always)]
 pub(crate) fn for_tiles<S: Simd>(
     ctx: Context<'_>,

@@ -104,8 +104,8 @@ fn exp_sum<S: Simd>(
     let has_number = max > f32::NEG_INFINITY;
     if !has_number {
         // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
-        let is_nan = input(source, x, i).iter().any(|x| x.is_nan());
-        x.row_mut(i).fill(if is_nan { f32::NAN } else { 0.0 });
+        let has_nan = input(source, x, i).iter().any(|x| x.is_nan());
+        x.row_mut(i).fill(if has_nan { f32::NAN } else { 0.0 });
         return (1.0, after.map_or(max, |after| reduce::max(s, input(source, x, after))));
     }
     let (row, next) = match (source, after) {
@@ -119,14 +119,14 @@ fn exp_sum<S: Simd>(
     let (whole, tail) = row.as_chunks_mut::<64>();
     let (next_whole, next_tail) = next.as_chunks::<64>();
     let mut next_whole = next_whole.iter();
-    for (i, row) in whole.iter_mut().enumerate() {
-        let x = source.map_or(&*row, |(source, _)| &source[i]);
+    for (b, block) in whole.iter_mut().enumerate() {
+        let x = source.map_or(&*block, |(source, _)| &source[b]);
         // Four independent vectors at a time hide the latency of the polynomial.
         let p = reduce::four(
             #[inline(always)]
             |j| exp_nonpositive(s, s.load(&x[j * 16..]) - m),
         );
-        store_and_add(p, row, &mut slots);
+        reduce::store_and_add(p, block, &mut slots);
         if let Some(next) = next_whole.next() {
             for (j, slot) in maxima.iter_mut().enumerate() {
                 *slot = s.load(&next[j * 16..]).max(*slot);
@@ -144,13 +144,4 @@ fn exp_sum<S: Simd>(
         *slot = s.load_partial(part, least).max(*slot);
     }
     (reduce::fold(slots), reduce::fold_max(maxima))
-}
-
-/// Writes 64 exponentials and adds them to the slots of a canonical sum.
-#[inline(always)]
-pub(crate) fn store_and_add<V: Vector>(p: [V; 4], out: &mut [f32; 64], slots: &mut [V; 4]) {
-    for (j, (slot, p)) in slots.iter_mut().zip(p).enumerate() {
-        p.store(&mut out[j * 16..]);
-        *slot = *slot + p;
-    }
 }

@@ -42,8 +42,8 @@ fn view(x: &[f32], cols: usize) -> MatRef<'_> {
     MatRef::contiguous(x, x.len() / cols, cols).unwrap()
 }
 
-/// Shapes of row operations: tails of every kind, and one that is large enough for helpers.
-const SHAPES: [(usize, usize); 5] = [(3, 1), (2, 17), (3, 64), (2, 193), (131, 1031)];
+/// Shapes of row operations: tails of every kind, and two that are large enough for helpers, of rows that go together and that do not.
+const SHAPES: [(usize, usize); 6] = [(3, 1), (2, 17), (3, 64), (2, 193), (173, 390), (131, 1031)];
 
 #[test]
 fn row_operations() {
@@ -85,11 +85,19 @@ fn row_operations() {
         }
         // Tiles find their rows of the input.
         let x = view(&x, cols);
-        in_place("softmax_into", &|ctx, out| softmax_into(ctx, x, out).unwrap());
-        in_place("layernorm_into", &|ctx, out| layernorm_into(ctx, x, &gain, None, 1e-5, out).unwrap());
-        in_place("rmsnorm_into", &|ctx, out| rmsnorm_into(ctx, x, &gain, 1e-5, out).unwrap());
-        in_place("batchnorm into", &|ctx, out| affine.apply_into(ctx, x, out).unwrap());
-        in_place("Tanh into", &|ctx, out| elementwise_into(ctx, Function::Tanh, x, out).unwrap());
+        let into = |what: &str, f: &dyn Fn(Context<'_>, MatMut<'_>)| {
+            everywhere(&format!("{what} [{rows}, {cols}]"), |ctx| {
+                let mut y = vec![f32::NAN; rows * cols];
+                f(ctx, mat(&mut y, cols));
+                assert!(y.iter().all(|y| !y.is_nan()), "{what} [{rows}, {cols}]");
+                y
+            });
+        };
+        into("softmax_into", &|ctx, out| softmax_into(ctx, x, out).unwrap());
+        into("layernorm_into", &|ctx, out| layernorm_into(ctx, x, &gain, None, 1e-5, out).unwrap());
+        into("rmsnorm_into", &|ctx, out| rmsnorm_into(ctx, x, &gain, 1e-5, out).unwrap());
+        into("batchnorm into", &|ctx, out| affine.apply_into(ctx, x, out).unwrap());
+        into("tanh into", &|ctx, out| elementwise_into(ctx, Function::Tanh, x, out).unwrap());
     }
 }
 

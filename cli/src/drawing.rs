@@ -15,8 +15,7 @@ pub const FONT: &str = "sans-serif";
 
 /// Draws to a file of `size` pixels, which is there when it is whole.
 pub fn draw(path: &Path, size: (u32, u32), picture: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<()> {
-    let place = || format!("cannot write {}", path.display());
-    let mut file = beside(path).with_context(place)?;
+    let mut file = beside(path)?;
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
@@ -24,8 +23,8 @@ pub fn draw(path: &Path, size: (u32, u32), picture: impl FnOnce(&Area<'_>) -> Re
         picture(&area)?;
         area.present().map_err(failed)?;
     }
-    file.write_all(svg.as_bytes()).with_context(place)?;
-    file.persist().with_context(place)
+    let written = file.write_all(svg.as_bytes()).and_then(|()| file.persist());
+    written.with_context(|| path.display().to_string())
 }
 
 /// Errors of plotters borrow from the picture.

@@ -41,7 +41,16 @@ impl Seek for Beside {
 }
 
 /// A new file beside `path`, or beside the file that a link there leads to. A device or a pipe is not replaced by a file.
-pub fn beside(path: &Path) -> io::Result<Beside> {
+pub fn beside(path: &Path) -> anyhow::Result<Beside> {
+    create(path).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// An error if no file can be written at `path`: better before the work than after it.
+pub fn check_writable(path: &Path) -> anyhow::Result<()> {
+    beside(path).map(drop)
+}
+
+fn create(path: &Path) -> io::Result<Beside> {
     let place = if path.is_symlink() { fs::canonicalize(path)? } else { path.into() };
     match fs::metadata(&place) {
         Ok(there) if there.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
@@ -57,11 +66,6 @@ pub fn beside(path: &Path) -> io::Result<Beside> {
     Ok(Beside { file, place })
 }
 
-/// Whether a file can be written at `path`, before the work whose result it is to hold.
-pub fn check_writable(path: &Path) -> anyhow::Result<()> {
-    beside(path).map(drop).with_context(|| format!("cannot write {}", path.display()))
-}
-
 /// A place for embeddings.
 pub enum Sink {
     Lines(JsonLines),
@@ -73,10 +77,7 @@ impl Sink {
     pub fn open(path: Option<&Path>, dim: usize) -> anyhow::Result<Sink> {
         match path {
             None => Ok(Sink::Lines(JsonLines { out: BufWriter::new(io::stdout()), index: 0 })),
-            Some(path) => {
-                let file = SafetensorsFile::create(path, dim);
-                Ok(Sink::File(file.with_context(|| format!("cannot write {}", path.display()))?))
-            }
+            Some(path) => Ok(Sink::File(SafetensorsFile::create(path, dim)?)),
         }
     }
 
@@ -136,7 +137,7 @@ pub struct SafetensorsFile {
 const HEADER_BYTES: usize = 256;
 
 impl SafetensorsFile {
-    fn create(path: &Path, dim: usize) -> io::Result<SafetensorsFile> {
+    fn create(path: &Path, dim: usize) -> anyhow::Result<SafetensorsFile> {
         let mut file = BufWriter::new(beside(path)?);
         file.write_all(&[b' '; HEADER_BYTES])?;
         Ok(SafetensorsFile { path: path.into(), file, dim, rows: 0 })

@@ -5,14 +5,14 @@ use std::num::NonZeroUsize;
 use anyhow::{Context as _, ensure};
 use laneformer::{Context, Executor, Isa, Serial};
 
-/// More than machines have CPUs: thousands that wait for one another would take minutes.
+/// Thousands of threads that wait for one another would take minutes.
 const MAX_THREADS: usize = 1024;
 
 /// What a command runs on.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
 pub struct RuntimeArgs {
     /// Number of threads [default: all that the system gives this process]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = thread_count)]
     pub threads: Option<NonZeroUsize>,
     /// Instruction set: scalar, portable, avx2 or avx512 [default: the widest of this CPU]
     #[arg(long, value_name = "NAME")]
@@ -22,12 +22,21 @@ pub struct RuntimeArgs {
 impl RuntimeArgs {
     /// The threads, started, and the instruction set.
     pub fn build(self) -> anyhow::Result<Runtime> {
-        let threads = match self.threads {
-            Some(n) => n.get(),
-            None => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
-        };
+        let threads = self.threads.map_or_else(all_threads, NonZeroUsize::get);
         Runtime::new(self.isa.unwrap_or_else(Isa::best), threads)
     }
+}
+
+/// What the system gives this process.
+pub fn all_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_THREADS)
+}
+
+/// An argument of `--threads`.
+pub fn thread_count(text: &str) -> anyhow::Result<NonZeroUsize> {
+    let n: NonZeroUsize = text.parse()?;
+    ensure!(n.get() <= MAX_THREADS, "expected at most {MAX_THREADS}");
+    Ok(n)
 }
 
 /// An instruction set and a pool of threads; one thread needs no pool.
@@ -39,7 +48,6 @@ pub struct Runtime {
 impl Runtime {
     /// `threads` counts the calling thread too.
     pub fn new(isa: Isa, threads: usize) -> anyhow::Result<Runtime> {
-        ensure!(threads <= MAX_THREADS, "--threads: expected at most {MAX_THREADS}, got {threads}");
         let pool = if threads > 1 {
             let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
             Some(builder.build().with_context(|| format!("cannot start {threads} threads"))?)

@@ -226,7 +226,14 @@ fn places_and_sizes_that_make_no_sense_are_refused_before_anything_is_measured()
         (&["bench", "scaling", "--svg", "no/such/directory/x.svg"][..], "no/such/directory/x.svg"),
         (&["bench", "scaling", "--longest", "63"], "64..=1048576"),
         (&["bench", "scaling", "--largest", "0"], "1..=65536"),
-        (&["bench", "softmax", "--threads", "1025"], "--threads: expected at most 1024, got 1025"),
+        (
+            &["bench", "softmax", "--threads", "1025"],
+            "invalid value '1025' for '--threads <N>': expected at most 1024",
+        ),
+        (
+            &["compare", "--threads", "1,1025"],
+            "invalid value '1025' for '--threads <N>': expected at most 1024",
+        ),
         (&["compare", "--out", "/dev/null/x"], "/dev/null/x/docs/img"),
     ] {
         refused(args, &[expected]);

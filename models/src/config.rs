@@ -34,9 +34,9 @@ fn from_json<'a, T: DeserializeOwned>(
     json: impl Deserializer<'a, Error = serde_json::Error>,
 ) -> Result<T> {
     serde_path_to_error::deserialize(json).map_err(|error| {
-        let path_in_file = error.path().to_string();
+        let place = error.path().to_string();
         // A dot is the whole, a question mark where nothing could be read.
-        let field = path_in_file.trim_end_matches(['.', '?']);
+        let field = place.trim_end_matches(['.', '?']);
         let reason = error.into_inner();
         let reason =
             if field.is_empty() { reason } else { serde_json::Error::custom(format!("{field}: {reason}")) };

@@ -77,7 +77,7 @@ pub(crate) fn check_size(arg: &'static str, expected: usize, actual: usize) -> R
     if actual == expected { Ok(()) } else { Err(laneformer::Error::Size { arg, expected, actual }.into()) }
 }
 
-/// What is given to somebody has no NaN.
+/// [`Error::NotANumber`] if there is a NaN in `x`.
 pub(crate) fn check_numbers(what: &'static str, x: &[f32]) -> Result<()> {
     if x.iter().any(|x| x.is_nan()) { Err(Error::NotANumber(what)) } else { Ok(()) }
 }

@@ -189,7 +189,7 @@ pub struct Generation<'a> {
 
 impl Generation<'_> {
     /// The next token; `None` behind the last: at one that ends texts, which is not returned, after `max_tokens`, or where
-    /// the model has no more positions.
+    /// the model has no more positions. [`Error::NotANumber`] if the model's answer is not one.
     pub fn next(&mut self, ctx: Context<'_>, sampler: &mut Sampler) -> Result<Option<u32>> {
         if self.left == 0 || self.is_full() {
             return Ok(None);
@@ -258,6 +258,7 @@ impl Sampler {
         best.sort_unstable_by(order);
         let mut probabilities: Vec<f32> = best.iter().map(|&id| at(id)).collect();
         softmax(ctx, MatMut::contiguous(&mut probabilities, 1, k)?)?;
+        check_numbers("a probability", &probabilities)?;
         // 24 bits are exact in an f32: from 0 up to 1.
         let mut rest = (rng.next_u32() >> 8) as f32 / (1 << 24) as f32;
         let drawn = best.iter().zip(probabilities).find(|&(_, probability)| {

@@ -114,7 +114,16 @@ impl SentenceEncoder {
 
     /// The embeddings of a batch of sentences, [sentences, dim], each of length 1. The batch is packed, so sentences of
     /// any lengths go together; an embedding does not depend on the sentences around it.
+    ///
+    /// # Errors
+    /// [`Error::NotANumber`] if an embedding is not one.
     pub fn embed(&self, ctx: Context<'_>, sentences: &[Tokens], buffers: &mut Buffers) -> Result<Vec<f32>> {
+        let embeddings = self.embeddings(ctx, sentences, buffers)?;
+        check_numbers("an embedding", &embeddings)?;
+        Ok(embeddings)
+    }
+
+    fn embeddings(&self, ctx: Context<'_>, sentences: &[Tokens], buffers: &mut Buffers) -> Result<Vec<f32>> {
         let Buffers { packed, scratch } = buffers;
         packed.set(sentences);
         let batch = packed.batch();
@@ -128,8 +137,7 @@ impl SentenceEncoder {
             }
             Model::Clip(clip) => {
                 let states = clip.states(&mut scratch.with(ctx), batch)?;
-                let embeddings = clip.embed(ctx, batch, &states)?;
-                return check_numbers("an embedding", &embeddings).map(|()| embeddings);
+                return clip.embed(ctx, batch, &states);
             }
         };
         let d = self.dim();
@@ -137,7 +145,6 @@ impl SentenceEncoder {
         for ends in batch.offsets.windows(2) {
             embeddings.extend(unit_mean(&hidden[ends[0] * d..ends[1] * d], d));
         }
-        check_numbers("an embedding", &embeddings)?;
         Ok(embeddings)
     }
 }

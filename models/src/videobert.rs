@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::bert::{self, Bert};
 use crate::config::{from_value, with_defaults};
-use crate::error::check_size;
+use crate::error::{check_numbers, check_size};
 use crate::head::{Head, argmax};
 use crate::run::project;
 use crate::weights::linear;
@@ -65,6 +65,7 @@ impl VideoBert {
     /// The nearest centroid of every clip, from its features [clips, video_feature_dim].
     pub fn video_ids(&self, ctx: Context<'_>, features: &[f32]) -> Result<Vec<u32>> {
         let scores = project(ctx, &self.centroids, features)?;
+        check_numbers("a distance to a centroid", &scores)?;
         let clips = scores.chunks_exact(self.config.num_centroids.max(1));
         Ok(clips.map(|scores| argmax(scores) as u32).collect())
     }

@@ -97,7 +97,7 @@ impl<'a> Weights<'a> {
         }))
     }
 
-    /// The norm here; old checkpoints call a LayerNorm's `weight` and `bias` `gamma` and `beta`.
+    /// The norm here, `eps` finite and at least 0; old checkpoints call a LayerNorm's `weight` and `bias` `gamma` and `beta`.
     pub fn norm(&self, kind: NormKind, d: usize, eps: f32) -> Result<Norm> {
         let of = |name| self.tensor(name, &[d]).map(Cow::into_owned);
         Ok(match kind {

@@ -15,9 +15,8 @@ use crate::attention::tiles::{Call, Queries, ROWS, Seen, Tiles, Words, runs};
 use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
-use crate::reduce::{fold, four};
+use crate::reduce::{fold, four, store_and_add};
 use crate::simd::{LANES, Simd, Vector};
-use crate::softmax::store_and_add;
 use crate::view::{MatMut, MatRef};
 
 /// A row of scores, one line longer than the chunk, so that rows do not share L1 sets.

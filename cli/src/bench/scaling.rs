@@ -22,7 +22,7 @@ use crate::runtime::RuntimeArgs;
 #[derive(clap::Args)]
 pub struct ScalingArgs {
     /// The longest sequence
-    #[arg(long, value_name = "TOKENS", default_value = "16384", value_parser = value_parser!(u32).range(64..=1 << 20))]
+    #[arg(long, value_name = "TOKENS", default_value = "16384", value_parser = value_parser!(u32).range(SHORTEST as i64..=1 << 20))]
     longest: u32,
     /// The largest batch
     #[arg(long, value_name = "SEQUENCES", default_value = "64", value_parser = value_parser!(u32).range(1..=1 << 16))]
@@ -67,7 +67,9 @@ struct Scale {
 
 /// Measures every shape; an error if a workspace is beyond its bound.
 pub fn run(args: &ScalingArgs) -> Result<()> {
-    args.svg.as_deref().map_or(Ok(()), check_writable)?;
+    if let Some(svg) = &args.svg {
+        check_writable(svg)?;
+    }
     let runtime = args.runtime.build()?;
     let ctx = runtime.context();
     let layer = random_layer(DIMS, Activation::GeluErf, Placement::post, 1)?;

@@ -26,8 +26,8 @@ use crate::bench::roof::Roof;
 use crate::compare::contest::{Line, Rounds, contest};
 use crate::compare::peers::Handover;
 use crate::compare::report::{Report, Roofs};
-use crate::output::check_writable;
-use crate::runtime::Runtime;
+use crate::output::{beside, check_writable};
+use crate::runtime::{Runtime, all_threads, thread_count};
 
 /// Arguments of `compare`.
 #[derive(clap::Args)]
@@ -36,7 +36,7 @@ pub struct CompareArgs {
     #[arg(value_name = "FILTER", default_value = "", hide_default_value = true)]
     filter: String,
     /// Thread budgets of everybody [default: one, and all that the system gives this process]
-    #[arg(long, value_name = "N", value_delimiter = ',')]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = thread_count)]
     threads: Vec<NonZeroUsize>,
     /// One JSON object per task instead of the tables
     #[arg(long)]
@@ -101,6 +101,7 @@ pub fn run(args: CompareArgs) -> Result<ExitCode> {
     if args.is_whole() {
         let images = args.images();
         fs::create_dir_all(&images).with_context(|| images.display().to_string())?;
+        check_writable(&images.join("layers-1.svg"))?;
         check_writable(&args.page())?;
     }
     let rounds = Rounds { count: args.rounds.get(), length: Duration::from_millis(args.round_ms) };
@@ -148,7 +149,9 @@ fn finish(report: &Report, args: &CompareArgs) -> Result<ExitCode> {
     if args.is_whole() {
         let page = args.page();
         let images: Vec<String> = report.pictures(&args.images())?;
-        fs::write(&page, report.markdown(&images)).with_context(|| page.display().to_string())?;
+        let mut file = beside(&page)?;
+        file.write_all(report.markdown(&images).as_bytes())?;
+        file.persist()?;
         eprintln!("laneformer: wrote {}", page.display());
     }
     if !args.json {
@@ -158,7 +161,7 @@ fn finish(report: &Report, args: &CompareArgs) -> Result<ExitCode> {
 }
 
 fn default_budgets() -> Vec<usize> {
-    let all = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let all = all_threads();
     if all == 1 { vec![1] } else { vec![1, all] }
 }
 
