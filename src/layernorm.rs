@@ -14,7 +14,8 @@ use crate::view::{MatMut, MatRef};
 /// `x`: `[rows, cols]`, any row stride; `gain` and `bias`: `[cols]`. Without columns there is nothing to do.
 ///
 /// # Special values
-/// A row with a NaN or an infinity becomes NaN, and so may one of values beyond 1e30, whose sums and squares overflow.
+/// A row with a NaN or an infinity becomes NaN. Squares beyond the range of f32, of values beyond some 1e18, count as infinite: the row becomes
+/// the bias, or NaN where its sum overflows as well.
 ///
 /// # Accuracy
 /// The variance is the mean square of the centred row, and the centring is corrected once (never `E[x^2] - E[x]^2`):

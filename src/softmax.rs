@@ -16,7 +16,7 @@ use crate::view::{MatMut, MatRef};
 ///
 /// # Special values
 /// A row of only `-inf` becomes zeros. A row with a NaN or `+inf` becomes NaN. `-inf` beside finite values becomes 0, and so
-/// does anything more than 87.3 below the maximum.
+/// does anything more than 87.33655 below the maximum, where `e^x` is no normal number.
 ///
 /// # Accuracy
 /// Relative error of an element at most `4e-7 + 1e-7 * log2(cols)` where the result is a normal number, and beside it

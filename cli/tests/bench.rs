@@ -225,6 +225,7 @@ fn places_and_sizes_that_make_no_sense_are_refused_before_anything_is_measured()
     for (args, expected) in [
         (&["bench", "scaling", "--svg", "no/such/directory/x.svg"][..], "no/such/directory/x.svg"),
         (&["bench", "scaling", "--longest", "63"], "64..=1048576"),
+        (&["bench", "--json", "decode"], "options stand behind the subcommand: bench decode [OPTIONS]"),
         (&["bench", "scaling", "--largest", "0"], "1..=65536"),
         (
             &["bench", "softmax", "--threads", "1025"],

@@ -16,6 +16,7 @@ mod systems;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
+use clap::Subcommand as _;
 use laneformer::Context;
 
 use crate::bench::measure::{Deviation, Workload, time};
@@ -63,6 +64,9 @@ pub fn run(args: BenchArgs) -> Result<ExitCode> {
     }
     let rows: Vec<Row> = rows::all().into_iter().filter(|row| row.name.contains(&args.filter)).collect();
     if rows.is_empty() {
+        if BenchCommand::has_subcommand(&args.filter) {
+            bail!("options stand behind the subcommand: bench {} [OPTIONS]", args.filter);
+        }
         return no_row(&args.filter, rows::all().into_iter().map(|row| row.name));
     }
     let runtime = args.runtime.build()?;
