@@ -169,7 +169,7 @@ impl Clip {
         let patches = self.patches.forward(run, images, Activation::None, None)?;
         let tokens = self.places.rows();
         let mut x = vec![];
-        for patches in patches.pixels.chunks_exact((tokens - 1) * d) {
+        for patches in patches.pixels().chunks_exact((tokens - 1) * d) {
             let features = self.class.iter().chain(patches);
             let places = (0..tokens as u32).flat_map(|place| self.places.row(place));
             x.extend(features.zip(places).map(|(x, place)| x + place));

@@ -12,7 +12,7 @@ use crate::{Result, Run, Weights};
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "the field's own terms")]
 pub struct Images {
-    /// `[batch, height, width, channels]`.
+    /// They are what this begins with.
     pub(crate) pixels: Vec<f32>,
     pub batch: usize,
     pub height: usize,
@@ -32,7 +32,12 @@ impl Images {
 
     /// The planes `[batch, channels, height, width]`.
     pub fn to_planes(&self) -> Vec<f32> {
-        transposed(&self.pixels, self.height * self.width, self.channels)
+        transposed(self.pixels(), self.height * self.width, self.channels)
+    }
+
+    /// `[batch, height, width, channels]`.
+    pub(crate) fn pixels(&self) -> &[f32] {
+        &self.pixels[..self.batch * self.height * self.width * self.channels]
     }
 
     /// The channels of a pixel.
@@ -43,21 +48,21 @@ impl Images {
     /// The largest of each channel over windows; what lies outside of the image does not count.
     pub fn max_pool(&self, run: &mut Run<'_>, window: Window) -> Images {
         let [height, width] = [window.places(self.height), window.places(self.width)];
-        let pixels = run.scratch.take(self.batch * height * width * self.channels);
-        let mut out = Images { pixels, batch: self.batch, height, width, channels: self.channels };
-        out.pixels.fill(f32::NEG_INFINITY);
-        for (i, largest) in out.pixels.chunks_exact_mut(self.channels.max(1)).enumerate() {
-            let (row, x) = (i / out.width, i % out.width);
-            for y in window.inside(row % out.height, self.height) {
+        let len = self.batch * height * width * self.channels;
+        let mut pixels = run.scratch.take_long(len);
+        for (i, largest) in pixels[..len].chunks_exact_mut(self.channels.max(1)).enumerate() {
+            largest.fill(f32::NEG_INFINITY);
+            let (row, x) = (i / width, i % width);
+            for y in window.inside(row % height, self.height) {
                 for x in window.inside(x, self.width) {
-                    for (largest, &value) in largest.iter_mut().zip(self.pixel(row / out.height, y, x)) {
+                    for (largest, &value) in largest.iter_mut().zip(self.pixel(row / height, y, x)) {
                         // Unlike `max`, this keeps a NaN.
                         *largest = if value <= *largest { *largest } else { value };
                     }
                 }
             }
         }
-        out
+        Images { pixels, batch: self.batch, height, width, channels: self.channels }
     }
 }
 
@@ -133,7 +138,7 @@ impl Conv {
         let n = self.linear.out_features();
         let size = [x.height, x.width].map(|len| self.window.places(len));
         let rows = x.batch * size[0] * size[1];
-        let mut pixels = run.scratch.take(rows * n);
+        let mut pixels = run.scratch.take_long(rows * n);
         let mut epilogue = Epilogue::activation(activation);
         if let Some(residual) = residual {
             epilogue = epilogue.with_residual(1.0, MatRef::contiguous(&residual.pixels, rows, n)?);

@@ -84,7 +84,7 @@ impl Detr {
         tokens: &Ragged,
         positions: &[f32],
     ) -> Result<Vec<f32>> {
-        let pixels = tokens.gather(&features.pixels, features.channels)?;
+        let pixels = tokens.gather(features.pixels(), features.channels)?;
         let mut x = project(run.ctx, &self.projection, &pixels)?;
         let graph = Graph::full();
         let mut inputs = Inputs {

@@ -104,6 +104,9 @@ impl ResNet {
             let (rows, channels) = (x.batch * x.height * x.width, x.channels);
             elementwise(run.ctx, self.activation.1, MatMut::contiguous(&mut x.pixels, rows, channels)?)?;
         }
+        // The buffer of a large map is not for a small one's life.
+        let own = x.pixels().to_vec();
+        run.scratch.give(mem::replace(&mut x.pixels, own));
         Ok(x)
     }
 }

@@ -19,12 +19,24 @@ pub struct Scratch {
 impl Scratch {
     /// `len` elements of any value.
     pub fn take(&mut self, len: usize) -> Vec<f32> {
-        let fits = (0..self.rows.len()).filter(|&i| self.rows[i].capacity() >= len);
-        let fits = fits.min_by_key(|&i| self.rows[i].capacity());
-        // If none is large enough, a smaller one goes: the buffers do not become more.
-        let kept = fits.or(self.rows.len().checked_sub(1)).map(|i| self.rows.swap_remove(i));
-        let mut rows = kept.filter(|_| fits.is_some()).unwrap_or_default();
-        rows.resize(len, 0.0);
+        let mut rows = self.take_long(len);
+        rows.truncate(len);
+        rows
+    }
+
+    /// `len` elements or more of any value: what is not cut off need not be written again for whoever takes it next.
+    pub(crate) fn take_long(&mut self, len: usize) -> Vec<f32> {
+        let capacity = |i: &usize| self.rows[*i].capacity();
+        // The smallest that is large enough; if there is none, the smallest goes: the buffers do not become more.
+        let best = (0..self.rows.len()).min_by_key(|i| (capacity(i) < len, capacity(i)));
+        let mut rows = best.map(|i| self.rows.swap_remove(i)).unwrap_or_default();
+        if rows.capacity() < len {
+            drop(rows);
+            return vec![0.0; len];
+        }
+        if rows.len() < len {
+            rows.resize(len, 0.0);
+        }
         rows
     }
 
