@@ -12,7 +12,7 @@ use crate::{Result, Run, Weights};
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "the field's own terms")]
 pub struct Images {
-    /// They are what this begins with.
+    /// May be longer than they are: see [`pixels`](Images::pixels).
     pub(crate) pixels: Vec<f32>,
     pub batch: usize,
     pub height: usize,
