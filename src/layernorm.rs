@@ -166,7 +166,7 @@ pub(crate) fn scale_row<S: Simd>(
     let source = source.map(|source| source.as_chunks::<LANES>());
     let (whole, tail) = row.as_chunks_mut::<LANES>();
     let (gains, gain_tail) = gain.as_chunks::<LANES>();
-    let x_tail = s.load_partial(source.map_or(&*tail, |(_, source)| source), zero);
+    let x_tail = source.map(|(_, tail)| tail);
     match bias {
         Some(bias) => {
             let (biases, bias_tail) = bias.as_chunks::<LANES>();
@@ -175,8 +175,9 @@ pub(crate) fn scale_row<S: Simd>(
                 f(s.load(x)).mul_add(s.load(g), s.load(b)).store(row);
             }
             if !tail.is_empty() {
+                let x = s.load_partial(x_tail.unwrap_or(tail), zero);
                 let (g, b) = (s.load_partial(gain_tail, zero), s.load_partial(bias_tail, zero));
-                f(x_tail).mul_add(g, b).store_partial(tail);
+                f(x).mul_add(g, b).store_partial(tail);
             }
         }
         None => {
@@ -185,7 +186,8 @@ pub(crate) fn scale_row<S: Simd>(
                 (f(s.load(x)) * s.load(g)).store(row);
             }
             if !tail.is_empty() {
-                (f(x_tail) * s.load_partial(gain_tail, zero)).store_partial(tail);
+                let x = s.load_partial(x_tail.unwrap_or(tail), zero);
+                (f(x) * s.load_partial(gain_tail, zero)).store_partial(tail);
             }
         }
     }

@@ -106,7 +106,8 @@ fn exp_sum<S: Simd>(
         // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
         let has_nan = input(source, x, i).iter().any(|x| x.is_nan());
         x.row_mut(i).fill(if has_nan { f32::NAN } else { 0.0 });
-        return (1.0, after.map_or(max, |after| reduce::max(s, input(source, x, after))));
+        let next = after.map_or(&[][..], |after| input(source, x, after));
+        return (1.0, reduce::max(s, next));
     }
     let (row, next) = match (source, after) {
         (Some(source), Some(after)) => (x.row_mut(i), source.row(after)),
