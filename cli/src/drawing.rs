@@ -1,13 +1,12 @@
 //! SVG pictures: how they are begun and how they come into their place.
 
-use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use crate::output::beside;
+use crate::output::write_whole;
 
 pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -15,7 +14,6 @@ pub const FONT: &str = "sans-serif";
 
 /// Draws to a file of `size` pixels, which is there when it is whole.
 pub fn draw(path: &Path, size: (u32, u32), picture: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<()> {
-    let mut file = beside(path)?;
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
@@ -23,8 +21,7 @@ pub fn draw(path: &Path, size: (u32, u32), picture: impl FnOnce(&Area<'_>) -> Re
         picture(&area)?;
         area.present().map_err(failed)?;
     }
-    let written = file.write_all(svg.as_bytes()).and_then(|()| file.persist());
-    written.with_context(|| path.display().to_string())
+    write_whole(path, svg.as_bytes())
 }
 
 /// Errors of plotters borrow from the picture.

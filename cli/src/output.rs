@@ -41,8 +41,14 @@ impl Seek for Beside {
 }
 
 /// A new file beside `path`, or beside the file that a link there leads to. A device or a pipe is not replaced by a file.
-pub fn beside(path: &Path) -> anyhow::Result<Beside> {
+fn beside(path: &Path) -> anyhow::Result<Beside> {
     create(path).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Writes a file that is there when it is whole.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let mut file = beside(path)?;
+    file.write_all(bytes).and_then(|()| file.persist()).with_context(|| path.display().to_string())
 }
 
 /// An error if no file can be written at `path`: better before the work than after it.

@@ -26,7 +26,7 @@ use crate::bench::roof::Roof;
 use crate::compare::contest::{Line, Rounds, contest};
 use crate::compare::peers::Handover;
 use crate::compare::report::{Report, Roofs};
-use crate::output::{beside, check_writable};
+use crate::output::{check_writable, write_whole};
 use crate::runtime::{Runtime, all_threads, thread_count};
 
 /// Arguments of `compare`.
@@ -149,9 +149,7 @@ fn finish(report: &Report, args: &CompareArgs) -> Result<ExitCode> {
     if args.is_whole() {
         let page = args.page();
         let images: Vec<String> = report.pictures(&args.images())?;
-        let mut file = beside(&page)?;
-        file.write_all(report.markdown(&images).as_bytes())?;
-        file.persist()?;
+        write_whole(&page, report.markdown(&images).as_bytes())?;
         eprintln!("laneformer: wrote {}", page.display());
     }
     if !args.json {
