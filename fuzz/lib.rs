@@ -4,10 +4,14 @@
 //! promise with one another in bits. An error is an answer; a panic, a wrong value or a write outside the matrix is a find.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
-use laneformer::{Context, Isa, Serial};
+use laneformer::{Context, Isa, Rayon, Serial};
 
 #[path = "../tests/common/buffer.rs"]
 mod buffer;
+#[path = "../tests/common/data.rs"]
+pub mod data;
+#[path = "../tests/common/model.rs"]
+pub mod model;
 
 pub use buffer::Guarded;
 
@@ -72,8 +76,8 @@ pub fn guarded(rows: usize, cols: usize, padding: u8, values: &[f32]) -> Guarded
     Guarded::with_stride(rows, cols, cols + usize::from(padding % 20), values)
 }
 
-/// Runs `f` on every instruction set; those inside the promise give the same bits, and all are within `limit(index, expected)`
-/// of the reference, the others within four times that.
+/// Runs `f` on every instruction set, on this thread and with helpers; those inside the promise give the same bits, and all are within
+/// `limit(index, expected)` of the reference, the others within four times that.
 pub fn everywhere(expected: &[f64], limit: impl Fn(usize, f64) -> f64, f: impl Fn(Context<'_>) -> Vec<f32>) {
     let mut first: Option<Vec<f32>> = None;
     for isa in Isa::available() {
@@ -88,12 +92,19 @@ pub fn everywhere(expected: &[f64], limit: impl Fn(usize, f64) -> f64, f: impl F
                 "{isa}: element {i} is {a:e}, not {e:e}"
             );
         }
+        let together = f(Context::new(isa, &Rayon));
+        assert_same(&together, &actual, isa.name());
         if isa.keeps_bits() {
-            let first = first.get_or_insert_with(|| actual.clone());
-            for (i, (a, b)) in actual.iter().zip(&*first).enumerate() {
-                let same = a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
-                assert!(same, "{isa}: element {i} is {a:e}, and {b:e} elsewhere");
-            }
+            assert_same(&actual, first.get_or_insert_with(|| actual.clone()), isa.name());
         }
+    }
+}
+
+/// The same bits, or both NaN.
+pub fn assert_same(actual: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(actual.len(), expected.len());
+    for (i, (a, b)) in actual.iter().zip(expected).enumerate() {
+        let same = a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+        assert!(same, "{what}: element {i} is {a:e}, and {b:e} elsewhere");
     }
 }

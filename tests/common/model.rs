@@ -165,8 +165,9 @@ impl Model {
     /// Only what an FFN needs: the attention's maps would be wide and unused.
     pub fn without_attention(shape: Shape, rng: &mut Rng) -> Model {
         let Shape { d_model: d, d_ff, .. } = shape;
-        let [q, k, v, out, up] = std::array::from_fn(|_| Map::new(0, 1, rng));
+        let [q, k, v, out] = std::array::from_fn(|_| Map::new(0, 1, rng));
         let (w1, w2) = (Map::new(d_ff, d, rng), Map::new(d, d_ff, rng));
+        let up = Map::new(if shape.gated { d_ff } else { 0 }, d, rng);
         Model { shape, q, k, v, out, w1, up, w2, norms: std::array::from_fn(|_| NormValues::new(d, rng)) }
     }
 
@@ -209,6 +210,14 @@ impl Model {
             w1: self.w1.reference(),
             activation: activation(self.shape.activation),
             w2: self.w2.reference(),
+        }
+    }
+
+    /// The FFN of rows.
+    pub fn reference_ffn_of(&self, x: &[f64]) -> Vec<f64> {
+        match self.shape.gated {
+            true => r::gated_ffn(x, &self.reference_ffn(), &self.up.reference()),
+            false => r::ffn(x, &self.reference_ffn()),
         }
     }
 
@@ -279,10 +288,7 @@ impl Model {
             r::linear(&attended, &self.out.reference(), |x| x, None)
         };
         let x = r::sub_layer(x, &self.reference_placement(0), attend);
-        r::sub_layer(&x, &self.reference_placement(2), |x| match self.shape.gated {
-            true => r::gated_ffn(x, &self.reference_ffn(), &self.up.reference()),
-            false => r::ffn(x, &self.reference_ffn()),
-        })
+        r::sub_layer(&x, &self.reference_placement(2), |x| self.reference_ffn_of(x))
     }
 }
 
