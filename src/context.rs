@@ -3,6 +3,9 @@
 use crate::exec::{Executor, MAX_MEMBERS, Serial};
 use crate::isa::Isa;
 
+/// Work below which inviting helpers costs more than it brings: about 20 us on one core.
+const SERIAL_FLOPS: usize = 4_000_000;
+
 /// The instruction set and the executor of a call. Results do not depend on the executor, nor, on every
 /// [`Isa`] inside the promise, on the instruction set.
 #[derive(Clone, Copy)]
@@ -37,6 +40,11 @@ impl<'e> Context<'e> {
     /// How many threads may work on one call, the caller included.
     pub fn members(self) -> usize {
         self.executor.helpers().saturating_add(1).min(MAX_MEMBERS)
+    }
+
+    /// Threads that are worth inviting for so many floating-point operations, and so many tiles at most.
+    pub(crate) fn members_for(self, flops: usize, tiles: usize) -> usize {
+        if flops < SERIAL_FLOPS { 1 } else { self.members().min(tiles).max(1) }
     }
 
     /// The same instruction set on the calling thread alone.

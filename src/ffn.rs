@@ -7,12 +7,13 @@ use crate::error::{Error, check_size};
 use crate::exec::{Crew, Team};
 use crate::gemm::{K_BLOCK, PANEL};
 use crate::isa::dispatch;
-use crate::linear::{Linear, Residual, padded_stride};
-use crate::norm::{Placement, normalised};
+use crate::linear::{Epilogue, Linear, Residual, padded_stride};
+use crate::norm::{Norm, Placement, normalised};
 use crate::residual::{close_phase, close_rows, close_scratch};
 use crate::simd::Simd;
 use crate::split::{Columns, MAX_ROWS, Split};
 use crate::view::{MatMut, MatRef};
+use crate::workspace::AlignedBuffer;
 
 /// A feed-forward network with packed weights.
 ///
@@ -108,9 +109,20 @@ impl Ffn {
         if x.rows() == 0 {
             return Ok(());
         }
-        let rows = self.tile_rows();
-        let mut team = Team::new(ctx.members(), rows * self.row_scratch());
-        let split = Split::new(x.rows(), self.d_model(), rows, ctx.members());
+        let members = self.w1.members(ctx, x.rows());
+        let split = Split::new(x.rows(), self.d_model(), self.tile_rows(), members);
+        if !split.is_by_rows(self.d_model()) {
+            // As much memory as an L2 has, and each product a phase of columns.
+            let stride = padded_stride(self.d_ff());
+            let mut hidden = AlignedBuffer::scratch(x.rows() * stride);
+            let mut hidden = MatMut::scratch(&mut hidden, x.rows(), self.d_ff(), stride);
+            dispatch!(ctx.isa(), |s| Team::new(members, MAX_ROWS * PANEL).region(ctx.executor(), |crew| {
+                self.hidden_phase(s, crew, x, None, &mut hidden);
+                self.w2.phase(s, crew, hidden.as_ref(), &Epilogue::NONE, &mut out);
+            }));
+            return Ok(());
+        }
+        let mut team = Team::new(members, split.rows * self.row_scratch());
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| crew.blocks(
             s,
             &mut out,
@@ -225,23 +237,34 @@ impl Ffn {
             return;
         }
         let mut hidden = MatMut::scratch(shared, x.rows(), self.d_ff(), padded_stride(self.d_ff()));
+        self.hidden_phase(s, crew, x.as_ref(), placement.before(), &mut hidden);
+        close_phase(s, crew, hidden.as_ref(), &self.w2, placement, x, next);
+    }
+
+    /// The hidden columns of all rows, behind their norm, dealt out to the members.
+    fn hidden_phase<S: Simd>(
+        &self,
+        s: S,
+        crew: &mut Crew<'_>,
+        x: MatRef<'_>,
+        norm: Option<&Norm>,
+        hidden: &mut MatMut<'_>,
+    ) {
         let split = Split::new(x.rows(), self.d_ff(), MAX_ROWS, crew.members());
-        let input = x.as_ref();
         let [columns, after] = [&self.w1, &self.w2].map(|linear| linear.columns(x.rows(), crew.members()));
         crew.blocks(
             s,
-            &mut hidden,
+            hidden,
             (split.rows, split.cols),
             #[inline(always)]
             |row, col, mut hidden, scratch| {
                 let (scratch, rest) = scratch.split_at_mut(MAX_ROWS * PANEL);
-                let x = input.block(row..row + hidden.rows(), 0..input.cols());
+                let x = x.block(row..row + hidden.rows(), 0..x.cols());
                 // Each tile normalises the few rows again: cheaper than a phase of its own.
-                let x = normalised(s, x, placement.before(), rest);
+                let x = normalised(s, x, norm, rest);
                 let then = columns.after(col, Some(after));
                 self.hidden(s, x, col, &mut hidden, scratch, then);
             },
         );
-        close_phase(s, crew, hidden.as_ref(), &self.w2, placement, x, next);
     }
 }

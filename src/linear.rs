@@ -6,7 +6,7 @@ use crate::activation::{Activation, WithActivation};
 use crate::batchnorm::Affine;
 use crate::context::Context;
 use crate::error::{Error, check_size};
-use crate::exec::Team;
+use crate::exec::{Crew, Team};
 use crate::gemm::{PANEL, PackedMatrix, block_product, panel_product};
 use crate::isa::dispatch;
 use crate::reduce::four;
@@ -269,10 +269,10 @@ impl Linear {
     }
 
     /// Threads that are worth inviting for so many rows.
-    fn members(&self, ctx: Context<'_>, rows: usize) -> usize {
+    pub(crate) fn members(&self, ctx: Context<'_>, rows: usize) -> usize {
         // One row takes as long as some four: it waits for the weights, not for the multipliers.
         let flops = 2 * rows.max(4) * self.in_features() * self.out_features();
-        if flops < SERIAL_FLOPS { 1 } else { ctx.members() }
+        ctx.members_for(flops, usize::MAX)
     }
 
     fn run<S: Simd>(
@@ -289,20 +289,33 @@ impl Linear {
         let members = self.members(ctx, x.rows());
         let split = Split::new(x.rows(), self.out_features(), MAX_ROWS, members);
         Team::new(members, split.rows * PANEL).region(ctx.executor(), |crew| {
-            crew.blocks(
-                s,
-                &mut out,
-                (split.rows, split.cols),
-                #[inline(always)]
-                |row, col, mut block, scratch| {
-                    let rows = row..row + block.rows();
-                    let residual = epilogue.tile(rows.clone(), col..col + block.cols());
-                    let x = x.block(rows, 0..x.cols());
-                    let then = self.from((col + block.cols()) % self.out_features());
-                    self.tile(s, x, col, epilogue.activation, residual, &mut block, scratch, then);
-                },
-            );
+            self.phase(s, crew, x, epilogue, &mut out);
         });
+    }
+
+    /// One phase, with scratch for [`PANEL`] columns of the rows of a tile.
+    pub(crate) fn phase<S: Simd>(
+        &self,
+        s: S,
+        crew: &mut Crew<'_>,
+        x: MatRef<'_>,
+        epilogue: &Epilogue<'_>,
+        out: &mut MatMut<'_>,
+    ) {
+        let split = Split::new(x.rows(), self.out_features(), MAX_ROWS, crew.members());
+        crew.blocks(
+            s,
+            out,
+            (split.rows, split.cols),
+            #[inline(always)]
+            |row, col, mut block, scratch| {
+                let rows = row..row + block.rows();
+                let residual = epilogue.tile(rows.clone(), col..col + block.cols());
+                let x = x.block(rows, 0..x.cols());
+                let then = self.from((col + block.cols()) % self.out_features());
+                self.tile(s, x, col, epilogue.activation, residual, &mut block, scratch, then);
+            },
+        );
     }
 
     /// `out = epilogue(x W^T + b)` for the columns from `col`, a multiple of [`PANEL`].
@@ -501,9 +514,6 @@ fn store<V: Vector>(v: [V; 4], out: &mut [f32], mut f: impl FnMut(V, &[f32]) -> 
         }
     }
 }
-
-/// Work below which inviting helpers costs more than it brings: about 20 us on one core.
-const SERIAL_FLOPS: usize = 4_000_000;
 
 /// Elements of rows that are made for a tile: half of a 1 MiB L2.
 const FILLED: usize = 512 * 1024 / size_of::<f32>();

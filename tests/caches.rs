@@ -356,7 +356,109 @@ fn a_refused_append_leaves_the_cache_as_it_was() {
     ring.append_batch(rows.k.view(), rows.v.view(), &[0, 20, 80]).unwrap();
     assert_eq!(ring.truncate(0, 1), Err(Error::TooLarge { arg: "len", max: 0, actual: 1 }));
     ring.truncate(0, 0).unwrap();
+    ring.truncate(1, 60).unwrap();
     assert_eq!([ring.len(0), ring.len(1)], [0, 60]);
+    assert_eq!([ring.room(0), ring.room(1), ring.room(2)], [256, 256, 0]);
+    let cache = KvCache::new(&heads(), 1, 70).unwrap();
+    assert_eq!([cache.room(0), cache.room(1)], [70, 0]);
+}
+
+/// A ring of this window whose sequences have all tokens of the batch.
+fn full_ring(window: usize, batch: &Batch) -> KvCache {
+    let (mut ring, mut done) =
+        (KvCache::ring(&heads(), batch.lens.len(), window).unwrap(), vec![0; batch.lens.len()]);
+    while done != batch.lens {
+        let to: Vec<usize> = done.iter().zip(&batch.lens).map(|(&done, &len)| len.min(done + 200)).collect();
+        let rows = batch.rows(&done, &to);
+        ring.append_batch(rows.k.view(), rows.v.view(), &ends(&done, &to)).unwrap();
+        done = to;
+    }
+    ring
+}
+
+#[test]
+fn a_graph_that_sees_what_a_ring_has_dropped_is_refused() {
+    // 768 tokens, of which a chunk of 256 has made room for the last.
+    let batch = Batch::new(&[900, 20], 11);
+    let ring = full_ring(100, &batch);
+    let (rows, ends) = (batch.rows(&[899, 19], &[900, 20]), [0, 1, 2]);
+    let columns = |column: usize| {
+        let keys: Vec<bool> = (0..900).map(|j| j == column).collect();
+        Bits::keys(&[&keys[..]; 2]).unwrap()
+    };
+    let window = Graph::window(99, 0);
+    for (graph, dropped) in [
+        (Graph::full(), Some(256)),
+        (Graph::causal(), Some(256)),
+        (Graph::window(700, 0), Some(57)),
+        (Graph::window(643, 0), None),
+        (window.clone(), None),
+        (window.clone().with_columns(columns(3)), Some(253)),
+        (window.clone().with_columns(columns(256)), None),
+        // No window is there for bits to narrow.
+        (Graph::full().with_bits(columns(899)), Some(256)),
+    ] {
+        let expected = match dropped {
+            Some(actual) => {
+                let arg = "keys that the graph sees and a ring has dropped";
+                Err(Error::TooLarge { arg, max: 0, actual })
+            }
+            None => Ok(()),
+        };
+        let queries = QueryRows::new(rows.q.view(), &ends);
+        let mut out = Guarded::unset(2, heads().output_cols());
+        let (ctx, terms) = (Context::serial(), Terms::default());
+        let result = ring.keys().attend(ctx, &heads(), &queries, &graph, &terms, out.view_mut());
+        assert_eq!(result, expected, "{graph:?}");
+        if dropped.is_some() {
+            out.assert_unset();
+        }
+        // Queries that stand further back than the window was made for.
+        let early = queries.starting_at(&[300, 0]);
+        let result = ring.keys().attend(ctx, &heads(), &early, &window, &terms, out.view_mut());
+        assert!(matches!(result, Err(Error::TooLarge { actual: 55, .. })), "{result:?}");
+    }
+}
+
+#[test]
+fn a_copy_of_a_sequence_goes_its_own_way() {
+    let (batch, window) = (Batch::new(&[900, 20, 300], 12), Graph::window(99, 0));
+    let mut whole = KvCache::new(&heads(), 3, 1000).unwrap();
+    let rows = batch.all();
+    whole.append_batch(rows.k.view(), rows.v.view(), &offsets(&batch.lens)).unwrap();
+    for mut cache in [full_ring(100, &batch), whole] {
+        let missing = Error::TooLarge { arg: "sequence", max: 2, actual: 3 };
+        assert_eq!([cache.copy(0, 3), cache.copy(3, 0)], [Err(missing); 2]);
+        let next = batch.rows(&[0; 3], &[2, 0, 2]);
+        // Onto a longer, a shorter and itself.
+        for (from, to) in [(2, 0), (0, 1), (1, 1), (1, 2)] {
+            cache.copy(from, to).unwrap();
+            assert_eq!(cache.len(to), cache.len(from));
+        }
+        assert_eq!([0, 1, 2].map(|b| cache.len(b)), [300; 3]);
+        cache.append_batch(next.k.view(), next.v.view(), &[0, 2, 2, 4]).unwrap();
+        let ask = |at: usize| {
+            let q = batch.rows(&[at, 0, at], &[at + 1, 1, at + 1]);
+            // The same query of all.
+            let q = [&q.q.values()[..heads().query_cols()]; 3].concat();
+            let q = Guarded::new(3, heads().query_cols(), &q);
+            let queries = QueryRows::new(q.view(), &[0, 1, 2, 3]);
+            attend(cache.keys(), None, Context::serial(), &queries, &window, 3)
+        };
+        let y = ask(5);
+        let of = |b: usize| &y[b * heads().output_cols()..][..heads().output_cols()];
+        assert!(of(0) != of(1) && of(2) != of(1), "they have gone on, and sequence 1 has not");
+        let mut alone = Batch::new(&[300], 0);
+        let tokens = batch.rows(&[0, 0, 0], &[0, 0, 300]);
+        (alone.k, alone.v) = (tokens.k.values(), tokens.v.values());
+        let q = batch.rows(&[5, 0, 0], &[6, 0, 0]);
+        let queries = QueryRows::new(q.q.view(), &[0, 1]);
+        assert_bits(
+            of(1),
+            &attend(&alone.store(), None, Context::serial(), &queries, &window, 1),
+            "the copy",
+        );
+    }
 }
 
 #[test]

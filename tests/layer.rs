@@ -10,7 +10,7 @@ use common::{executors, on_every_isa, serial};
 use laneformer::reference as r;
 use laneformer::{
     Activation, Affine, Context, CrossAttention, Graph, Heads, Inputs, Isa, KvCache, Layer, MatMut, MatRef,
-    Norm, Placement, Stack, SubLayer,
+    Norm, Placement, SelfAttention, Stack, SubLayer,
 };
 
 /// Absolute error of a layer's outputs, which are of size 1 and pass some ten sums of up to a thousand products.
@@ -120,6 +120,50 @@ on_every_isa! {
         let (plain, folded) = (forward(&layer()), forward(&layer().fold_batchnorm().unwrap()));
         assert_close(&folded, &r::to_f64(&plain), LIMIT * slack(isa), "cross-attention");
         assert!(plain != folded);
+    }
+
+    fn queries_of_a_source_stand_behind_what_a_cache_holds(isa) {
+        let mut rng = Rng::new(15);
+        let heads = Heads::new(2, 9).unwrap();
+        let shape = Shape { heads, ..Shape::new(2, 9, 30) };
+        let [q, k, v, out] = [18; 4].map(|n| Map::new(n, 18, &mut rng));
+        let attention = SelfAttention::new(Model::new(shape, &mut rng).projection(), out.packed()).unwrap();
+        let cross = CrossAttention::new(q.packed(), k.packed(), v.packed(), out.packed(), heads).unwrap();
+        let layer = Layer::new(vec![
+            SubLayer::self_attention(attention, Placement::Plain).unwrap(),
+            SubLayer::cross_attention(cross, Placement::Plain).unwrap(),
+        ])
+        .unwrap();
+        let (x, source) = (rng.vec(16 * 18, 1.0), rng.vec(26 * 18, 1.0));
+        let cross = layer.sub_layers()[1].as_cross_attention().unwrap();
+        let source = MatRef::contiguous(&source, 26, 18).unwrap();
+        let sources = [cross.keys(serial(isa), source, &[0, 12, 26]).unwrap()];
+        let of_cache = layer.sub_layers()[0].as_self_attention().unwrap().heads();
+        assert!(layer.sub_layers()[1].as_self_attention().is_none());
+        let mut workspace = layer.workspace(16, 2, 1).unwrap();
+        for source_graph in [Graph::causal(), Graph::window(2, 1), Graph::full()] {
+            let mut forward = |x: &[f32], offsets: &[usize], caches: &mut [KvCache]| {
+                let graph = Graph::causal();
+                let mut inputs = Inputs {
+                    caches,
+                    sources: &sources,
+                    source_graph: &source_graph,
+                    ..Inputs::new(offsets, &graph)
+                };
+                let mut y = Guarded::new(x.len() / 18, 18, x);
+                layer.forward_with(serial(isa), y.view_mut(), &mut inputs, &mut workspace).unwrap();
+                y.values()
+            };
+            // Sequences of 6 and 10, and in calls of 4 and 3, then 2 and 7 tokens.
+            let at_once = forward(&x, &[0, 6, 16], &mut []);
+            let part = |from: usize, to: usize| &x[from * 18..to * 18];
+            let mut caches = [KvCache::new(of_cache, 2, 10).unwrap()];
+            let first = forward(&[part(0, 4), part(6, 9)].concat(), &[0, 4, 7], &mut caches);
+            let second = forward(&[part(4, 6), part(9, 16)].concat(), &[0, 2, 9], &mut caches);
+            let (first, second) = (first.split_at(4 * 18), second.split_at(2 * 18));
+            let calls = [first.0, second.0, first.1, second.1].concat();
+            assert_bits(&calls, &at_once, &format!("{source_graph:?}"));
+        }
     }
 
     fn position_embeddings(isa) {

@@ -67,7 +67,8 @@ impl Bits {
     /// `keys` hold the groups of packed tokens; `key_offsets` says where each sequence's keys begin.
     ///
     /// # Errors
-    /// [`Error::Size`] if the table is not square, [`Error::TooLarge`] if a group is outside of it, [`Error::NotAscending`].
+    /// [`Error::Size`] if the table is not square, [`Error::TooLarge`] if a group is outside of it, [`Error::TooSmall`] if there are tokens and
+    /// no groups, [`Error::NotAscending`].
     pub fn groups(
         queries: &[u32],
         keys: &[u32],
@@ -76,11 +77,13 @@ impl Bits {
         table: &[bool],
     ) -> Result<Bits, Error> {
         check_size("table.len()", crate::error::checked_product("groups", &[groups, groups])?, table.len())?;
+        if groups == 0 && queries.len() + keys.len() > 0 {
+            return Err(Error::TooSmall { arg: "groups", min: 1, actual: 0 });
+        }
         super::check_offsets("key_offsets", key_offsets, keys.len())?;
         for &id in queries.iter().chain(keys) {
             if id as usize >= groups {
-                let max = groups.saturating_sub(1);
-                return Err(Error::TooLarge { arg: "group id", max, actual: id as usize });
+                return Err(Error::TooLarge { arg: "group id", max: groups - 1, actual: id as usize });
             }
         }
         let sequences = key_offsets.len() - 1;
@@ -93,10 +96,11 @@ impl Bits {
         Ok(Bits { words, keys: longest, select: Select::Group { ids: queries.to_vec(), groups } })
     }
 
-    /// Whether every query of the batch has a row, and keys are as many as the longest sequence's.
+    /// Whether every query of the batch has a row, and keys are as many as the longest sequence's. `args` are the names of the sizes: sequences,
+    /// heads, queries, keys.
     pub(crate) fn check(
         &self,
-        arg: &'static str,
+        args: [&'static str; 4],
         segments: usize,
         heads: usize,
         longest_query: usize,
@@ -104,22 +108,22 @@ impl Bits {
         longest_key: usize,
     ) -> Result<(), Error> {
         if self.keys < longest_key {
-            return Err(Error::TooSmall { arg, min: longest_key, actual: self.keys });
+            return Err(Error::TooSmall { arg: args[3], min: longest_key, actual: self.keys });
         }
         match &self.select {
             Select::Strided { strides, sizes } => {
                 let needed = [segments, heads, longest_query];
-                for ((&stride, &size), needed) in strides.iter().zip(sizes).zip(needed) {
+                for (((&stride, &size), needed), arg) in strides.iter().zip(sizes).zip(needed).zip(args) {
                     if stride != 0 && size < needed {
                         return Err(Error::TooSmall { arg, min: needed, actual: size });
                     }
                 }
             }
             Select::Group { ids, groups } => {
-                check_size(arg, rows, ids.len())?;
+                check_size(args[2], rows, ids.len())?;
                 let available = self.words.len() / self.row_words().max(1);
                 if self.row_words() > 0 && available < segments * groups {
-                    return Err(Error::TooSmall { arg, min: segments, actual: available / groups });
+                    return Err(Error::TooSmall { arg: args[0], min: segments, actual: available / groups });
                 }
             }
         }
@@ -150,6 +154,15 @@ impl Bits {
         let len = |row: &[u64]| row.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
         let lens = self.words.chunks(self.row_words().max(1)).map(len);
         64 * lens.max().unwrap_or(0)
+    }
+
+    /// The first key that any row has.
+    pub(crate) fn start(&self) -> Option<usize> {
+        let first = |row: &[u64]| {
+            let (i, word) = row.iter().enumerate().find(|(_, word)| **word != 0)?;
+            Some(64 * i + word.trailing_zeros() as usize)
+        };
+        self.words.chunks(self.row_words().max(1)).filter_map(first).min()
     }
 
     fn row_words(&self) -> usize {

@@ -2,10 +2,10 @@
 
 use core::ops::Range;
 
-use crate::attention::Heads;
 use crate::attention::keys::{CHUNK, KeyStore};
 use crate::attention::layout::BLOCK;
 use crate::attention::plan::{Segment, check_offsets};
+use crate::attention::{Graph, Heads};
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::simd::{Scalar, Simd};
 use crate::view::MatRef;
@@ -52,7 +52,8 @@ impl KvCache {
     }
 
     /// A cache that keeps at least the last `window` tokens of each sequence, the newest among them, and drops older ones in chunks of 256. [`Graph::window`](crate::Graph::window)
-    /// with `left` tokens before needs `left + 1`.
+    /// with `left` tokens before needs `left + 1`; attention refuses a graph that sees what has been dropped. A call appends at most 256 tokens to
+    /// a sequence.
     ///
     /// # Errors
     /// [`Error::ZeroDim`], [`Error::Overflow`].
@@ -85,6 +86,18 @@ impl KvCache {
     /// Bytes of the cache.
     pub fn bytes(&self) -> usize {
         self.store.bytes()
+    }
+
+    /// Tokens that a call can append to a sequence as it is, 0 for one that is not there.
+    pub fn room(&self, sequence: usize) -> usize {
+        if sequence >= self.sequences() {
+            0
+        } else if self.window {
+            // A ring takes a chunk at once: more would drop what the same call's first queries see.
+            CHUNK
+        } else {
+            self.capacity - self.len(sequence)
+        }
     }
 
     /// Appends rows to a sequence.
@@ -139,25 +152,50 @@ impl KvCache {
             let max = self.sequences() - 1;
             return Err(Error::TooLarge { arg: "sequence", max, actual: sequence });
         }
-        // A ring takes at most what it keeps at once; more would drop what the same call's first queries see.
-        let max = if self.window { CHUNK } else { self.capacity - self.len(sequence) };
+        let max = self.room(sequence);
         if rows > max {
             return Err(Error::TooLarge { arg: "tokens appended to the cache", max, actual: rows });
         }
         Ok(())
     }
 
-    /// Forgets all but the first `len` tokens of a sequence, which may be 0; of a ring only 0.
+    /// Whether the next `rows` tokens of a sequence see only what is still there when they are.
+    pub(crate) fn check_kept(&self, sequence: usize, rows: usize, graph: &Graph) -> Result<(), Error> {
+        let (before, len) = (self.len(sequence), self.len(sequence) + rows);
+        let span = (before as isize, len as isize - 1);
+        if rows == 0 { Ok(()) } else { graph.check_kept(span, self.store.first_block(len) * BLOCK, len) }
+    }
+
+    /// Forgets all but the first `len` tokens of a sequence, which may be none or all; a ring forgets all or nothing.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if there is no such sequence or it has fewer tokens.
     pub fn truncate(&mut self, sequence: usize, len: usize) -> Result<(), Error> {
         self.check_room(sequence, 0)?;
-        let max = if self.window { 0 } else { self.len(sequence) };
+        let has = self.len(sequence);
+        let max = if self.window && len != has { 0 } else { has };
         if len > max {
             return Err(Error::TooLarge { arg: "len", max, actual: len });
         }
         self.store.plan.segments[sequence].len = len;
+        Ok(())
+    }
+
+    /// Makes sequence `to` a copy of sequence `from`: beams that go on from the same tokens.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if there is no such sequence.
+    pub fn copy(&mut self, from: usize, to: usize) -> Result<(), Error> {
+        self.check_room(from, 0)?;
+        self.check_room(to, 0)?;
+        let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
+        let [source, target] =
+            [from, to].map(|sequence| plan.segments[sequence].first_block * layout.block_len());
+        let len = plan.segments[from].len;
+        // A ring's blocks may be anywhere in it.
+        let blocks = len.div_ceil(BLOCK).min(ring.unwrap_or(usize::MAX));
+        data.copy_within(source..source + blocks * layout.block_len(), target);
+        plan.segments[to].len = len;
         Ok(())
     }
 }

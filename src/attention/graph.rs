@@ -1,6 +1,6 @@
 //! Who sees whom: self-attention as a graph over the tokens of a sequence.
 
-use core::ops::Range;
+use core::ops::{Not, Range};
 
 use crate::attention::bits::{Bits, Query};
 use crate::error::Error;
@@ -43,7 +43,8 @@ impl Graph {
     }
 
     /// The same, and all tokens see the keys of `columns` ([`Bits::keys`]) as well: Longformer's global tokens, or the prefix of
-    /// a prefix-LM on a causal graph. They may differ by sequence and head, not by query: attention refuses that.
+    /// a prefix-LM on a causal graph. They may differ by sequence and head, not by query: attention refuses that. They take the place of
+    /// columns that were there.
     pub fn with_columns(self, columns: Bits) -> Graph {
         Graph { columns_end: columns.end(), columns: Some(columns), ..self }
     }
@@ -72,15 +73,35 @@ impl Graph {
         longest_key: usize,
     ) -> Result<(), Error> {
         if let Some(columns) = &self.columns {
-            columns.check("graph columns", segments, heads, longest_query, rows, longest_key)?;
+            let args = [
+                "graph columns sequences",
+                "graph columns heads",
+                "graph columns queries",
+                "graph columns keys",
+            ];
+            columns.check(args, segments, heads, longest_query, rows, longest_key)?;
             if columns.differ_by_query() {
                 let expected = "the same keys for all queries of a sequence";
                 return Err(Error::Mismatch { arg: "graph columns", expected });
             }
         }
+        let args = ["graph bits sequences", "graph bits heads", "graph bits queries", "graph bits keys"];
         self.bits
             .iter()
-            .try_for_each(|bits| bits.check("graph bits", segments, heads, longest_query, rows, longest_key))
+            .try_for_each(|bits| bits.check(args, segments, heads, longest_query, rows, longest_key))
+    }
+
+    /// Whether windows and global columns of queries from position `first` to `last` leave out the keys before `kept`, which a ring has dropped.
+    pub(crate) fn check_kept(&self, span: (isize, isize), kept: usize, len: usize) -> Result<(), Error> {
+        let seen = self.keys_of(span, len);
+        let columns = self.columns.as_ref().and_then(Bits::start);
+        match seen.is_empty().not().then_some(seen.start).into_iter().chain(columns).min() {
+            Some(start) if start < kept => {
+                let arg = "keys that the graph sees and a ring has dropped";
+                Err(Error::TooLarge { arg, max: 0, actual: kept - start })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Keys up to the last global column.

@@ -197,7 +197,8 @@ impl KeyStore {
     }
 
     /// Stores the keys and values of tokens that stand behind those of `past`, for [`attend_after`](Self::attend_after). The keys of
-    /// `past` stay where they are; only what they leave of a chunk of 256 is copied before the new ones, and needs room here.
+    /// `past` stay where they are; only what they leave of a chunk of 256 is copied before the new ones, and needs room here: up to
+    /// 255 tokens for each sequence.
     ///
     /// # Shapes
     /// As [`set`](Self::set). `past` has as many sequences, or one that stands before all: a common prefix.
@@ -333,11 +334,15 @@ impl KeyStore {
     pub(crate) fn segment(&self, segment: usize) -> Keys<'_> {
         let Segment { first_block, len } = self.plan.segments[segment];
         let data = &self.data[first_block * self.layout.block_len()..];
-        let chunks = len.div_ceil(BLOCK).next_multiple_of(CHUNK_BLOCKS);
-        let ring = self.ring.unwrap_or(chunks).max(1);
-        let blocks = Blocks { data, ring };
-        let first_block = chunks.saturating_sub(ring);
+        let blocks = Blocks { data, ring: self.ring.unwrap_or(usize::MAX) };
+        let first_block = self.first_block(len);
         Keys { layout: self.layout, blocks, past: (blocks, 0), first_block, len }
+    }
+
+    /// The first block that is there of a sequence of `len`; the first of a chunk.
+    pub(super) fn first_block(&self, len: usize) -> usize {
+        let blocks = len.div_ceil(CHUNK) * CHUNK_BLOCKS;
+        blocks.saturating_sub(self.ring.unwrap_or(usize::MAX))
     }
 
     pub(crate) fn parts(&mut self) -> (&Plan, &mut [f32]) {

@@ -39,11 +39,16 @@ impl KeyLayout {
         self.unit_len() * self.n_heads
     }
 
+    /// Whether it is the same as `expected`; `args` are the names of its sizes.
+    pub(crate) fn check(self, args: [&'static str; 3], expected: KeyLayout) -> Result<(), Error> {
+        check_size(args[0], expected.n_heads, self.n_heads)?;
+        check_size(args[1], expected.head_dim, self.head_dim)?;
+        check_size(args[2], expected.value_dim, self.value_dim)
+    }
+
     /// Whether it is that of these heads.
     pub(super) fn check_heads(self, heads: &Heads) -> Result<(), Error> {
-        check_size("heads.n_kv_heads", self.n_heads, heads.n_kv_heads)?;
-        check_size("heads.head_dim", self.head_dim, heads.head_dim)?;
-        check_size("heads.value_dim", self.value_dim, heads.value_dim)
+        heads.layout().check(["heads.n_kv_heads", "heads.head_dim", "heads.value_dim"], self)
     }
 
     /// Whether rows of keys and of values belong together and to these heads.

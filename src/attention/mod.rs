@@ -37,7 +37,7 @@ use core::ops::Range;
 use crate::attention::bits::Query;
 use crate::attention::kernel::attend;
 use crate::attention::keys::Keys;
-use crate::attention::layout::KeyLayout;
+use crate::attention::layout::{BLOCK, KeyLayout};
 use crate::attention::plan::Block;
 use crate::attention::tiles::Queries;
 use crate::context::Context;
@@ -223,8 +223,9 @@ impl KeyStore {
     /// As [`attention`]; the queries have as many sequences as the store, of any lengths.
     ///
     /// # Errors
-    /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if shapes disagree, [`Error::Overflow`] if a position is far beyond the
-    /// length of any sequence, [`Error::Mismatch`] if the store stands behind another. Nothing is written then.
+    /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if shapes disagree, [`Error::Mismatch`] if the store stands behind
+    /// another, [`Error::TooLarge`] if a position is far beyond the length of any sequence, or if the windows or global columns of `graph` reach
+    /// keys that a ring has dropped. Nothing is written then.
     pub fn attend(
         &self,
         ctx: Context<'_>,
@@ -243,7 +244,8 @@ impl KeyStore {
     /// one store with all of them.
     ///
     /// # Errors
-    /// As [`attend`](KeyStore::attend), and [`Error::Size`] if `past` is not what it was when this store was filled.
+    /// As [`attend`](KeyStore::attend), and [`Error::Size`] if `past` is not as long as it was when this store was filled. That its keys are the
+    /// same is not checked.
     ///
     /// ```
     /// use laneformer::{Context, Graph, Heads, KeyStore, MatMut, MatRef, QueryRows, Terms};
@@ -288,8 +290,16 @@ impl Stores<'_> {
         queries.check(heads, self.keys.plan.segments.len(), &out)?;
         let plan = queries.plan();
         check_terms(heads, graph, terms, &plan, self.longest())?;
+        for (block, &Block { segment, .. }) in plan.blocks.iter().enumerate() {
+            let keys = self.segment(segment);
+            graph.check_kept(queries.span(&plan, block, keys.len), keys.first_block() * BLOCK, keys.len)?;
+        }
         let call = Call { heads, graph, terms };
-        let mut team = Team::new(ctx.members(), scratch_len(heads, terms.relative.is_some()));
+        // As in a product, few rows take as long as some four: they wait for the keys.
+        let rows = plan.tokens.max(4 * plan.segments.len());
+        let flops = rows.saturating_mul(self.longest()).saturating_mul(4 * heads.query_cols());
+        let members = ctx.members_for(flops, plan.blocks.len() * heads.n_heads);
+        let mut team = Team::new(members, scratch_len(heads, terms.relative.is_some()));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
             attend_phase(s, crew, &call, queries, &plan, self, &mut out);
         }));
@@ -319,7 +329,9 @@ pub(crate) fn check_terms(
     if let Some(term) = &terms.segment {
         check_size("segment s.len()", cols, term.s.len())?;
         check_size("segment e.len()", 2 * cols, term.e.len())?;
-        term.same.check("segment bits", segments, heads.n_heads, longest, rows, longest_key)?;
+        let args =
+            ["segment bits sequences", "segment bits heads", "segment bits queries", "segment bits keys"];
+        term.same.check(args, segments, heads.n_heads, longest, rows, longest_key)?;
     }
     Ok(())
 }

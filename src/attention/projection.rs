@@ -167,7 +167,8 @@ impl QkvProjection {
         let longest = offsets.windows(2).map(|w| w[1] - w[0]).max();
         self.check_position(longest.and_then(|len| len.checked_sub(1)))?;
         keys.build_plan(offsets);
-        let mut team = Team::new(ctx.members(), self.scratch_len(0));
+        let members = [&self.q, &self.k, &self.v].map(|map| map.members(ctx, x.rows()));
+        let mut team = Team::new(members.into_iter().max().unwrap_or(1), self.scratch_len(0));
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
             self.phase(s, crew, &Rows::plain(x), &mut q, keys, None);
         }));

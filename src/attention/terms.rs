@@ -68,13 +68,18 @@ impl<'a> Bias<'a> {
     }
 }
 
-/// Positions and distances that are sums and differences of a few of them without overflow.
+/// How far from 0 positions and distances may be: sums and differences of a few of them do not overflow.
+const MAX_POSITION: usize = isize::MAX as usize / 8;
+
+/// Whether positions or distances are not too far from 0.
 pub(crate) fn check_positions(
     arg: &'static str,
     positions: impl IntoIterator<Item = isize>,
 ) -> Result<(), Error> {
-    let fits = |p: isize| p.unsigned_abs() <= isize::MAX as usize / 8;
-    if positions.into_iter().all(fits) { Ok(()) } else { Err(Error::Overflow { arg }) }
+    match positions.into_iter().map(isize::unsigned_abs).find(|&p| p > MAX_POSITION) {
+        None => Ok(()),
+        Some(actual) => Err(Error::TooLarge { arg, max: MAX_POSITION, actual }),
+    }
 }
 
 /// Relative positions: `(q + w) . R[p - j]` is added to `(q + u) . k_j`.
@@ -103,8 +108,8 @@ impl RelativeTable {
     /// Packs `r`, `[distances, n_heads * head_dim]`, whose row `i` is distance `first + i` of a query after a key.
     ///
     /// # Errors
-    /// [`Error::ZeroDim`], [`Error::NotDivisible`] if the columns are not those of `n_heads` heads, [`Error::Overflow`] also if a distance
-    /// is far beyond the length of any sequence.
+    /// [`Error::ZeroDim`], [`Error::NotDivisible`] if the columns are not those of `n_heads` heads, [`Error::Overflow`], [`Error::TooLarge`] if
+    /// a distance, of either sign, is far beyond the length of any sequence.
     pub fn new(r: MatRef<'_>, first: isize, n_heads: usize) -> Result<RelativeTable, Error> {
         check_dim("n_heads", n_heads)?;
         check_dim("r.cols", r.cols())?;

@@ -39,7 +39,8 @@ impl SelfAttention {
         Ok(SelfAttention { qkv, out })
     }
 
-    fn heads(&self) -> &Heads {
+    /// The heads, of which its caches are.
+    pub fn heads(&self) -> &Heads {
         self.qkv.heads()
     }
 }
@@ -85,7 +86,7 @@ enum Kind {
 pub struct Inputs<'a> {
     /// `[0, end of sequence 0, ..., tokens]`.
     pub offsets: &'a [usize],
-    /// Who sees whom in self-attention.
+    /// Who sees whom in self-attention. Bits, and a bias, go by the rows of the call, also where a cache holds what was before them.
     pub graph: &'a Graph,
     /// Terms of the scores of self-attention.
     pub terms: Terms<'a>,
@@ -93,7 +94,8 @@ pub struct Inputs<'a> {
     pub caches: &'a mut [KvCache],
     /// One store per cross-attention, from [`CrossAttention::keys`].
     pub sources: &'a [KeyStore],
-    /// Who sees whom in cross-attention.
+    /// Who sees whom in cross-attention. A row stands at its place in its sequence, behind what a cache holds of it; bits go by the rows of the
+    /// call.
     pub source_graph: &'a Graph,
     /// Where each row stands for a [`Rotary`](crate::Rotary), `[tokens]`; by default at its place in its sequence, behind what a cache holds
     /// of it. The graph goes by places.
@@ -146,6 +148,14 @@ impl SubLayer {
     pub fn cross_attention(attention: CrossAttention, placement: Placement) -> Result<SubLayer, Error> {
         placement.check(attention.qkv.d_model())?;
         Ok(SubLayer { kind: Kind::CrossAttention(attention), placement })
+    }
+
+    /// The self-attention of this sub-layer, if it is one: it has the heads of its caches.
+    pub fn as_self_attention(&self) -> Option<&SelfAttention> {
+        match &self.kind {
+            Kind::SelfAttention(attention) => Some(attention),
+            _ => None,
+        }
     }
 
     /// The cross-attention of this sub-layer, if it is one: it makes the keys of a source.
@@ -248,7 +258,7 @@ impl SubLayer {
                 let (source, rest) = inputs.sources.split_at(1);
                 inputs.sources = rest;
                 let call = Call { graph: inputs.source_graph, terms: &none, ..call };
-                let queries = QueryRows::new(q, inputs.offsets).starting_at(inputs.zeros);
+                let queries = QueryRows::new(q, inputs.offsets).starting_at(inputs.first);
                 let source = Stores::alone(&source[0]);
                 attend_phase(s, crew, &call, &queries, &keys.plan, source, &mut attended);
             }
@@ -288,7 +298,7 @@ struct Remaining<'a, 'i> {
     source_graph: &'a Graph,
     positions: Option<&'a [usize]>,
     position_embedding: Option<MatRef<'a>>,
-    zeros: &'i [isize],
+    first: &'i [isize],
 }
 
 /// A layer: BERT's is `[self-attention, ffn]` with post-norms, GPT-2's the same with pre-norms.
@@ -399,7 +409,7 @@ impl Layer {
     ///
     /// # Errors
     /// As [`forward`](Layer::forward), and [`Error::Size`] if there are other than one cache (or none) per self-attention and one source per
-    /// cross-attention, [`Error::TooLarge`] if a cache is full. Nothing is written or appended then.
+    /// cross-attention, [`Error::TooLarge`] if a cache is full or, a ring, drops what the graph sees. Nothing is written or appended then.
     pub fn forward_with(
         &self,
         ctx: Context<'_>,

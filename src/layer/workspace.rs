@@ -17,8 +17,8 @@ pub struct Workspace {
     team: Team,
     buffers: Buffers,
     needs: Needs,
-    /// Positions of the first queries of cross-attention.
-    zeros: Vec<isize>,
+    /// Where the first rows of the sequences stand, for cross-attention.
+    first: Vec<isize>,
 }
 
 /// What the phases hand to one another.
@@ -120,7 +120,7 @@ impl Workspace {
             team: Team::new(members, needs.scratch),
             buffers,
             needs,
-            zeros: vec![0; max_segments],
+            first: Vec::with_capacity(max_segments),
         })
     }
 
@@ -151,7 +151,11 @@ impl Workspace {
         if x.rows() == 0 {
             return Ok(());
         }
-        let Workspace { team, buffers, zeros, .. } = self;
+        let Workspace { team, buffers, first, .. } = self;
+        // Behind what a cache holds of them, before anything is appended.
+        let before = |sequence| inputs.caches.first().map_or(0, |cache| cache.len(sequence) as isize);
+        first.clear();
+        first.extend((0..first.capacity().min(inputs.offsets.len() - 1)).map(before));
         let Inputs {
             offsets,
             graph,
@@ -171,7 +175,7 @@ impl Workspace {
             source_graph,
             positions,
             position_embedding,
-            zeros: &zeros[..zeros.len().min(offsets.len() - 1)],
+            first,
         };
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
             let mut sub_layers = layers.iter().flat_map(|layer| &layer.sub_layers).peekable();
@@ -238,10 +242,12 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
                 let cache = caches.next();
                 let places = Places { each: inputs.positions, cache };
                 if let Some(cache) = cache {
-                    cache.keys().check_heads(heads)?;
+                    let args = ["cache n_kv_heads", "cache head_dim", "cache value_dim"];
+                    cache.keys().layout.check(args, heads.layout())?;
                     check_size("cache sequences", plan.segments.len(), cache.sequences())?;
                     for (sequence, segment) in plan.segments.iter().enumerate() {
                         cache.check_room(sequence, segment.len)?;
+                        cache.check_kept(sequence, segment.len, inputs.graph)?;
                         longest = longest.max(cache.len(sequence) + segment.len);
                     }
                 }
@@ -253,7 +259,8 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
             }
             Kind::CrossAttention(CrossAttention { qkv, .. }) => {
                 if let Some(source) = sources.next() {
-                    source.check_heads(qkv.heads())?;
+                    let args = ["source n_kv_heads", "source head_dim", "source value_dim"];
+                    source.layout.check(args, qkv.heads().layout())?;
                     source.check_alone("source")?;
                     check_size("source sequences", plan.segments.len(), source.plan.segments.len())?;
                     check_terms(
