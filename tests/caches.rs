@@ -6,10 +6,10 @@ mod common;
 use common::buffer::Guarded;
 use common::compare::assert_bits;
 use common::data::Rng;
-use common::model::offsets;
+use common::model::{Model, Shape, offsets};
 use common::{executors, on_every_isa, serial};
 use laneformer::{
-    Bias, Bits, Context, Error, Graph, Heads, Isa, KeyStore, KvCache, MatRef, QueryRows, Relative,
+    Bias, Bits, Context, Error, Graph, Heads, Inputs, Isa, KeyStore, KvCache, MatRef, QueryRows, Relative,
     RelativeTable, Terms,
 };
 
@@ -250,6 +250,40 @@ on_every_isa! {
         let queries = QueryRows::new(rows.q.view(), &ends);
         let y = attend(&keys, Some(ring.keys()), serial(isa), &queries, &graph, 245);
         assert_bits(&y, &batch.expected(isa, &past, &lens, &graph), "behind a ring");
+    }
+
+    fn a_layer_appends_on_all_its_threads(isa) {
+        let lens = [900, 20, 700];
+        let (mut rng, ends) = (Rng::new(13), offsets(&lens));
+        let layer = Model::new(Shape { heads: heads(), ..Shape::new(1, 11, 20) }, &mut rng).layer();
+        let (x, graph) = (rng.vec(ends[3] * 11, 1.0), Graph::window(99, 0));
+        let run = |ctx: Context<'_>, x: &[f32], offsets: &[usize], caches: &mut [KvCache]| {
+            let mut y = Guarded::new(x.len() / 11, 11, x);
+            let mut workspace = layer.workspace(x.len() / 11, 3, ctx.members()).unwrap();
+            let mut inputs = Inputs { caches, ..Inputs::new(offsets, &graph) };
+            layer.forward_with(ctx, y.view_mut(), &mut inputs, &mut workspace).unwrap();
+            y.values()
+        };
+        let expected = run(serial(isa), &x, &ends, &mut []);
+        // Rings of 12 blocks each: many rows of the batch are a phase, few are not.
+        let ring = KvCache::ring(&heads(), 3, 100).unwrap();
+        for cache in [ring, KvCache::new(&heads(), 3, 900).unwrap()] {
+            let (mut caches, mut done, mut step) = ([cache], [0; 3], [250, 7, 3].iter().cycle());
+            let threads = executors::Threads(3);
+            while done != lens {
+                let n = step.next().unwrap();
+                let to: [usize; 3] = std::array::from_fn(|b| lens[b].min(done[b] + n));
+                let part = |b: usize| (ends[b] + done[b]) * 11..(ends[b] + to[b]) * 11;
+                let (rows, cuts) = ((0..3).flat_map(|b| x[part(b)].to_vec()).collect::<Vec<_>>(), super::ends(&done, &to));
+                let y = run(Context::new(isa, &threads), &rows, &cuts, &mut caches);
+                for b in 0..3 {
+                    let y = &y[cuts[b] * 11..cuts[b + 1] * 11];
+                    assert_bits(y, &expected[part(b)], &format!("sequence {b}, {done:?} to {to:?}"));
+                }
+                done = to;
+            }
+            assert_eq!([0, 1, 2].map(|b| caches[0].len(b)), lens);
+        }
     }
 
     fn terms_behind_a_past(isa) {

@@ -7,8 +7,9 @@ use crate::attention::layout::BLOCK;
 use crate::attention::plan::{Segment, check_offsets};
 use crate::attention::{Graph, Heads};
 use crate::error::{Error, check_dim, check_size, checked_product};
+use crate::exec::Crew;
 use crate::simd::{Scalar, Simd};
-use crate::view::MatRef;
+use crate::view::{MatMut, MatRef};
 
 /// Keys and values of sequences that grow: preallocated, appended to, and with a window a ring that drops the oldest.
 ///
@@ -132,9 +133,47 @@ impl KvCache {
     }
 
     /// [`append_batch`](Self::append_batch) after its checks.
-    pub(crate) fn push_batch<S: Simd>(&mut self, s: S, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) {
+    fn push_batch<S: Simd>(&mut self, s: S, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) {
         for (sequence, rows) in offsets.windows(2).enumerate() {
             self.push(s, sequence, k, v, rows[0]..rows[1]);
+        }
+    }
+
+    /// The same as a phase whose tiles are the blocks of the cache, if there are enough rows for that.
+    pub(crate) fn push_phase<S: Simd>(
+        &mut self,
+        s: S,
+        crew: &mut Crew<'_>,
+        k: MatRef<'_>,
+        v: MatRef<'_>,
+        offsets: &[usize],
+    ) {
+        let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
+        let (ring, len) = (ring.unwrap_or(usize::MAX), layout.block_len());
+        let blocks = plan.segments.len().saturating_mul(ring);
+        if crew.members() == 1 || k.rows() < blocks {
+            return self.push_batch(s, k, v, offsets);
+        }
+        // Scalar for the reason that KeyStore::set has.
+        crew.blocks(
+            Scalar,
+            &mut MatMut::scratch(data, blocks, len, len),
+            (1, len),
+            |place, _, mut units, _| {
+                let (before, start) = (plan.segments[place / ring].len, offsets[place / ring]);
+                let after = before + offsets[place / ring + 1] - start;
+                // Which of the new tokens' blocks has this place.
+                let first = before / BLOCK;
+                let block = first + (place % ring + ring - first % ring) % ring;
+                let tokens = before.max(block * BLOCK)..after.min((block + 1) * BLOCK);
+                if !tokens.is_empty() {
+                    let rows = start + tokens.start - before..start + tokens.end - before;
+                    layout.store_in_block(s, units.row_mut(0), tokens.start % BLOCK, k, v, rows);
+                }
+            },
+        );
+        for (segment, rows) in plan.segments.iter_mut().zip(offsets.windows(2)) {
+            segment.len += rows[1] - rows[0];
         }
     }
 

@@ -266,7 +266,7 @@ impl SubLayer {
                 let places = Places { each, cache: Some(&*cache) };
                 let rows = Rows { x: x.as_ref(), norm, added, places };
                 let [q, k, v] = qkv.split(qkv.project_rows(s, crew, &rows, &keys.plan, projected, 3));
-                cache.push_batch(s, k, v, inputs.offsets);
+                cache.push_phase(s, crew, k, v, inputs.offsets);
                 let queries = QueryRows::new(q, inputs.offsets);
                 let cached = Stores::alone(cache.keys());
                 attend_phase(s, crew, &call, &queries, &keys.plan, cached, &mut attended);
