@@ -182,11 +182,6 @@ struct Control {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: the raw pointer in `job` is only followed under a claim, see `Control::work_phase`.
-unsafe impl Send for Control {}
-// SAFETY: as above; everything else is atomic or locked.
-unsafe impl Sync for Control {}
-
 const OPEN: u64 = 1 << 31;
 const PLACE: u64 = 1 << 16;
 const PLACES: u64 = (1 << 15) - 1;

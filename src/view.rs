@@ -151,7 +151,7 @@ impl<'a> MatMut<'a> {
     /// A view of scratch that the caller has sized.
     #[inline(always)]
     pub(crate) fn scratch(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(row_stride >= cols && data.len() >= rows * row_stride);
+        assert!(row_stride >= cols && data.len() >= rows.saturating_mul(row_stride));
         MatMut { ptr: data.as_mut_ptr(), rows, cols, row_stride, life: PhantomData }
     }
 

@@ -317,11 +317,11 @@ fn positions_beyond_the_table_are_refused_before_anything_is_written() {
 
     // A cache that has room, but whose next token has no angle.
     let mut caches = [KvCache::ring(&shape.heads, 2, 10).unwrap()];
-    let ends = [0, 250, 252];
+    let (ends, window) = ([0, 250, 252], Graph::window(9, 0));
     for _ in 0..4 {
-        run(252, &mut Inputs { caches: &mut caches, ..Inputs::new(&ends, &graph) }).unwrap();
+        run(252, &mut Inputs { caches: &mut caches, ..Inputs::new(&ends, &window) }).unwrap();
     }
-    let full = run(2, &mut Inputs { caches: &mut caches, ..Inputs::new(&[0, 1, 2], &graph) });
+    let full = run(2, &mut Inputs { caches: &mut caches, ..Inputs::new(&[0, 1, 2], &window) });
     assert_eq!((full, caches[0].len(0), caches[0].len(1)), (beyond(1000), 1000, 8));
 
     // Explicit positions.

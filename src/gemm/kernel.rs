@@ -53,7 +53,9 @@ impl<'a> Rhs<'a> {
     #[inline(always)]
     fn extent(&self, k: usize, cols: usize) -> usize {
         let gaps = if k <= self.first { 0 } else { (k - self.first).div_ceil(self.run) };
-        (k - 1) * self.stride + gaps * self.gap + cols
+        // Saturated it is longer than any slice.
+        let between = (k - 1).saturating_mul(self.stride).saturating_add(gaps.saturating_mul(self.gap));
+        between.saturating_add(cols)
     }
 }
 
@@ -74,7 +76,7 @@ pub(crate) fn product<S: Simd>(
 ) {
     let (rows, k, cols) = (a.rows(), a.cols(), c.cols());
     assert!(c.rows() == rows && cols % LANES == 0 && cols <= b.stride && b.first > 0 && b.run > 0);
-    assert!(k == 0 || b.data.len() >= b.extent(k, cols));
+    assert!(k > 0 && b.data.len() >= b.extent(k, cols));
     let Rhs { data, stride: b_stride, first, run, gap } = b;
     let (a_stride, c_stride) = (a.row_stride(), c.row_stride());
     let (a, b, c) = (a.as_ptr(), data.as_ptr(), c.as_mut_ptr());
