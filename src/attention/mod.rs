@@ -45,6 +45,7 @@ use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::{Crew, Team};
 use crate::isa::dispatch;
 use crate::simd::Simd;
+use crate::split::per_tile;
 use crate::view::{MatMut, MatRef};
 
 /// The heads of an attention and how a score is made of a product.
@@ -351,9 +352,14 @@ pub(crate) fn attend_phase<S: Simd>(
 ) {
     let heads = call.heads;
     let value_dim = heads.value_dim;
-    let rows = plan.tokens.div_ceil(plan.blocks.len().max(1));
+    if plan.blocks.is_empty() {
+        return;
+    }
+    let rows = plan.tokens.div_ceil(plan.blocks.len());
     let scores = rows * keys.longest().min(TILE_SCORES);
-    let heads_per_tile = (TILE_SCORES / scores.max(1)).clamp(1, heads.n_heads.div_ceil(crew.members()));
+    // Few blocks, as in decode, are dealt out evenly: twelve heads in tiles of four are three for two members.
+    let even = per_tile(heads.n_heads, plan.blocks.len(), |block| plan.rows[block], crew.members());
+    let heads_per_tile = (TILE_SCORES / scores.max(1)).clamp(1, even);
     crew.ragged_blocks(
         s,
         out,
