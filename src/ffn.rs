@@ -112,7 +112,7 @@ impl Ffn {
         let members = self.w1.members(ctx, x.rows());
         let split = Split::new(x.rows(), self.d_model(), self.tile_rows(), members);
         if !split.is_by_rows(self.d_model()) {
-            // As much memory as an L2 has, and each product a phase of columns.
+            // All hidden rows at once, and each product a phase of columns: every core reads its own slice of the weights.
             let stride = padded_stride(self.d_ff());
             let mut hidden = AlignedBuffer::scratch(x.rows() * stride);
             let mut hidden = MatMut::scratch(&mut hidden, x.rows(), self.d_ff(), stride);

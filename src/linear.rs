@@ -286,14 +286,13 @@ impl Linear {
         if x.rows() == 0 {
             return;
         }
-        let members = self.members(ctx, x.rows());
-        let split = Split::new(x.rows(), self.out_features(), MAX_ROWS, members);
-        Team::new(members, split.rows * PANEL).region(ctx.executor(), |crew| {
+        let scratch_len = x.rows().min(MAX_ROWS) * PANEL;
+        Team::new(self.members(ctx, x.rows()), scratch_len).region(ctx.executor(), |crew| {
             self.phase(s, crew, x, epilogue, &mut out);
         });
     }
 
-    /// One phase, with scratch for [`PANEL`] columns of the rows of a tile.
+    /// One phase, with scratch for [`PANEL`] columns of the rows of a tile, at most [`MAX_ROWS`].
     pub(crate) fn phase<S: Simd>(
         &self,
         s: S,

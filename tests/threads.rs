@@ -6,13 +6,14 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::compare::assert_bits;
 use common::data::Rng;
 use common::executors::Threads;
-use common::model::{Model, Shape};
-use laneformer::{Context, Executor, Graph, Isa, Layer, MatMut, Ticket, Workspace};
+use common::model::{Map, Model, Shape};
+use laneformer::{Context, Epilogue, Executor, Graph, Isa, Layer, MatMut, MatRef, Ticket, Workspace};
 
 /// The system's allocator, counting the calls of each thread.
 struct Counting;
@@ -287,6 +288,45 @@ fn a_workspace_for_fewer_members_limits_the_helpers() {
     y.copy_from_slice(&fixture.x);
     fixture.forward(Context::new(Isa::best(), &three), &mut y, &mut workspace);
     assert_bits(&y, &fixture.expected, "three threads, a workspace for eight");
+}
+
+/// Says that it has helpers when it is first asked, and none afterwards.
+struct Shrinking(AtomicUsize);
+
+impl Executor for Shrinking {
+    fn helpers(&self) -> usize {
+        self.0.swap(0, Ordering::Relaxed)
+    }
+
+    fn invite(&self, _: usize, _: &Ticket) {}
+}
+
+type Operation<'a> = &'a dyn Fn(Context<'_>, MatMut<'_>);
+
+#[test]
+fn helpers_that_are_fewer_when_the_work_begins() {
+    let (d, d_ff) = (96, 2000);
+    let model = Model::new(Shape::new(2, 48, d_ff), &mut Rng::new(3));
+    let (linear, ffn) = (Map::new(d_ff, d, &mut Rng::new(5)).packed(), model.ffn());
+    for rows in [16, 40, 90, 200] {
+        let x = Rng::new(4).vec(rows * d, 1.0);
+        let x = MatRef::contiguous(&x, rows, d).unwrap();
+        let run = |ctx: Context<'_>, cols: usize, f: Operation<'_>| {
+            let mut y = vec![0.0; rows * cols];
+            f(ctx, MatMut::contiguous(&mut y, rows, cols).unwrap());
+            y
+        };
+        let of_linear = |ctx: Context<'_>, y: MatMut<'_>| linear.forward(ctx, x, &Epilogue::NONE, y).unwrap();
+        let of_ffn = |ctx: Context<'_>, y: MatMut<'_>| ffn.forward(ctx, x, y).unwrap();
+        for helpers in [1, 3, 7] {
+            let forms: [(usize, Operation<'_>); 2] = [(d_ff, &of_linear), (d, &of_ffn)];
+            for (cols, f) in forms {
+                let shrinking = Shrinking(AtomicUsize::new(helpers));
+                let y = run(Context::new(Isa::best(), &shrinking), cols, f);
+                assert_bits(&y, &run(Context::serial(), cols, f), &format!("{rows} rows, {helpers} helpers"));
+            }
+        }
+    }
 }
 
 #[test]

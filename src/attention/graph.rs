@@ -93,6 +93,9 @@ impl Graph {
 
     /// Whether windows and global columns of queries from position `first` to `last` leave out the keys before `kept`, which a ring has dropped.
     pub(crate) fn check_kept(&self, span: (isize, isize), kept: usize, len: usize) -> Result<(), Error> {
+        if kept == 0 {
+            return Ok(());
+        }
         let seen = self.keys_of(span, len);
         let columns = self.columns.as_ref().and_then(Bits::start);
         match seen.is_empty().not().then_some(seen.start).into_iter().chain(columns).min() {
