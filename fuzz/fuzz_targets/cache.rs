@@ -1,5 +1,5 @@
 #![no_main]
-//! Caches whose sequences grow, shrink and begin anew in any order, refused calls among them: what they give is what a store of the
+//! Caches whose sequences grow, shrink, begin anew and are copied in any order, refused calls among them: what they give is what a store of the
 //! same keys gives, in bits.
 
 use arbitrary::Arbitrary;
@@ -17,6 +17,7 @@ enum Step {
     /// To every sequence.
     AppendBatch([u16; SEQUENCES]),
     Truncate(u8, u16),
+    Copy(u8, u8),
 }
 
 /// Keys and values of a sequence.
@@ -39,6 +40,7 @@ fuzz_target!(|input: (u64, [u8; 3], u16, bool, Vec<Step>)| {
     for step in steps.iter().take(12) {
         let lens: [usize; SEQUENCES] = std::array::from_fn(|s| tokens[s].0.len() / k_cols);
         let room = |s: usize| if is_ring { 256 } else { size - lens[s] };
+        (0..SEQUENCES).for_each(|s| assert_eq!(cache.room(s), room(s)));
         let added: [usize; SEQUENCES] = match *step {
             Step::Append(s, n) => {
                 let (s, n) = (usize::from(s % 4), usize::from(n % 300));
@@ -69,11 +71,20 @@ fuzz_target!(|input: (u64, [u8; 3], u16, bool, Vec<Step>)| {
             }
             Step::Truncate(s, len) => {
                 let (s, len) = (usize::from(s % 4), usize::from(len) % (size + 2));
-                let is_fine = s < SEQUENCES && len <= if is_ring { 0 } else { lens[s] };
+                let is_fine = s < SEQUENCES && len <= lens[s] && (!is_ring || len == 0 || len == lens[s]);
                 assert_eq!(cache.truncate(s, len).is_ok(), is_fine);
                 if is_fine {
                     tokens[s].0.truncate(len * k_cols);
                     tokens[s].1.truncate(len * v_cols);
+                }
+                [0; SEQUENCES]
+            }
+            Step::Copy(from, to) => {
+                let (from, to) = (usize::from(from % 4), usize::from(to % 4));
+                let is_fine = from.max(to) < SEQUENCES;
+                assert_eq!(cache.copy(from, to).is_ok(), is_fine);
+                if is_fine {
+                    tokens[to] = tokens[from].clone();
                 }
                 [0; SEQUENCES]
             }
