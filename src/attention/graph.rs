@@ -1,6 +1,6 @@
 //! Who sees whom: self-attention as a graph over the tokens of a sequence.
 
-use core::ops::{Not, Range};
+use core::ops::Range;
 
 use crate::attention::bits::{Bits, Query};
 use crate::error::Error;
@@ -98,7 +98,7 @@ impl Graph {
         }
         let seen = self.keys_of(span, len);
         let columns = self.columns.as_ref().and_then(Bits::start);
-        match seen.is_empty().not().then_some(seen.start).into_iter().chain(columns).min() {
+        match (!seen.is_empty()).then_some(seen.start).into_iter().chain(columns).min() {
             Some(start) if start < kept => {
                 let arg = "keys that the graph sees and a ring has dropped";
                 Err(Error::TooLarge { arg, max: 0, actual: kept - start })
