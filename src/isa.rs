@@ -2,8 +2,12 @@
 
 #![allow(unsafe_code, reason = "tokens are made here, after detection")]
 
+#[cfg(target_arch = "x86_64")]
+use core::arch::x86_64::__cpuid;
 use core::fmt;
 use core::str::FromStr;
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
 
 use crate::error::Error;
 #[cfg(target_arch = "x86_64")]
@@ -153,6 +157,27 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }
+}
+
+/// Whether L1 waits for few lines at a time, as AMD's cores up to Zen 4 do (24 lines): those that are fetched early, one after another, then
+/// go to L2.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn waits_for_few_lines() -> bool {
+    // The instruction is slow, in a virtual machine some microseconds.
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        #[allow(unused_unsafe, reason = "safe since Rust 1.94")]
+        // SAFETY: every x86-64 has the instruction.
+        let (vendor, version) = unsafe { (__cpuid(0), __cpuid(1)) };
+        let family = (version.eax >> 8 & 0xF) + (version.eax >> 20 & 0xFF);
+        vendor.ebx.to_le_bytes() == *b"Auth" && (0x17..=0x19).contains(&family)
+    })
+}
+
+/// The same.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn waits_for_few_lines() -> bool {
+    false
 }
 
 /// Runs `$body` with `$s` bound to the token of `$isa`. The body is compiled once per instruction set, so it is one

@@ -84,6 +84,18 @@ pub trait Simd: Copy + Send + Sync + 'static {
         #[cfg(not(target_arch = "x86_64"))]
         let _ = ptr;
     }
+
+    /// The same, but in L2.
+    #[inline(always)]
+    fn prefetch_to_l2(self, ptr: *const f32) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        unsafe {
+            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T1 }>(ptr.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = ptr;
+    }
 }
 
 /// Sixteen lanes of `f32`. Every operation rounds once, as IEEE 754 says, except [`Vector::mul_add`] on
