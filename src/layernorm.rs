@@ -3,8 +3,8 @@
 use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::isa::dispatch;
-use crate::reduce;
-use crate::rows::{TOGETHER, check_shape, for_tiles, input, looks_ahead, together};
+use crate::reduce::{self, has_many_registers};
+use crate::rows::{TOGETHER, check_shape, for_tiles, input, together};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -97,7 +97,7 @@ pub(crate) fn layernorm_rows<S: Simd>(
     let group = |begin: usize| begin.min(rows)..rows.min(begin + step);
     let mut sums = [0.0; TOGETHER];
     for begin in (0..rows).step_by(step) {
-        if begin == 0 || !looks_ahead::<S>() {
+        if begin == 0 || !has_many_registers::<S>() {
             for (i, sum) in group(begin).zip(&mut sums) {
                 *sum = reduce::sum(
                     s,
@@ -108,7 +108,7 @@ pub(crate) fn layernorm_rows<S: Simd>(
                 );
             }
         }
-        let next = if looks_ahead::<S>() { group(begin + step) } else { 0..0 };
+        let next = if has_many_registers::<S>() { group(begin + step) } else { 0..0 };
         let mut moments = [[0.0; 3]; TOGETHER];
         for ((i, sum), moments) in group(begin).zip(&mut sums).zip(&mut moments) {
             let mean = *sum / n;

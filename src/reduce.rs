@@ -8,6 +8,11 @@ use crate::simd::{LANES, Simd, Vector};
 /// Slots of a sum: 4 registers of AVX-512, 8 of AVX2, 16 of NEON. Enough independent chains for each of them.
 const SLOTS: usize = 4 * LANES;
 
+/// Whether vectors are whole registers, of which there are 32, and not halves of 16.
+pub(crate) const fn has_many_registers<S: Simd>() -> bool {
+    S::MR * S::NV >= 12
+}
+
 /// `[f(0), f(1), f(2), f(3)]`, inlined for certain, which `core::array::from_fn` is not.
 #[inline(always)]
 pub(crate) fn four<T>(mut f: impl FnMut(usize) -> T) -> [T; 4] {
@@ -63,13 +68,46 @@ pub(crate) fn fold<V: Vector>(slots: [V; 4]) -> f32 {
     ((slots[0] + slots[1]) + (slots[2] + slots[3])).sum()
 }
 
-/// Writes four vectors of a row and adds them to the slots of its sum.
+/// Calls `then(on, j, f(on, j))` for the four vectors of 64 slots. All of `f` comes first where there are registers for it: what is independent
+/// hides the latency of a polynomial. Elsewhere the constants would lose theirs.
 #[inline(always)]
-pub(crate) fn store_and_add<V: Vector>(x: [V; 4], row: &mut [f32; SLOTS], slots: &mut [V; 4]) {
-    for (j, (slot, x)) in slots.iter_mut().zip(x).enumerate() {
-        x.store(&mut row[j * LANES..]);
-        *slot = *slot + x;
+pub(crate) fn each_of_four<S: Simd, T: ?Sized>(
+    on: &mut T,
+    f: impl Fn(&T, usize) -> S::V,
+    mut then: impl FnMut(&mut T, usize, S::V),
+) {
+    if has_many_registers::<S>() {
+        let v = four(
+            #[inline(always)]
+            |j| f(on, j),
+        );
+        for (j, v) in v.into_iter().enumerate() {
+            then(on, j, v);
+        }
+    } else {
+        for j in 0..4 {
+            let v = f(on, j);
+            then(on, j, v);
+        }
     }
+}
+
+/// Makes 64 slots of a row `f(j)`, which is given what is in them, and adds that to the slots of its sum.
+#[inline(always)]
+pub(crate) fn store_and_add<S: Simd>(
+    row: &mut [f32; SLOTS],
+    slots: &mut [S::V; 4],
+    f: impl Fn(&[f32; SLOTS], usize) -> S::V,
+) {
+    each_of_four::<S, _>(
+        row,
+        f,
+        #[inline(always)]
+        |row, j, v| {
+            v.store(&mut row[j * LANES..]);
+            slots[j] = slots[j] + v;
+        },
+    );
 }
 
 /// The sum of `f(x)` over a row. `f(fill)` is `+0`.
@@ -113,15 +151,13 @@ pub(crate) fn map<S: Simd>(s: S, source: Option<&[f32]>, row: &mut [f32], f: imp
     let source = source.map(|source| source.as_chunks::<SLOTS>());
     let (whole, tail) = row.as_chunks_mut::<SLOTS>();
     for (i, slots) in whole.iter_mut().enumerate() {
-        let x = source.map_or(&*slots, |(source, _)| &source[i]);
-        // Four independent vectors at a time hide the latency of a polynomial.
-        let v = four(
+        each_of_four::<S, _>(
+            slots,
             #[inline(always)]
-            |j| f(s.load(&x[j * LANES..])),
+            |slots, j| f(s.load(&source.map_or(slots, |(source, _)| &source[i])[j * LANES..])),
+            #[inline(always)]
+            |slots, j, v| v.store(&mut slots[j * LANES..]),
         );
-        for (j, v) in v.into_iter().enumerate() {
-            v.store(&mut slots[j * LANES..]);
-        }
     }
     for (i, part) in tail.chunks_mut(LANES).enumerate() {
         let x = source.map_or(&*part, |(_, source)| &source[i * LANES..][..part.len()]);

@@ -84,11 +84,6 @@ pub(crate) fn together(cols: usize) -> usize {
     if cols <= SHORT { TOGETHER } else { 1 }
 }
 
-/// Whether there are registers for the sums of two rows: then the first pass over the rows that follow is made beside another.
-pub(crate) const fn looks_ahead<S: Simd>() -> bool {
-    S::MR * S::NV >= 12
-}
-
 /// Whether `x` can be the source of `out`.
 pub(crate) fn check_shape(x: MatRef<'_>, out: &MatMut<'_>) -> Result<(), Error> {
     check_size("out.rows", x.rows(), out.rows())?;

@@ -4,8 +4,8 @@ use crate::context::Context;
 use crate::error::Error;
 use crate::isa::dispatch;
 use crate::math::exp_nonpositive;
-use crate::reduce;
-use crate::rows::{TOGETHER, check_shape, for_tiles, input, looks_ahead, together};
+use crate::reduce::{self, has_many_registers};
+use crate::rows::{TOGETHER, check_shape, for_tiles, input, together};
 use crate::simd::{Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -67,12 +67,12 @@ fn softmax_rows<S: Simd>(s: S, source: Option<MatRef<'_>>, x: &mut MatMut<'_>) {
     let group = |begin: usize| begin.min(rows)..rows.min(begin + step);
     let mut max = [f32::NEG_INFINITY; TOGETHER];
     for begin in (0..rows).step_by(step) {
-        if begin == 0 || !looks_ahead::<S>() {
+        if begin == 0 || !has_many_registers::<S>() {
             for (i, max) in group(begin).zip(&mut max) {
                 *max = reduce::max(s, input(source, x, i));
             }
         }
-        let next = if looks_ahead::<S>() { group(begin + step) } else { 0..0 };
+        let next = if has_many_registers::<S>() { group(begin + step) } else { 0..0 };
         let mut sum = [0.0; TOGETHER];
         for ((i, max), sum) in group(begin).zip(&mut max).zip(&mut sum) {
             let after = (i + step < next.end).then_some(i + step);
@@ -121,13 +121,15 @@ fn exp_sum<S: Simd>(
     let (next_whole, next_tail) = next.as_chunks::<64>();
     let mut next_whole = next_whole.iter();
     for (b, block) in whole.iter_mut().enumerate() {
-        let x = source.map_or(&*block, |(source, _)| &source[b]);
-        // Four independent vectors at a time hide the latency of the polynomial.
-        let p = reduce::four(
+        reduce::store_and_add::<S>(
+            block,
+            &mut slots,
             #[inline(always)]
-            |j| exp_nonpositive(s, s.load(&x[j * 16..]) - m),
+            |block, j| {
+                let x = source.map_or(block, |(source, _)| &source[b]);
+                exp_nonpositive(s, s.load(&x[j * 16..]) - m)
+            },
         );
-        reduce::store_and_add(p, block, &mut slots);
         if let Some(next) = next_whole.next() {
             for (j, slot) in maxima.iter_mut().enumerate() {
                 *slot = s.load(&next[j * 16..]).max(*slot);

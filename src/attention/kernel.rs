@@ -15,7 +15,7 @@ use crate::attention::tiles::{Call, Queries, ROWS, Seen, Tiles, Words, runs};
 use crate::gemm::{Rhs, Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
-use crate::reduce::{fold, four, store_and_add};
+use crate::reduce::{fold, store_and_add};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -375,11 +375,12 @@ fn exponentials<S: Simd>(s: S, scores: &mut [f32], seen: &Seen, words: &Words, s
     let mut slots = [zero; 4];
     for ((block, &word), seen) in blocks.iter_mut().zip(words).zip(seen) {
         if word == u64::MAX {
-            let p = four(
+            store_and_add::<S>(
+                block,
+                &mut slots,
                 #[inline(always)]
-                |j| exp_nonpositive(s, s.load(&block[j * LANES..]) * scale - m),
+                |block, j| exp_nonpositive(s, s.load(&block[j * LANES..]) * scale - m),
             );
-            store_and_add(p, block, &mut slots);
         } else if !seen.is_empty() {
             let block = block.as_chunks_mut::<LANES>().0;
             // A block at an edge is seldom seen to its other end.

@@ -289,7 +289,23 @@ impl Vector for F32 {
 
     #[inline(always)]
     fn select(self, mask: Mask, other: F32) -> F32 {
-        simd!(F32(_mm256_blendv_ps(other.0, self.0, mask.0), _mm256_blendv_ps(other.1, self.1, mask.1)))
+        // What is known of the operands, such as a zero, is seen in these, and not in a blend.
+        let mask = F32(mask.0, mask.1);
+        let kept = self.zip(
+            mask,
+            #[inline(always)]
+            |a, mask| simd!(_mm256_and_ps(mask, a)),
+        );
+        let others = other.zip(
+            mask,
+            #[inline(always)]
+            |b, mask| simd!(_mm256_andnot_ps(mask, b)),
+        );
+        kept.zip(
+            others,
+            #[inline(always)]
+            |a, b| simd!(_mm256_or_ps(a, b)),
+        )
     }
 
     #[inline(always)]
