@@ -182,17 +182,28 @@ pub(crate) fn len_of_each(arg: &'static str, total: usize, n: usize) -> Result<u
     Ok(total / n)
 }
 
-/// The rows of each of `n` sequences behind those of its memory: [n, M, cols] and [n, T, cols] to [n, M + T, cols].
-pub fn behind(memory: &[f32], x: &[f32], n: usize) -> Vec<f32> {
+/// Puts rows behind those of each of `n` sequences: [n, M, cols] and [n, T, cols] to [n, M + T, cols].
+pub fn push_rows(rows: &mut Vec<f32>, x: &[f32], n: usize) {
     let sequences = |x: &[f32]| x.len() / n.max(1);
-    let (m, t) = (sequences(memory), sequences(x));
-    // Slices, not elements: a memory is copied as a whole.
-    (0..n).flat_map(|b| [&memory[b * m..][..m], &x[b * t..][..t]]).collect::<Vec<_>>().concat()
+    let (m, t) = (sequences(rows), sequences(x));
+    rows.reserve_exact(x.len());
+    rows.resize(rows.len() + x.len(), 0.0);
+    // From the last, whose place nobody has; the first stays where it is.
+    for b in (0..n).rev() {
+        let start = b * (m + t);
+        if b > 0 {
+            rows.copy_within(b * m..(b + 1) * m, start);
+        }
+        rows[start + m..start + m + t].copy_from_slice(&x[b * t..(b + 1) * t]);
+    }
 }
 
-/// At most the last `len` rows of each of `n` sequences [n, T, cols].
-pub fn last_rows(x: &[f32], n: usize, cols: usize, len: usize) -> Vec<f32> {
-    let sequences = x.chunks_exact((x.len() / n.max(1)).max(1));
-    let last = sequences.map(|x| &x[x.len().saturating_sub(len.saturating_mul(cols))..]);
-    last.collect::<Vec<_>>().concat()
+/// Leaves at most the last `len` rows of each of `n` sequences [n, T, cols].
+pub fn keep_last(rows: &mut Vec<f32>, n: usize, cols: usize, len: usize) {
+    let all = rows.len() / n.max(1);
+    let kept = all.min(len.saturating_mul(cols));
+    for b in 0..if kept < all { n } else { 0 } {
+        rows.copy_within((b + 1) * all - kept..(b + 1) * all, b * kept);
+    }
+    rows.truncate(n * kept);
 }

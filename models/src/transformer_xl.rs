@@ -8,7 +8,7 @@ use laneformer::{Activation, Context, Graph, Heads, Linear, Relative, RelativeTa
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets};
+use crate::attend::{Block, Distances, Projections, Seen, keep_last, len_of_each, offsets, push_rows};
 use crate::config::{check, from_value, with_defaults};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
@@ -129,7 +129,8 @@ impl TransformerXl {
         for ((layer, memory), inputs) in self.layers.iter().zip(&mut memory.layers).zip(inputs) {
             check_size("memory", sequences * rows * d, inputs.len())?;
             let Projections { k, v, .. } = &layer.block.projections;
-            memory.inputs = last_rows(inputs, sequences, d, mem_len);
+            memory.inputs.extend_from_slice(inputs);
+            keep_last(&mut memory.inputs, sequences, d, mem_len);
             let input = layer.block.input(ctx, &memory.inputs)?;
             memory.keys = project(ctx, k, &input)?;
             memory.values = project(ctx, v, &input)?;
@@ -153,20 +154,23 @@ impl TransformerXl {
             let projections = &layer.block.projections;
             let Projections { k, v, heads, .. } = projections;
             let input = layer.block.input(run.ctx, &x)?;
-            let keys = behind(&memory.keys, &project(run.ctx, k, &input)?, n);
-            let values = behind(&memory.values, &project(run.ctx, v, &input)?, n);
-            let stored = projections.store(run, &keys, &values, &key_offsets)?;
+            push_rows(&mut memory.keys, &project(run.ctx, k, &input)?, n);
+            push_rows(&mut memory.values, &project(run.ctx, v, &input)?, n);
+            let stored = projections.store(run, &memory.keys, &memory.values, &key_offsets)?;
             let terms =
                 Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
             let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };
             let attended = projections.attend(run, &input, &seen)?;
             run.scratch.give_store(stored);
-            let last = |x: &[f32], cols| last_rows(x, n, cols, self.config.mem_len);
-            *memory = LayerMemory {
-                inputs: last(&behind(&memory.inputs, &x, n), self.config.d_model),
-                keys: last(&keys, heads.key_cols()),
-                values: last(&values, heads.value_cols()),
-            };
+            push_rows(&mut memory.inputs, &x, n);
+            let d_model = self.config.d_model;
+            for (rows, cols) in [
+                (&mut memory.inputs, d_model),
+                (&mut memory.keys, heads.key_cols()),
+                (&mut memory.values, heads.value_cols()),
+            ] {
+                keep_last(rows, n, cols, self.config.mem_len);
+            }
             layer.block.close(run, &mut x, attended)?;
         }
         memory.len = keys.min(self.config.mem_len);

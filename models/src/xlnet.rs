@@ -10,7 +10,7 @@ use laneformer::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Distances, Projections, Seen, behind, last_rows, len_of_each, offsets};
+use crate::attend::{Block, Distances, Projections, Seen, keep_last, len_of_each, offsets, push_rows};
 use crate::config::{activation, check, epsilon, from_value, heads, with_defaults};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
@@ -151,7 +151,8 @@ impl XlNet {
         let mut mems = vec![];
         for (i, layer) in self.layers.iter().enumerate() {
             // Both streams read the content as it enters the layer.
-            let source = behind(batch.mems.get(i).map_or(&[], |mems| mems), &h, n);
+            let mut source = batch.mems.get(i).cloned().unwrap_or_default();
+            push_rows(&mut source, &h, n);
             let keys = layer.block.projections.keys(run, &source, &key_offsets)?;
             let table = distances.project(run.ctx, &layer.r, self.config.n_head)?;
             layer.advance(run, &mut h, &content, &keys, &table)?;
@@ -159,7 +160,8 @@ impl XlNet {
                 layer.advance(run, g, targets, &keys, &table)?;
             }
             run.scratch.give_store(keys);
-            mems.push(last_rows(&source, n, d, mem_len));
+            keep_last(&mut source, n, d, mem_len);
+            mems.push(source);
         }
         Ok(Output { content: h, queries: g, mems })
     }

@@ -122,10 +122,17 @@ impl RelativeTable {
         let panels = rows.div_ceil(BLOCK);
         let len = checked_product("r", &[panels * BLOCK, r.cols()])?;
         let mut data = AlignedBuffer::scratch(len);
-        for x in 0..rows {
-            for (col, &value) in r.row(rows - 1 - x).iter().enumerate() {
-                let (head, dim) = (col / head_dim, col % head_dim);
-                data[((head * panels + x / BLOCK) * head_dim + dim) * BLOCK + x % BLOCK] = value;
+        // Panel by panel of each head, which is 16 KiB at 64 dimensions: what is written stays in L1.
+        for panel in 0..panels {
+            let places = panel * BLOCK..rows.min((panel + 1) * BLOCK);
+            for head in 0..n_heads {
+                let out = &mut data[(head * panels + panel) * head_dim * BLOCK..][..head_dim * BLOCK];
+                for (i, x) in places.clone().enumerate() {
+                    let row = &r.row(rows - 1 - x)[head * head_dim..][..head_dim];
+                    for (lane, &value) in out[i..].iter_mut().step_by(BLOCK).zip(row) {
+                        *lane = value;
+                    }
+                }
             }
         }
         Ok(RelativeTable { data, n_heads, head_dim, rows, last: first + rows as isize - 1 })

@@ -3,7 +3,7 @@
 use laneformer::Context;
 
 use super::case::{Case, Outputs};
-use crate::attend::{behind, last_rows};
+use crate::attend::{keep_last, push_rows};
 use crate::xlnet::{Batch, Config, XlNet};
 use crate::{Result, Scratch};
 
@@ -42,9 +42,11 @@ pub(super) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     }
     if let Some(is_real) = is_real {
         let is_real: Vec<_> = is_real.iter().map(|&real| f32::from(u8::from(real))).collect();
-        let is_real = behind(&vec![1.0; sequences * memory], &is_real, sequences);
+        let mut mask = vec![1.0; sequences * memory];
+        push_rows(&mut mask, &is_real, sequences);
         let mem_len = mem_len.filter(|&len| len > 0).unwrap_or(usize::MAX);
-        outputs.insert("mems_mask".into(), last_rows(&is_real, sequences, 1, mem_len));
+        keep_last(&mut mask, sequences, 1, mem_len);
+        outputs.insert("mems_mask".into(), mask);
     }
     Ok(outputs)
 }
