@@ -166,7 +166,7 @@ pub(crate) fn waits_for_few_lines() -> bool {
     // The instruction is slow, in a virtual machine some microseconds.
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
-        #[allow(unused_unsafe, reason = "safe since Rust 1.94")]
+        #[allow(unused_unsafe, reason = "newer compilers call it safe")]
         // SAFETY: every x86-64 has the instruction.
         let (vendor, version) = unsafe { (__cpuid(0), __cpuid(1)) };
         let family = (version.eax >> 8 & 0xF) + (version.eax >> 20 & 0xFF);
