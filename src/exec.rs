@@ -22,7 +22,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex};
 
 use crate::simd::Simd;
-use crate::view::MatMut;
+use crate::view::{BlocksMut, MatMut};
 use crate::workspace::AlignedBuffer;
 
 /// Where helpers come from. Implement it to run laneformer on threads of your own.
@@ -465,37 +465,59 @@ impl Crew<'_> {
         );
     }
 
-    /// Cuts two matrices side by side, as a projection writes queries and head-split keys: tile `(cut, part)` gets the rows of its cut and the
-    /// columns of its part of each. Either is a matrix, where it is cut, and how wide a part is; both have as many cuts and parts.
+    /// Cuts a matrix and blocks side by side, as a projection writes queries and head-split keys: tile `(cut, part)` gets the rows of its cut
+    /// and the columns of its part of the matrix, and of the blocks likewise, where heads take the place of columns. Either is where it is cut,
+    /// and how wide a part is; both have as many cuts and parts.
     pub(crate) fn paired_blocks<S: Simd>(
         &mut self,
         s: S,
-        a: (&mut MatMut<'_>, &[usize], usize),
-        b: (&mut MatMut<'_>, &[usize], usize),
-        f: impl Fn(usize, usize, [MatMut<'_>; 2], &mut [f32]) + Sync,
+        (matrix, matrix_cuts, width): (&mut MatMut<'_>, &[usize], usize),
+        (blocks, block_cuts, heads): (&mut BlocksMut<'_>, &[usize], usize),
+        f: impl Fn(usize, usize, MatMut<'_>, BlocksMut<'_>, &mut [f32]) + Sync,
     ) {
-        let pair = [(&*a.0, a.1, a.2), (&*b.0, b.1, b.2)];
-        let [(down, parts), of_b] = pair.map(|(matrix, cuts, width)| {
-            assert!(cuts.is_sorted());
-            (cuts.len().saturating_sub(1), matrix.cols().div_ceil(width))
-        });
-        assert_eq!((down, parts), of_b);
+        let (matrix, blocks) = (&*matrix, &*blocks);
+        assert!(matrix_cuts.is_sorted() && block_cuts.is_sorted() && matrix_cuts.len() == block_cuts.len());
+        let (down, parts) = (matrix_cuts.len().saturating_sub(1), matrix.cols().div_ceil(width));
+        assert_eq!(parts, blocks.rows().div_ceil(heads));
         self.phase(
             s,
             down * parts,
             #[inline(always)]
             |tile, scratch| {
                 let (cut, part) = (tile % down, tile / down);
-                let blocks = pair.map(
-                    #[inline(always)]
-                    |(matrix, cuts, width)| {
-                        let cols = part * width..matrix.cols().min((part + 1) * width);
-                        // SAFETY: tiles are claimed once; the cuts ascend, so different tiles are different blocks; both
-                        // matrices are borrowed exclusively for the whole phase.
-                        unsafe { matrix.block_unchecked(cuts[cut]..cuts[cut + 1], cols) }
-                    },
-                );
-                f(cut, part, blocks, scratch);
+                let of = |n: usize, all: usize| part * n..all.min((part + 1) * n);
+                // SAFETY: tiles are claimed once; the cuts ascend, so different tiles are different blocks of either; both are borrowed
+                // exclusively for the whole phase.
+                let (matrix, blocks) = unsafe {
+                    (
+                        matrix.block_unchecked(
+                            matrix_cuts[cut]..matrix_cuts[cut + 1],
+                            of(width, matrix.cols()),
+                        ),
+                        blocks.part_unchecked(block_cuts[cut]..block_cuts[cut + 1], of(heads, blocks.rows())),
+                    )
+                };
+                f(cut, part, matrix, blocks, scratch);
+            },
+        );
+    }
+
+    /// Runs `f(block, its matrices)` on each of `blocks`.
+    pub(crate) fn each_block<S: Simd>(
+        &mut self,
+        s: S,
+        blocks: &mut BlocksMut<'_>,
+        f: impl Fn(usize, [MatMut<'_>; 2]) + Sync,
+    ) {
+        let blocks = &*blocks;
+        self.phase(
+            s,
+            blocks.len(),
+            #[inline(always)]
+            |block, _| {
+                // SAFETY: tiles are claimed once, and `blocks` is borrowed exclusively for the whole phase.
+                let mut part = unsafe { blocks.part_unchecked(block..block + 1, 0..blocks.rows()) };
+                f(block, part.block(0));
             },
         );
     }

@@ -265,3 +265,84 @@ impl<'a> MatMut<'a> {
         MatRef { ptr, rows, cols, row_stride, life: PhantomData }
     }
 }
+
+/// Blocks of two matrices each, which have a row for each of some heads. Blocks follow one another in groups, and in a group its rows do: in a
+/// row the first matrices of all of its blocks stand before the second ones, so that either's rows of a group are one run.
+///
+/// Like a matrix it is cut into disjoint parts, by blocks and by rows.
+#[derive(Debug)]
+pub(crate) struct BlocksMut<'a> {
+    ptr: *mut f32,
+    /// The first block of each group, and the end.
+    groups: &'a [usize],
+    /// Rows of every block.
+    all_rows: usize,
+    /// Columns of its two matrices.
+    cols: [usize; 2],
+    /// What this part has of the blocks and of their rows.
+    blocks: Range<usize>,
+    rows: Range<usize>,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: as a `MatMut`, it is the exclusive borrow of its elements.
+unsafe impl Send for BlocksMut<'_> {}
+// SAFETY: nothing is read through a shared one.
+unsafe impl Sync for BlocksMut<'_> {}
+
+impl<'a> BlocksMut<'a> {
+    /// All blocks of `data`, which begins with the first: `groups` are the first blocks of each group, ascending from 0, and the end.
+    pub(crate) fn new(data: &'a mut [f32], groups: &'a [usize], rows: usize, cols: [usize; 2]) -> Self {
+        let end = groups.last().copied().unwrap_or(0);
+        assert!(groups.is_sorted() && groups.first().is_none_or(|&first| first == 0));
+        assert!(end.saturating_mul(rows).saturating_mul(cols[0] + cols[1]) <= data.len());
+        let ptr = data.as_mut_ptr();
+        BlocksMut { ptr, groups, all_rows: rows, cols, blocks: 0..end, rows: 0..rows, life: PhantomData }
+    }
+
+    /// Number of blocks.
+    pub(crate) fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Number of rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The two matrices of block `i`.
+    #[inline(always)]
+    pub(crate) fn block(&mut self, i: usize) -> [MatMut<'_>; 2] {
+        assert!(i < self.blocks.len());
+        let block = self.blocks.start + i;
+        let group = self.groups.partition_point(|&first| first <= block);
+        let (first, end) = (self.groups[group - 1], self.groups[group]);
+        let ([a, b], n) = (self.cols, end - first);
+        let row_stride = n * (a + b);
+        let start = first * self.all_rows * (a + b) + self.rows.start * row_stride;
+        let matrix = |start: usize, cols: usize| {
+            // SAFETY: the group's rows are inside the borrow (checked by `new`), and the block's columns inside a row; no other block's are the
+            // same, as it has another group or another place in it.
+            let ptr = unsafe { self.ptr.add(start) };
+            MatMut { ptr, rows: self.rows.len(), cols, row_stride, life: PhantomData }
+        };
+        [matrix(start + (block - first) * a, a), matrix(start + n * a + (block - first) * b, b)]
+    }
+
+    /// Some of the blocks and of their rows, the borrow not tied to this one's.
+    ///
+    /// # Safety
+    /// Parts that are alive at the same time must not overlap, nor may this one be used otherwise.
+    #[inline(always)]
+    pub(crate) unsafe fn part_unchecked<'b>(&self, blocks: Range<usize>, rows: Range<usize>) -> BlocksMut<'b>
+    where
+        'a: 'b,
+    {
+        assert!(blocks.start <= blocks.end && blocks.end <= self.blocks.len());
+        assert!(rows.start <= rows.end && rows.end <= self.rows.len());
+        let (first, row) = (self.blocks.start, self.rows.start);
+        let (blocks, rows) = (first + blocks.start..first + blocks.end, row + rows.start..row + rows.end);
+        let BlocksMut { ptr, groups, all_rows, cols, .. } = *self;
+        BlocksMut { ptr, groups, all_rows, cols, blocks, rows, life: PhantomData }
+    }
+}

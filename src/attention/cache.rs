@@ -2,14 +2,14 @@
 
 use core::ops::Range;
 
-use crate::attention::keys::{CHUNK, KeyStore};
-use crate::attention::layout::BLOCK;
+use crate::attention::keys::KeyStore;
+use crate::attention::layout::{BLOCK, CHUNK, CHUNK_BLOCKS};
 use crate::attention::plan::{Segment, check_offsets};
 use crate::attention::{Graph, Heads};
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::Crew;
 use crate::simd::{Scalar, Simd};
-use crate::view::{MatMut, MatRef};
+use crate::view::MatRef;
 
 /// Keys and values of sequences that grow: preallocated, appended to, and with a window a ring that drops the oldest.
 ///
@@ -49,6 +49,7 @@ impl KvCache {
         let mut store = KeyStore::with_blocks(heads, total, sequences)?;
         store.ring = Some(blocks);
         store.plan.segments = (0..sequences).map(|i| Segment { first_block: i * blocks, len: 0 }).collect();
+        store.plan.chunks = (0..=total).step_by(CHUNK_BLOCKS).collect();
         Ok(KvCache { store, capacity, window: false })
     }
 
@@ -149,29 +150,24 @@ impl KvCache {
         offsets: &[usize],
     ) {
         let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
-        let (ring, len) = (ring.unwrap_or(usize::MAX), layout.block_len());
-        let blocks = plan.segments.len().saturating_mul(ring);
-        if crew.members() == 1 || k.rows() < blocks {
+        let ring = ring.unwrap_or(usize::MAX);
+        let mut blocks = layout.blocks(data, &plan.chunks);
+        if crew.members() == 1 || k.rows() < blocks.len() {
             return self.push_batch(s, k, v, offsets);
         }
         // Scalar for the reason that KeyStore::set has.
-        crew.blocks(
-            Scalar,
-            &mut MatMut::scratch(data, blocks, len, len),
-            (1, len),
-            |place, _, mut units, _| {
-                let (before, start) = (plan.segments[place / ring].len, offsets[place / ring]);
-                let after = before + offsets[place / ring + 1] - start;
-                // Which of the new tokens' blocks has this place.
-                let first = before / BLOCK;
-                let block = first + (place % ring + ring - first % ring) % ring;
-                let tokens = before.max(block * BLOCK)..after.min((block + 1) * BLOCK);
-                if !tokens.is_empty() {
-                    let rows = start + tokens.start - before..start + tokens.end - before;
-                    layout.store_in_block(s, units.row_mut(0), tokens.start % BLOCK, k, v, rows);
-                }
-            },
-        );
+        crew.each_block(Scalar, &mut blocks, |place, matrices| {
+            let (before, start) = (plan.segments[place / ring].len, offsets[place / ring]);
+            let after = before + offsets[place / ring + 1] - start;
+            // Which of the new tokens' blocks has this place.
+            let first = before / BLOCK;
+            let block = first + (place % ring + ring - first % ring) % ring;
+            let tokens = before.max(block * BLOCK)..after.min((block + 1) * BLOCK);
+            if !tokens.is_empty() {
+                let rows = start + tokens.start - before..start + tokens.end - before;
+                layout.store_in_block(s, matrices, tokens.start % BLOCK, k, v, rows);
+            }
+        });
         for (segment, rows) in plan.segments.iter_mut().zip(offsets.windows(2)) {
             segment.len += rows[1] - rows[0];
         }
@@ -180,9 +176,9 @@ impl KvCache {
     fn push<S: Simd>(&mut self, s: S, sequence: usize, k: MatRef<'_>, v: MatRef<'_>, rows: Range<usize>) {
         let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
         let Segment { first_block, len } = &mut plan.segments[sequence];
-        let blocks = &mut data[*first_block * layout.block_len()..];
+        let places = (*first_block, ring.unwrap_or(usize::MAX));
         let added = rows.len();
-        layout.store_rows(s, blocks, ring.unwrap_or(usize::MAX), *len, k, v, rows);
+        layout.store_rows(s, &mut layout.blocks(data, &plan.chunks), places, *len, k, v, rows);
         *len += added;
     }
 
@@ -231,8 +227,8 @@ impl KvCache {
         let [source, target] =
             [from, to].map(|sequence| plan.segments[sequence].first_block * layout.block_len());
         let len = plan.segments[from].len;
-        // A ring's blocks may be anywhere in it.
-        let blocks = len.div_ceil(BLOCK).min(ring.unwrap_or(usize::MAX));
+        // Whole chunks, in which a head's blocks follow one another; a ring's may be anywhere in it.
+        let blocks = (len.div_ceil(CHUNK) * CHUNK_BLOCKS).min(ring.unwrap_or(usize::MAX));
         data.copy_within(source..source + blocks * layout.block_len(), target);
         plan.segments[to].len = len;
         Ok(())

@@ -8,11 +8,11 @@ use core::ops::Range;
 
 use crate::attention::Heads;
 use crate::attention::bits::Query;
-use crate::attention::keys::{CHUNK, CHUNK_BLOCKS, Keys};
-use crate::attention::layout::BLOCK;
+use crate::attention::keys::Keys;
+use crate::attention::layout::{BLOCK, CHUNK, CHUNK_BLOCKS};
 use crate::attention::terms::{Relative, SegmentTerm};
 use crate::attention::tiles::{Call, Queries, ROWS, Seen, Tiles, Words, runs};
-use crate::gemm::{Rhs, Start, product};
+use crate::gemm::{Start, product};
 use crate::linear::padded_stride;
 use crate::math::{exp_nonpositive, tanh};
 use crate::reduce::{fold, store_and_add};
@@ -87,11 +87,11 @@ pub(crate) fn attend<S: Simd>(
         let mut chunks = chunks.skip_while(|chunk| chunk * CHUNK_BLOCKS < keys.first_block());
         let mut is_found = tiles.find_next(call, queries, keys.len, &mut chunks);
         // What is read after a chunk: the next one of this head, at the end the first of the next head.
-        let first = tiles.block_from(0).map_or(&[][..], |block| keys.unit(block, next_kv_head));
+        let first = tiles.block_from(0).map_or([&[][..]; 2], |block| keys.both(block, next_kv_head));
         while is_found {
             is_found = ahead.find_next(call, queries, keys.len, &mut chunks);
             let next = ahead.block_from(0).filter(|_| is_found);
-            let next = next.map_or(first, |block| keys.unit(block, kv_head));
+            let next = next.map_or(first, |block| keys.both(block, kv_head));
             is_masked |= tiles.is_masked;
             attend_chunk(s, call, queries, keys, kv_head, tiles, &mut rows, &mut positions, next, is_careful);
             core::mem::swap(&mut tiles, &mut ahead);
@@ -158,7 +158,7 @@ fn attend_chunk<S: Simd>(
     tiles: &Tiles,
     rows: &mut Rows<'_>,
     positions: &mut Option<(MatRef<'_>, MatMut<'_>)>,
-    next: &[f32],
+    next: [&[f32]; 2],
     is_careful: bool,
 ) {
     let Rows { q, score, part, total, max, sum } = rows;
@@ -166,12 +166,12 @@ fn attend_chunk<S: Simd>(
     let chunk = tiles.first_block / CHUNK_BLOCKS;
     for i in 0..CHUNK_BLOCKS {
         let block = tiles.first_block + i;
-        let next = tiles.block_from(i + 1).map_or(next, |block| keys.unit(block, kv_head));
+        let next = tiles.block_from(i + 1).map_or(next, |block| keys.both(block, kv_head));
         for (rows, seen) in tiles.parts(i).filter(|(_, seen)| !seen.is_empty()) {
             let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
-            let panel = Rhs::rows(&keys.keys(block, kv_head)[seen.start..], BLOCK);
+            let panel = (&keys.keys(block, kv_head)[seen.start..], BLOCK);
             let q = q.block(rows.clone(), 0..head_dim);
-            product(s, q, panel, Start::Zero, &mut score.block(rows, cols), [next, &[]]);
+            product(s, q, panel, Start::Zero, &mut score.block(rows, cols), next);
         }
     }
     if let (Some(relative), Some((w, buffer))) = (&call.terms.relative, positions) {
@@ -212,11 +212,9 @@ fn attend_chunk<S: Simd>(
         let mut start = Start::Zero;
         for keys_seen in runs(seen) {
             let values = keys.values_from(tiles.first_block + keys_seen.start / BLOCK, kv_head);
-            let first = keys_seen.start % BLOCK;
-            let gap = keys.layout.block_len() - BLOCK * stride;
-            let values = Rhs::rows(&values[first * stride..], stride).in_runs(BLOCK - first, BLOCK, gap);
+            let values = (&values[keys_seen.start % BLOCK * stride..], stride);
             let p = score.as_ref().block(rows.clone(), keys_seen);
-            product(s, p, values, start, &mut out.block(rows.clone(), 0..stride), [next, &[]]);
+            product(s, p, values, start, &mut out.block(rows.clone(), 0..stride), next);
             start = Start::Continue;
         }
     }
@@ -269,7 +267,7 @@ fn add_relative<S: Simd>(
     for i in 0..(panels as usize).min(RELATIVE_COLS / BLOCK) {
         let mut tile = buffer.block(0..rows, i * BLOCK..(i + 1) * BLOCK);
         match relative.table.panel(head, first + i as isize) {
-            Some(panel) => product(s, w, Rhs::rows(panel, BLOCK), Start::Zero, &mut tile, [&[]; 2]),
+            Some(panel) => product(s, w, (panel, BLOCK), Start::Zero, &mut tile, [&[]; 2]),
             None => {
                 for row in 0..rows {
                     tile.row_mut(row).fill(0.0);

@@ -1,7 +1,7 @@
 //! Keys and values as attention reads them: the blocks of a sequence, in one store or two, and the store of a ragged batch.
 
 use crate::attention::Heads;
-use crate::attention::layout::{BLOCK, KeyLayout};
+use crate::attention::layout::{BLOCK, CHUNK, CHUNK_BLOCKS, KeyLayout};
 use crate::attention::plan::{Plan, Segment, check_offsets, max_blocks};
 use crate::context::Context;
 use crate::error::{Error, check_size, checked_product};
@@ -9,14 +9,8 @@ use crate::exec::Team;
 use crate::isa::dispatch;
 use crate::rows::SERIAL;
 use crate::simd::Scalar;
-use crate::view::{MatMut, MatRef};
+use crate::view::MatRef;
 use crate::workspace::AlignedBuffer;
-
-/// Blocks of a chunk of keys, the unit in which softmax is folded. They follow one another in memory.
-pub(crate) const CHUNK_BLOCKS: usize = 4;
-
-/// Keys of a chunk: 64 rows of scores (64 KiB) and the chunk's keys and values (128 KiB at 64 dimensions) stay in L2.
-pub(crate) const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
 
 /// One sequence's keys and values.
 #[derive(Clone, Copy)]
@@ -30,15 +24,15 @@ pub(crate) struct Keys<'a> {
     pub(crate) len: usize,
 }
 
-/// Blocks of a sequence; block `i` is in place `i % ring`.
+/// The places of a sequence's blocks, in chunks from the first; block `i` is in place `i % places`.
 #[derive(Clone, Copy)]
 struct Blocks<'a> {
     data: &'a [f32],
-    ring: usize,
+    places: usize,
 }
 
 impl<'a> Keys<'a> {
-    /// Of a sequence of `len`: its first `prefix` blocks are the first of `data`, of the others a ring follows.
+    /// Of a sequence of `len`: its first `prefix` blocks are the first of `data`, of the others a ring follows; both are whole chunks.
     #[inline(always)]
     pub(super) fn rolling(
         layout: KeyLayout,
@@ -47,8 +41,8 @@ impl<'a> Keys<'a> {
         len: usize,
     ) -> Keys<'a> {
         let (past, rest) = data.split_at(prefix * layout.block_len());
-        let past = (Blocks { data: past, ring: prefix.max(1) }, prefix);
-        Keys { layout, blocks: Blocks { data: rest, ring }, past, first_block: 0, len }
+        let past = (Blocks { data: past, places: prefix }, prefix);
+        Keys { layout, blocks: Blocks { data: rest, places: ring }, past, first_block: 0, len }
     }
 
     /// The first block that is still there; the first of a chunk.
@@ -60,37 +54,42 @@ impl<'a> Keys<'a> {
     /// The keys `[head_dim][64]` of a block.
     #[inline(always)]
     pub(crate) fn keys(&self, block: usize, head: usize) -> &'a [f32] {
-        &self.unit(block, head)[..self.layout.head_dim * BLOCK]
+        let (keys, _, i) = self.chunk(block, head);
+        &keys[i * self.layout.key_len()..][..self.layout.key_len()]
     }
 
     /// The values `[64][value_stride]` of a block.
     #[inline(always)]
     pub(crate) fn values(&self, block: usize, head: usize) -> &'a [f32] {
-        &self.unit(block, head)[self.layout.head_dim * BLOCK..]
+        &self.values_from(block, head)[..self.layout.value_len()]
     }
 
-    /// The same and what follows it in memory: the values of the next block of the chunk are [`KeyLayout::block_len`] further.
+    /// The same, and the values of the blocks that follow it in its chunk.
     #[inline(always)]
     pub(crate) fn values_from(&self, block: usize, head: usize) -> &'a [f32] {
-        let (data, start) = self.place(block, head);
-        &data[start + self.layout.head_dim * BLOCK..]
+        let (_, values, i) = self.chunk(block, head);
+        &values[i * self.layout.value_len()..]
     }
 
     /// Keys and values of a block.
     #[inline(always)]
-    pub(crate) fn unit(&self, block: usize, head: usize) -> &'a [f32] {
-        let (data, start) = self.place(block, head);
-        &data[start..][..self.layout.unit_len()]
+    pub(crate) fn both(&self, block: usize, head: usize) -> [&'a [f32]; 2] {
+        [self.keys(block, head), self.values(block, head)]
     }
 
-    /// Whose blocks a block is among, and where its unit begins there.
+    /// A head's keys and values of a block's chunk, and which of its blocks it is.
     #[inline(always)]
-    fn place(&self, block: usize, head: usize) -> (&'a [f32], usize) {
-        let (Blocks { data, ring }, block) = match self.past {
+    fn chunk(&self, block: usize, head: usize) -> (&'a [f32], &'a [f32], usize) {
+        let (Blocks { data, places }, block) = match self.past {
             (past, blocks) if block < blocks => (past, block),
             (_, blocks) => (self.blocks, block - blocks),
         };
-        (data, (block % ring * self.layout.n_heads + head) * self.layout.unit_len())
+        let (layout, place) = (self.layout, block % places);
+        let first = place - place % CHUNK_BLOCKS;
+        let blocks = CHUNK_BLOCKS.min(places - first);
+        let start = (first * layout.n_heads + head * blocks) * layout.unit_len();
+        let (keys, values) = data[start..][..blocks * layout.unit_len()].split_at(blocks * layout.key_len());
+        (keys, values, place - first)
     }
 }
 
@@ -183,14 +182,12 @@ impl KeyStore {
         self.check_batch(offsets)?;
         self.build_plan(offsets);
         let Self { layout, plan, data, .. } = self;
-        let len = layout.block_len();
-        let mut blocks = MatMut::scratch(data, plan.blocks.len(), len, len);
-        let members = if k.rows() * len / BLOCK < SERIAL { 1 } else { ctx.members() };
+        let mut blocks = layout.blocks(data, &plan.chunks);
+        let members = if k.rows() * layout.block_len() / BLOCK < SERIAL { 1 } else { ctx.members() };
         // What is not whole groups of rows stays scalar outside of an instruction set's frame: scattered stores are faster so.
         dispatch!(ctx.isa(), |s| Team::new(members, 0).region(ctx.executor(), |crew| {
-            crew.blocks(Scalar, &mut blocks, (1, len), |block, _, mut units, _| {
-                let rows = plan.rows[block]..plan.rows[block + 1];
-                layout.store_in_block(s, units.row_mut(0), 0, k, v, rows);
+            crew.each_block(Scalar, &mut blocks, |block, matrices| {
+                layout.store_in_block(s, matrices, 0, k, v, plan.rows[block]..plan.rows[block + 1]);
             });
         }));
         Ok(())
@@ -226,20 +223,24 @@ impl KeyStore {
         self.plan.clear();
         self.behind.clear();
         let Self { layout, plan, data, behind, .. } = self;
-        let mut first_block = 0;
-        for (segment, ((before, len), rows)) in lens.zip(offsets.windows(2)).enumerate() {
-            let (whole, lead) = (before / CHUNK * CHUNK_BLOCKS, before % CHUNK);
-            let blocks = &mut data[first_block * layout.block_len()..];
-            for (i, block) in
-                blocks.chunks_exact_mut(layout.block_len()).take(lead.div_ceil(BLOCK)).enumerate()
-            {
-                let (data, start) = past.segment(past.past_of(segment)).place(whole + i, 0);
-                block.copy_from_slice(&data[start..][..layout.block_len()]);
-            }
-            layout.store_rows(Scalar, blocks, usize::MAX, lead, k, v, rows[0]..rows[1]);
-            plan.segments.push(Segment { first_block, len: lead + len });
+        for (before, len) in lens {
+            plan.push_segment(before % CHUNK + len);
             behind.push(before);
-            first_block += (lead + len).div_ceil(BLOCK);
+        }
+        plan.end_chunks();
+        let mut blocks = layout.blocks(data, &plan.chunks);
+        let segments = plan.segments.iter().zip(&*behind).zip(offsets.windows(2)).enumerate();
+        for (segment, ((&Segment { first_block, .. }, before), rows)) in segments {
+            let (whole, lead) = (before / CHUNK * CHUNK_BLOCKS, before % CHUNK);
+            let past = past.segment(past.past_of(segment));
+            for i in 0..lead.div_ceil(BLOCK) {
+                let [mut keys, mut values] = blocks.block(first_block + i);
+                for head in 0..layout.n_heads {
+                    keys.row_mut(head).copy_from_slice(past.keys(whole + i, head));
+                    values.row_mut(head).copy_from_slice(past.values(whole + i, head));
+                }
+            }
+            layout.store_rows(Scalar, &mut blocks, (first_block, usize::MAX), lead, k, v, rows[0]..rows[1]);
         }
         Ok(())
     }
@@ -334,7 +335,7 @@ impl KeyStore {
     pub(crate) fn segment(&self, segment: usize) -> Keys<'_> {
         let Segment { first_block, len } = self.plan.segments[segment];
         let data = &self.data[first_block * self.layout.block_len()..];
-        let blocks = Blocks { data, ring: self.ring.unwrap_or(usize::MAX) };
+        let blocks = Blocks { data, places: self.ring.unwrap_or(len.div_ceil(BLOCK)) };
         let first_block = self.first_block(len);
         Keys { layout: self.layout, blocks, past: (blocks, 0), first_block, len }
     }

@@ -1,20 +1,29 @@
-//! Keys and values as attention reads them: blocks of 64 tokens, and in each block a unit per head, `[block][head]`.
+//! Keys and values as attention reads them: chunks of 256 tokens, and in each chunk its keys and its values by head.
 //!
-//! A unit is the head's keys transposed, `[head_dim][64]`, which is a panel of the score product, followed by its values,
-//! `[64][value_dim]`, which is a panel of the output product. A block belongs to one segment and begins at a multiple of
-//! 64 tokens from the segment's first key, so tokens that are projected together own one contiguous run of units.
+//! A block of 64 tokens has a head's keys transposed, `[head_dim][64]`, which is a panel of the score product, and its values,
+//! `[64][value_dim]`, which are rows of the output product. Both begin at a multiple of 64 tokens from their sequence's first key. In a chunk a
+//! head's keys of all blocks stand before its values, `[head][keys or values][block]`: what one query reads of it, as in decode, is one run of
+//! 128 KiB at 64 dimensions. From memory a core reads that half as fast again as pieces of 16 KiB, each of which its prefetchers have to find.
+//!
+//! The last chunk of a sequence has the blocks that the sequence has, so a short one takes no more room; a cache has whole chunks.
 
 use core::ops::Range;
 
 use crate::attention::Heads;
 use crate::error::{Error, check_size};
 use crate::simd::{LANES, Simd, Vector};
-use crate::view::MatRef;
+use crate::view::{BlocksMut, MatMut, MatRef};
 
 /// Tokens of a block: the columns of a panel.
 pub(crate) const BLOCK: usize = crate::gemm::PANEL;
 
-/// The shape of every unit of a store.
+/// Blocks of a chunk of keys, the unit in which softmax is folded.
+pub(crate) const CHUNK_BLOCKS: usize = 4;
+
+/// Keys of a chunk: 64 rows of scores (64 KiB) and the chunk's keys and values (128 KiB at 64 dimensions) stay in L2.
+pub(crate) const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
+
+/// The shape of every block of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KeyLayout {
     pub(crate) n_heads: usize,
@@ -29,14 +38,33 @@ impl KeyLayout {
         self.value_dim.next_multiple_of(16)
     }
 
+    /// A head's keys of a block.
+    #[inline(always)]
+    pub(crate) fn key_len(self) -> usize {
+        self.head_dim * BLOCK
+    }
+
+    /// A head's values of a block.
+    #[inline(always)]
+    pub(crate) fn value_len(self) -> usize {
+        self.value_stride() * BLOCK
+    }
+
+    /// A head's keys and values of a block.
     #[inline(always)]
     pub(crate) fn unit_len(self) -> usize {
-        (self.head_dim + self.value_stride()) * BLOCK
+        self.key_len() + self.value_len()
     }
 
     #[inline(always)]
     pub(crate) fn block_len(self) -> usize {
         self.unit_len() * self.n_heads
+    }
+
+    /// The blocks of `data`, to be written: `[keys, values]` of each, in a row for each head. `chunks` are the first blocks of each chunk, and
+    /// the end.
+    pub(super) fn blocks<'a>(self, data: &'a mut [f32], chunks: &'a [usize]) -> BlocksMut<'a> {
+        BlocksMut::new(data, chunks, self.n_heads, [self.key_len(), self.value_len()])
     }
 
     /// Whether it is the same as `expected`; `args` are the names of its sizes.
@@ -58,12 +86,12 @@ impl KeyLayout {
         check_size("v.cols", self.n_heads * self.value_dim, v.cols())
     }
 
-    /// Writes some rows as the tokens from `token` on of a sequence whose blocks are a ring.
+    /// Writes some rows as the tokens from `token` on of a sequence whose blocks are the `ring` from `first_block` on, round and round.
     pub(super) fn store_rows<S: Simd>(
         self,
         s: S,
-        blocks: &mut [f32],
-        ring: usize,
+        blocks: &mut BlocksMut<'_>,
+        (first_block, ring): (usize, usize),
         mut token: usize,
         k: MatRef<'_>,
         v: MatRef<'_>,
@@ -71,21 +99,20 @@ impl KeyLayout {
     ) {
         let mut start = rows.start;
         while start < rows.end {
-            let (block, t) = (token / BLOCK % ring, token % BLOCK);
-            let units = &mut blocks[block * self.block_len()..][..self.block_len()];
+            let (block, t) = (first_block + token / BLOCK % ring, token % BLOCK);
             let end = rows.end.min(start + BLOCK - t);
-            self.store_in_block(s, units, t, k, v, start..end);
+            self.store_in_block(s, blocks.block(block), t, k, v, start..end);
             (token, start) = (token + end - start, end);
         }
     }
 
-    /// Writes some rows as the tokens from `t` on of the block whose units are `units`.
+    /// Writes some rows as the tokens from `t` on of a block.
     ///
     /// Sixteen rows at a time through all heads: they are read from begin to end, and every line of keys is written whole and once.
     pub(super) fn store_in_block<S: Simd>(
         self,
         s: S,
-        units: &mut [f32],
+        [mut keys, mut values]: [MatMut<'_>; 2],
         t: usize,
         k: MatRef<'_>,
         v: MatRef<'_>,
@@ -98,33 +125,40 @@ impl KeyLayout {
                 s.vectorize(
                     #[inline(always)]
                     || {
-                        self.store_sixteen_keys(s, units, t, 0, k);
-                        self.store_value_rows(s, units, t, 0, v);
+                        self.store_sixteen_keys(s, &mut keys, t, 0, k);
+                        self.store_value_rows(s, &mut values, t, 0, v);
                     },
                 );
             } else {
-                self.store_keys(s, units, t, 0, k);
-                self.store_values(s, units, t, 0, v);
+                self.store_keys(s, &mut keys, t, 0, k);
+                self.store_values(s, &mut values, t, 0, v);
             }
         }
     }
 
-    /// Writes columns of projected keys, `first` and those after it, as the tokens from `t` on of the block whose units are `units`; column 0 is
-    /// the first head of `units`.
+    /// Writes columns of projected keys, `first` and those after it, as the tokens from `t` on of a block's `keys`; column 0 is the first head
+    /// of these.
     #[inline(always)]
-    pub(crate) fn store_keys<S: Simd>(self, s: S, units: &mut [f32], t: usize, first: usize, k: MatRef<'_>) {
+    pub(crate) fn store_keys<S: Simd>(
+        self,
+        s: S,
+        keys: &mut MatMut<'_>,
+        t: usize,
+        first: usize,
+        k: MatRef<'_>,
+    ) {
         let whole = k.rows() / LANES * LANES;
         for start in (0..whole).step_by(LANES) {
             let k = k.block(start..start + LANES, 0..k.cols());
             s.vectorize(
                 #[inline(always)]
-                || self.store_sixteen_keys(s, units, t + start, first, k),
+                || self.store_sixteen_keys(s, keys, t + start, first, k),
             );
         }
         for row in whole..k.rows() {
             let x = k.row(row);
             self.by_head(self.head_dim, first, x.len(), |head, dims, cols| {
-                let steps = self.key_steps(units, head, dims).chunks_exact_mut(BLOCK);
+                let steps = key_steps(keys, head, dims).chunks_exact_mut(BLOCK);
                 for (step, &x) in steps.zip(&x[cols]) {
                     step[t + row] = x;
                 }
@@ -134,7 +168,7 @@ impl KeyLayout {
 
     /// The same for sixteen rows, transposed in registers.
     #[inline(always)]
-    fn store_sixteen_keys<S: Simd>(self, s: S, units: &mut [f32], t: usize, first: usize, k: MatRef<'_>) {
+    fn store_sixteen_keys<S: Simd>(self, s: S, keys: &mut MatMut<'_>, t: usize, first: usize, k: MatRef<'_>) {
         let zero = s.splat(0.0);
         self.by_head(
             self.head_dim,
@@ -142,26 +176,20 @@ impl KeyLayout {
             k.cols(),
             #[inline(always)]
             |head, dims, cols| {
-                let steps = self.key_steps(units, head, dims).chunks_mut(LANES * BLOCK);
+                let steps = key_steps(keys, head, dims).chunks_mut(LANES * BLOCK);
                 for (part, steps) in steps.enumerate() {
                     let (col, dims) = (cols.start + part * LANES, steps.len() / BLOCK);
-                    let mut keys = [zero; LANES];
-                    for (i, keys) in keys.iter_mut().enumerate() {
+                    let mut sixteen = [zero; LANES];
+                    for (i, key) in sixteen.iter_mut().enumerate() {
                         let k = &k.row(i)[col..col + dims];
-                        *keys = if dims == LANES { s.load(k) } else { s.load_partial(k, zero) };
+                        *key = if dims == LANES { s.load(k) } else { s.load_partial(k, zero) };
                     }
-                    for (keys, step) in s.transpose(keys).into_iter().zip(steps.chunks_exact_mut(BLOCK)) {
-                        keys.store(&mut step[t..t + LANES]);
+                    for (x, step) in s.transpose(sixteen).into_iter().zip(steps.chunks_exact_mut(BLOCK)) {
+                        x.store(&mut step[t..t + LANES]);
                     }
                 }
             },
         );
-    }
-
-    /// Some dimensions of a head's keys, [`BLOCK`] elements each.
-    #[inline(always)]
-    fn key_steps(self, units: &mut [f32], head: usize, dims: Range<usize>) -> &mut [f32] {
-        &mut units[head * self.unit_len()..][dims.start * BLOCK..dims.end * BLOCK]
     }
 
     /// As [`store_keys`](Self::store_keys), of values.
@@ -169,19 +197,19 @@ impl KeyLayout {
     pub(crate) fn store_values<S: Simd>(
         self,
         s: S,
-        units: &mut [f32],
+        values: &mut MatMut<'_>,
         t: usize,
         first: usize,
         v: MatRef<'_>,
     ) {
         s.vectorize(
             #[inline(always)]
-            || self.store_value_rows(s, units, t, first, v),
+            || self.store_value_rows(s, values, t, first, v),
         );
     }
 
     #[inline(always)]
-    fn store_value_rows<S: Simd>(self, s: S, units: &mut [f32], t: usize, first: usize, v: MatRef<'_>) {
+    fn store_value_rows<S: Simd>(self, s: S, values: &mut MatMut<'_>, t: usize, first: usize, v: MatRef<'_>) {
         for row in 0..v.rows() {
             let x = v.row(row);
             self.by_head(
@@ -190,8 +218,7 @@ impl KeyLayout {
                 x.len(),
                 #[inline(always)]
                 |head, dims, cols| {
-                    let start = self.head_dim * BLOCK + (t + row) * self.value_stride();
-                    let values = &mut units[head * self.unit_len() + start..][dims];
+                    let values = &mut values.row_mut(head)[(t + row) * self.value_stride()..][dims];
                     let (values, tail) = values.as_chunks_mut::<LANES>();
                     let (x, x_tail) = x[cols].as_chunks::<LANES>();
                     for (values, x) in values.iter_mut().zip(x) {
@@ -221,6 +248,12 @@ impl KeyLayout {
     }
 }
 
+/// Some dimensions of a head's keys, [`BLOCK`] elements each.
+#[inline(always)]
+fn key_steps<'a>(keys: &'a mut MatMut<'_>, head: usize, dims: Range<usize>) -> &'a mut [f32] {
+    &mut keys.row_mut(head)[dims.start * BLOCK..dims.end * BLOCK]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,7 +265,9 @@ mod tests {
             for (n_heads, head_dim, value_dim) in [(1, 16, 16), (2, 5, 3), (3, 20, 33), (2, 64, 64)] {
                 let layout = KeyLayout { n_heads, head_dim, value_dim };
                 // A row stride of its own, and tokens that begin inside of a block and end in another.
-                for (token, rows) in [(0, 1), (0, 15), (0, 16), (3, 17), (0, 64), (40, 70), (63, 34)] {
+                for (token, rows) in
+                    [(0, 1), (0, 15), (0, 16), (3, 17), (0, 64), (40, 70), (63, 34), (250, 140)]
+                {
                     let matrix = |dim: usize| {
                         let (cols, stride) = (n_heads * dim, n_heads * dim + 7);
                         let data: Vec<f32> = (0..rows * stride).map(|i| i as f32 + 1.0).collect();
@@ -242,20 +277,30 @@ mod tests {
                         (matrix(head_dim), matrix(value_dim));
                     let keys = MatRef::new(&k, rows, k_cols, k_stride)?;
                     let values = MatRef::new(&v, rows, v_cols, v_stride)?;
-                    let blocks = (token + rows).div_ceil(BLOCK);
-                    let mut got = vec![0.0; blocks * layout.block_len()];
-                    dispatch!(isa, |s| layout.store_rows(s, &mut got, blocks, token, keys, values, 0..rows));
+                    // Another sequence's blocks before it.
+                    let (before, blocks) = (3, (token + rows).div_ceil(BLOCK));
+                    let ends = (0..blocks).step_by(CHUNK_BLOCKS).chain([blocks]).map(|end| before + end);
+                    let chunks: Vec<usize> = [0].into_iter().chain(ends).collect();
+                    let mut got = vec![0.0; (before + blocks) * layout.block_len()];
+                    dispatch!(isa, |s| {
+                        let mut all = layout.blocks(&mut got, &chunks);
+                        layout.store_rows(s, &mut all, (before, blocks), token, keys, values, 0..rows);
+                    });
 
                     let mut want = vec![0.0; got.len()];
                     for (row, t) in (0..rows).zip(token..) {
                         for head in 0..n_heads {
-                            let unit = (t / BLOCK * n_heads + head) * layout.unit_len();
+                            let first = t / CHUNK * CHUNK_BLOCKS;
+                            let of_chunk = (blocks - first).min(CHUNK_BLOCKS);
+                            let start = ((before + first) * n_heads + head * of_chunk) * layout.unit_len();
+                            let keys_start = start + t % CHUNK / BLOCK * layout.key_len();
                             for d in 0..head_dim {
-                                want[unit + d * BLOCK + t % BLOCK] = keys.row(row)[head * head_dim + d];
+                                want[keys_start + d * BLOCK + t % BLOCK] = keys.row(row)[head * head_dim + d];
                             }
+                            let values_start = start + of_chunk * layout.key_len();
                             for d in 0..value_dim {
-                                let place = head_dim * BLOCK + t % BLOCK * layout.value_stride() + d;
-                                want[unit + place] = values.row(row)[head * value_dim + d];
+                                want[values_start + t % CHUNK * layout.value_stride() + d] =
+                                    values.row(row)[head * value_dim + d];
                             }
                         }
                     }

@@ -1,6 +1,6 @@
 //! A ragged batch cut into blocks of 64 tokens, and the blocks grouped into tiles.
 
-use crate::attention::layout::BLOCK;
+use crate::attention::layout::{BLOCK, CHUNK_BLOCKS};
 use crate::error::Error;
 
 /// A block: up to 64 tokens of one sequence.
@@ -25,6 +25,8 @@ pub(crate) struct Plan {
     pub(crate) segments: Vec<Segment>,
     /// Where each block's rows begin, and the end: one entry more than blocks.
     pub(crate) rows: Vec<usize>,
+    /// The first block of each chunk, and the end.
+    pub(crate) chunks: Vec<usize>,
     /// Blocks grouped into tiles: rows and blocks where each begins, and the end.
     pub(crate) tile_rows: Vec<usize>,
     pub(crate) tile_blocks: Vec<usize>,
@@ -66,6 +68,7 @@ impl Plan {
             blocks: Vec::with_capacity(blocks),
             segments: Vec::with_capacity(segments),
             rows: Vec::with_capacity(blocks + 1),
+            chunks: Vec::with_capacity(blocks + 1),
             tile_rows: Vec::with_capacity(blocks + 1),
             tile_blocks: Vec::with_capacity(blocks + 1),
             tokens: 0,
@@ -94,6 +97,22 @@ impl Plan {
         self.blocks.clear();
         self.segments.clear();
         self.rows.clear();
+        self.chunks.clear();
+    }
+
+    /// Adds a sequence of `len` tokens to segments and chunks, behind the blocks that are there.
+    pub(crate) fn push_segment(&mut self, len: usize) {
+        let end_of = |segment: &Segment| segment.first_block + segment.len.div_ceil(BLOCK);
+        let first_block = self.segments.last().map_or(0, end_of);
+        self.segments.push(Segment { first_block, len });
+        let blocks = first_block..first_block + len.div_ceil(BLOCK);
+        self.chunks.extend(blocks.step_by(CHUNK_BLOCKS));
+    }
+
+    /// Ends the last sequence's last chunk.
+    pub(crate) fn end_chunks(&mut self) {
+        let Some(Segment { first_block, len }) = self.segments.last() else { return };
+        self.chunks.push(first_block + len.div_ceil(BLOCK));
     }
 
     /// Cuts the batch of valid `offsets`.
@@ -102,13 +121,14 @@ impl Plan {
         self.tokens = offsets.last().copied().unwrap_or(0);
         for (segment, bounds) in offsets.windows(2).enumerate() {
             let len = bounds[1] - bounds[0];
-            self.segments.push(Segment { first_block: self.blocks.len(), len });
+            self.push_segment(len);
             for start in (0..len).step_by(BLOCK) {
                 self.blocks.push(Block { segment, start });
                 self.rows.push(bounds[0] + start);
             }
         }
         self.rows.push(self.tokens);
+        self.end_chunks();
 
         self.tile_rows.clear();
         self.tile_blocks.clear();

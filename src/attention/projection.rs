@@ -334,14 +334,13 @@ impl QkvProjection {
         // Behind other tiles of rows come the same columns again.
         let next = next.filter(|_| tiles == 1);
         let (plan, data) = keys.parts();
-        let len = layout.block_len();
-        let mut blocks = MatMut::scratch(data, plan.blocks.len(), len, len);
+        let mut blocks = layout.blocks(data, &plan.chunks);
         crew.paired_blocks(
             s,
             (q, &plan.tile_rows, q_heads * layout.head_dim),
-            (&mut blocks, &plan.tile_blocks, kv_heads * layout.unit_len()),
+            (&mut blocks, &plan.tile_blocks, kv_heads),
             #[inline(always)]
-            |tile, part, [mut q, mut units], scratch| {
+            |tile, part, mut q, mut stored, scratch| {
                 let (scratch, rest) = scratch.split_at_mut(2 * MAX_TILE_ROWS * PANEL);
                 let [of_q, of_k, of_v] =
                     rows.sources(s, plan.tile_rows[tile]..plan.tile_rows[tile + 1], rest);
@@ -363,10 +362,11 @@ impl QkvProjection {
                 let blocks = plan.tile_blocks[tile]..plan.tile_blocks[tile + 1];
                 let row_of = |block: usize| plan.rows[block] - plan.tile_rows[tile];
                 let (lines, scratch) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);
-                for (linear, x, dim, store, then) in [
+                let parts = [
                     (&self.k, of_k, layout.head_dim, KeyLayout::store_keys as Store<S>, self.v.from(v_col)),
                     (&self.v, of_v, layout.value_dim, KeyLayout::store_values, after),
-                ] {
+                ];
+                for (matrix, (linear, x, dim, store, then)) in parts.into_iter().enumerate() {
                     let cols = heads.start * dim..heads.end * dim;
                     for col in cols.clone().step_by(PANEL) {
                         let end = cols.end.min(col + PANEL);
@@ -376,14 +376,15 @@ impl QkvProjection {
                         for (i, block) in blocks.clone().enumerate() {
                             let rows = row_of(block)..row_of(block + 1);
                             let lines = lines.as_ref().block(rows, 0..end - col);
-                            store(layout, s, units.row_mut(i), 0, col - cols.start, lines);
+                            store(layout, s, &mut stored.block(i)[matrix], 0, col - cols.start, lines);
                         }
                     }
                 }
                 if let Some(rotary) = &self.rotary {
                     rotary.turn_rows(s, layout.head_dim, &mut q, (plan, blocks.start, places));
                     for (i, block) in blocks.enumerate() {
-                        rotary.turn_keys(s, layout, units.row_mut(i), (plan, block, places));
+                        let [mut keys, _] = stored.block(i);
+                        rotary.turn_keys(s, &mut keys, (plan, block, places));
                     }
                 }
             },
@@ -392,7 +393,7 @@ impl QkvProjection {
 }
 
 /// Stores a panel of keys or values.
-type Store<S> = fn(KeyLayout, S, &mut [f32], usize, usize, MatRef<'_>);
+type Store<S> = fn(KeyLayout, S, &mut MatMut<'_>, usize, usize, MatRef<'_>);
 
 /// Key heads whose columns, and whose query heads' columns, are whole panels.
 fn head_step(heads: &Heads) -> usize {

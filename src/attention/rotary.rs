@@ -5,7 +5,7 @@ use core::f64::consts::{LN_2, TAU};
 use std::sync::Arc;
 
 use crate::attention::KvCache;
-use crate::attention::layout::{BLOCK, KeyLayout};
+use crate::attention::layout::BLOCK;
 use crate::attention::plan::{Block, Plan};
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
@@ -268,13 +268,12 @@ impl Rotary {
         }
     }
 
-    /// Turns the stored keys of a block, in each of `units`: the arithmetic of [`turn_rows`](Self::turn_rows) with a vector of tokens in
+    /// Turns the stored keys of a block, a row for each head: the arithmetic of [`turn_rows`](Self::turn_rows) with a vector of tokens in
     /// place of one of pairs.
     pub(crate) fn turn_keys<S: Simd>(
         &self,
         s: S,
-        layout: KeyLayout,
-        units: &mut [f32],
+        keys: &mut MatMut<'_>,
         (plan, block, places): (&Plan, usize, &Places<'_>),
     ) {
         let tokens = plan.rows[block + 1] - plan.rows[block];
@@ -291,13 +290,14 @@ impl Rotary {
                             (cos[i][t], sin[i][t]) = (c[first + i], s[first + i]);
                         }
                     }
-                    for unit in units.chunks_exact_mut(layout.unit_len()) {
+                    for head in 0..keys.rows() {
+                        let keys = keys.row_mut(head);
                         for i in 0..pairs {
                             let (a, b) = match self.pairs {
                                 RotaryPairs::Halves => (first + i, first + i + self.half),
                                 RotaryPairs::Interleaved => (2 * (first + i), 2 * (first + i) + 1),
                             };
-                            let (low, high) = unit.split_at_mut(b * BLOCK);
+                            let (low, high) = keys.split_at_mut(b * BLOCK);
                             let (a, b) = (&mut low[a * BLOCK..][..BLOCK], &mut high[..BLOCK]);
                             for j in (0..BLOCK).step_by(LANES) {
                                 let angle = (&cos[i][j..j + LANES], &sin[i][j..j + LANES]);

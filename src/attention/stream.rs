@@ -4,8 +4,8 @@
 use core::ops::Range;
 
 use crate::attention::graph::Graph;
-use crate::attention::keys::{CHUNK, CHUNK_BLOCKS, Keys};
-use crate::attention::layout::{BLOCK, KeyLayout};
+use crate::attention::keys::Keys;
+use crate::attention::layout::{BLOCK, CHUNK, CHUNK_BLOCKS, KeyLayout};
 use crate::attention::plan::{Plan, check_offsets};
 use crate::attention::tiles::Call;
 use crate::attention::{Heads, QueryRows, Terms, attend_heads, check_terms, scratch_len};
@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::error::{Error, checked_product};
 use crate::exec::Team;
 use crate::isa::dispatch;
-use crate::simd::{LANES, Simd};
+use crate::simd::LANES;
 use crate::view::{MatMut, MatRef};
 
 /// The keys and values of a ragged batch as a projection leaves them.
@@ -117,6 +117,7 @@ impl KeyStream {
         }
 
         let [data_len, stored_len] = parts(layout, self.blocks);
+        let chunks: Vec<usize> = (0..=self.blocks).step_by(CHUNK_BLOCKS).collect();
         // The last call's keys are not this one's.
         self.team.scratch().for_each(|scratch| scratch[data_len..data_len + stored_len].fill(0.0));
         let call = Call { heads, graph, terms };
@@ -133,11 +134,13 @@ impl KeyStream {
                     let (stored, scratch) = rest.split_at_mut(stored_len);
                     let (len, seen) = reached(block);
                     let first = keys.segments[plan.blocks[block].segment].first_block;
+                    let mut blocks = layout.blocks(data, &chunks);
                     for i in (0..prefix.min(len.div_ceil(BLOCK))).chain(behind_prefix(seen)) {
                         let place = if i < prefix { i } else { prefix + (i - prefix) % ring };
-                        let rows = keys.rows[first + i]..keys.rows[first + i + 1];
-                        let units = &mut data[place * layout.block_len()..][..layout.block_len()];
-                        store(s, layout, first + i, &mut stored[place], units, k, v, rows);
+                        if is_new(first + i, &mut stored[place]) {
+                            let rows = keys.rows[first + i]..keys.rows[first + i + 1];
+                            layout.store_in_block(s, blocks.block(place), 0, k, v, rows);
+                        }
                     }
                     let keys = Keys::rolling(layout, data, (prefix, ring), len);
                     attend_heads(
@@ -179,20 +182,11 @@ fn parts(layout: KeyLayout, blocks: usize) -> [usize; 2] {
     [blocks * layout.block_len(), blocks.next_multiple_of(LANES)]
 }
 
-/// Stores block `number` of the batch in `units`, unless it is there. `stored` is the bits of the number of the block that is, counted from 1.
-fn store<S: Simd>(
-    s: S,
-    layout: KeyLayout,
-    number: usize,
-    stored: &mut f32,
-    units: &mut [f32],
-    k: MatRef<'_>,
-    v: MatRef<'_>,
-    rows: Range<usize>,
-) {
+/// Whether block `number` of the batch is not in its place yet; from now on it is. `stored` is the bits of the number of the block that is,
+/// counted from 1.
+fn is_new(number: usize, stored: &mut f32) -> bool {
     let number = number as u32 + 1;
-    if stored.to_bits() != number {
-        *stored = f32::from_bits(number);
-        layout.store_in_block(s, units, 0, k, v, rows);
-    }
+    let is_new = stored.to_bits() != number;
+    *stored = f32::from_bits(number);
+    is_new
 }

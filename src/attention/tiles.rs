@@ -5,8 +5,7 @@ use core::ops::Range;
 
 use crate::attention::bits::Query;
 use crate::attention::graph::Graph;
-use crate::attention::keys::{CHUNK, CHUNK_BLOCKS};
-use crate::attention::layout::BLOCK;
+use crate::attention::layout::{BLOCK, CHUNK, CHUNK_BLOCKS};
 use crate::attention::plan::{Plan, check_offsets};
 use crate::attention::{Heads, Terms};
 use crate::error::{Error, check_size};

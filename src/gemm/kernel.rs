@@ -26,42 +26,8 @@ pub(crate) enum Start {
     Add,
 }
 
-/// The right operand of a product. Row `k` begins at `k * stride`; after `first` rows, and then after every `run`, `gap` elements
-/// are left out.
-#[derive(Clone, Copy)]
-pub(crate) struct Rhs<'a> {
-    data: &'a [f32],
-    stride: usize,
-    first: usize,
-    run: usize,
-    gap: usize,
-}
-
-impl<'a> Rhs<'a> {
-    /// Rows at equal distances.
-    #[inline(always)]
-    pub(crate) fn rows(data: &'a [f32], stride: usize) -> Rhs<'a> {
-        Rhs { data, stride, first: usize::MAX, run: usize::MAX, gap: 0 }
-    }
-
-    /// The same rows in runs of `run`, of which the first has `first`, with gaps between them.
-    #[inline(always)]
-    pub(crate) fn in_runs(self, first: usize, run: usize, gap: usize) -> Rhs<'a> {
-        Rhs { first, run, gap, ..self }
-    }
-
-    /// Elements from the begin of the first of `k` rows to that of the last, and `cols` more.
-    #[inline(always)]
-    fn extent(&self, k: usize, cols: usize) -> usize {
-        let gaps = if k <= self.first { 0 } else { (k - self.first).div_ceil(self.run) };
-        // Saturated it is longer than any slice.
-        let between = (k - 1).saturating_mul(self.stride).saturating_add(gaps.saturating_mul(self.gap));
-        between.saturating_add(cols)
-    }
-}
-
-/// `c (start) a * b`. Columns come in whole vectors: `c.cols()` is a multiple of 16 and every row of `b` has that many readable
-/// elements.
+/// `c (start) a * b`, the rows of `b` a stride apart. Columns come in whole vectors: `c.cols()` is a multiple of 16 and every row of `b` has
+/// that many readable elements.
 ///
 /// Meanwhile `next`, what is read after it, is brought closer, evenly over the steps of K and at most a line per step: a core drops
 /// prefetches that it has no room for. Without them the first tile of a block waits for the last cache, or for memory, at every step.
@@ -70,17 +36,17 @@ impl<'a> Rhs<'a> {
 pub(crate) fn product<S: Simd>(
     s: S,
     a: MatRef<'_>,
-    b: Rhs<'_>,
+    (b, b_stride): (&[f32], usize),
     start: Start,
     c: &mut MatMut<'_>,
     next: [&[f32]; 2],
 ) {
     let (rows, k, cols) = (a.rows(), a.cols(), c.cols());
-    assert!(c.rows() == rows && cols % LANES == 0 && cols <= b.stride && b.first > 0 && b.run > 0);
-    assert!(k > 0 && b.data.len() >= b.extent(k, cols));
-    let Rhs { data, stride: b_stride, first, run, gap } = b;
+    assert!(c.rows() == rows && cols % LANES == 0 && cols <= b_stride);
+    // Saturated it is longer than any slice.
+    assert!(k > 0 && b.len() >= (k - 1).saturating_mul(b_stride).saturating_add(cols));
     let (a_stride, c_stride) = (a.row_stride(), c.row_stride());
-    let (a, b, c) = (a.as_ptr(), data.as_ptr(), c.as_mut_ptr());
+    let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
     let lines = (next[0].len() + next[1].len()) / LANES;
     // Divisors that the compiler knows: a product of scores takes but a few thousand cycles.
     let (row_tiles, col_tiles, nv) = if is_tall::<S>(rows, k, lines) {
@@ -110,7 +76,7 @@ pub(crate) fn product<S: Simd>(
             // Nothing left to fetch: a line that is there. An unmapped address would cost a page walk.
             let (line, step) = ahead.next().map_or((a, 0), |lines| (lines.as_ptr(), next_step));
             let ahead = Ahead { line, step, to_l2 };
-            let tile = Tile { k, first, run, gap, a, a_stride, b, b_stride, c, c_stride, start, ahead };
+            let tile = Tile { k, a, a_stride, b, b_stride, c, c_stride, start, ahead };
             // SAFETY: as above.
             unsafe { pick(s, height, vectors, &tile) };
             row += height;
@@ -162,9 +128,6 @@ const fn has_instance<S: Simd>(mr: usize, nv: usize) -> bool {
 /// The operands of one tile.
 struct Tile {
     k: usize,
-    first: usize,
-    run: usize,
-    gap: usize,
     a: *const f32,
     a_stride: usize,
     b: *const f32,
@@ -211,10 +174,10 @@ unsafe fn pick<S: Simd>(s: S, height: usize, vectors: usize, tile: &Tile) {
 }
 
 /// # Safety
-/// `MR` rows of `k` elements at `a`, `k` rows of `NV` vectors at `b`, its gaps left out, and `MR` rows of `NV` vectors at `c` are valid.
+/// `MR` rows of `k` elements at `a`, `k` rows of `NV` vectors at `b`, and `MR` rows of `NV` vectors at `c` are valid.
 #[inline(always)]
 unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
-    let Tile { k, first, run, gap, mut a, a_stride, mut b, b_stride, c, c_stride, start, mut ahead } = *tile;
+    let Tile { k, mut a, a_stride, mut b, b_stride, c, c_stride, start, mut ahead } = *tile;
     let to_l2 = MR * NV <= 16 && ahead.to_l2;
     let mut acc = [[s.splat(0.0); NV]; MR];
     // SAFETY: the caller's promise covers every access below.
@@ -226,31 +189,25 @@ unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
                 }
             }
         }
-        let (mut left, mut steps) = (k, k.min(first));
-        while left > 0 {
-            for _ in 0..steps {
-                let mut step = [s.splat(0.0); NV];
-                for (j, v) in step.iter_mut().enumerate() {
-                    *v = s.load_ptr(b.add(j * LANES));
-                }
-                for (i, row) in acc.iter_mut().enumerate() {
-                    let x = s.splat(*a.add(i * a_stride));
-                    for (v, y) in row.iter_mut().zip(step) {
-                        *v = x.mul_add(y, *v);
-                    }
-                }
-                a = a.add(1);
-                b = b.wrapping_add(b_stride);
-                if to_l2 {
-                    s.prefetch_to_l2(ahead.line);
-                } else {
-                    s.prefetch(ahead.line);
-                }
-                ahead.line = ahead.line.wrapping_add(ahead.step);
+        for _ in 0..k {
+            let mut step = [s.splat(0.0); NV];
+            for (j, v) in step.iter_mut().enumerate() {
+                *v = s.load_ptr(b.add(j * LANES));
             }
-            left -= steps;
-            steps = left.min(run);
-            b = b.wrapping_add(gap);
+            for (i, row) in acc.iter_mut().enumerate() {
+                let x = s.splat(*a.add(i * a_stride));
+                for (v, y) in row.iter_mut().zip(step) {
+                    *v = x.mul_add(y, *v);
+                }
+            }
+            a = a.add(1);
+            b = b.wrapping_add(b_stride);
+            if to_l2 {
+                s.prefetch_to_l2(ahead.line);
+            } else {
+                s.prefetch(ahead.line);
+            }
+            ahead.line = ahead.line.wrapping_add(ahead.step);
         }
         for (i, row) in acc.iter().enumerate() {
             for (j, &v) in row.iter().enumerate() {

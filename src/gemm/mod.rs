@@ -11,7 +11,7 @@ mod pack;
 pub use matmul::{Strided, StridedMut, matmul};
 pub use pack::PackedMatrix;
 
-pub(crate) use kernel::{Rhs, Start, product};
+pub(crate) use kernel::{Start, product};
 
 /// Columns of a panel: four AVX-512 vectors, or four slices of one cache line for the other instruction sets.
 pub(crate) const PANEL: usize = 64;
@@ -56,5 +56,5 @@ pub(crate) fn block_product<S: Simd>(
     next: [&[f32]; 2],
 ) {
     let mode = if start == 0 { Start::Zero } else { Start::Add };
-    product(s, a, Rhs::rows(w.block(panel, start), PANEL), mode, sums, next);
+    product(s, a, (w.block(panel, start), PANEL), mode, sums, next);
 }
