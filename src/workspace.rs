@@ -6,6 +6,7 @@ use core::fmt;
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::sync::{Arc, Mutex, Weak};
 
 use crate::error::Error;
 
@@ -121,9 +122,112 @@ impl fmt::Debug for AlignedBuffer {
     }
 }
 
+/// Zeroed elements on a cache line's begin for what is kept, such as weights: a part of a slab, which lives as long as one of its parts.
+///
+/// By itself a matrix ends inside of a huge page, and what is behind the last whole one has small pages: a ninth of a BERT-base layer's weights,
+/// two fifths of MiniLM's. An allocator also hands out memory again with the small pages that it has, and whoever loads a model frees a copy of
+/// each weight before the next is packed. Slabs are large enough to come from the system, and their huge pages are full.
+pub(crate) struct SlabBuffer {
+    start: NonNull<f32>,
+    len: usize,
+    _slab: Arc<AlignedBuffer>,
+}
+
+/// Bytes of a slab at least; what is not used of it is not touched. The C library's allocator takes everything above 32 MiB from the system.
+const SLAB: usize = 64 << 20;
+
+/// Smaller ones have memory of their own: a slab's first huge page is cleared at once.
+const LEAST_OF_SLAB: usize = HUGE_PAGE / 8;
+
+/// The slab that the next buffer is taken from, and how much of it is in use.
+static CURRENT: Mutex<(Weak<AlignedBuffer>, usize)> = Mutex::new((Weak::new(), 0));
+
+// SAFETY: as an `AlignedBuffer`, it owns its elements: parts of a slab do not overlap.
+unsafe impl Send for SlabBuffer {}
+// SAFETY: as above.
+unsafe impl Sync for SlabBuffer {}
+
+impl SlabBuffer {
+    /// `len` zeros, of a size that the caller has checked.
+    pub(crate) fn zeroed(len: usize) -> SlabBuffer {
+        let bytes = len * size_of::<f32>();
+        if !(LEAST_OF_SLAB..=SLAB / 2).contains(&bytes) {
+            let own = Arc::new(AlignedBuffer::scratch(len));
+            return SlabBuffer { start: own.start, len, _slab: own };
+        }
+        let mut current = CURRENT.lock().unwrap_or_else(|e| e.into_inner());
+        let (slab, used) = &mut *current;
+        let slab = slab.upgrade().filter(|slab| slab.len() - *used >= len).unwrap_or_else(|| {
+            let new = Arc::new(AlignedBuffer::scratch(SLAB / size_of::<f32>()));
+            (*slab, *used) = (Arc::downgrade(&new), 0);
+            new
+        });
+        // SAFETY: `len` elements from `used` are inside the slab, and no other buffer's: `used` only grows while the slab lives.
+        let start = unsafe { slab.start.add(*used) };
+        *used += len.next_multiple_of(LINE / size_of::<f32>());
+        SlabBuffer { start, len, _slab: slab }
+    }
+}
+
+impl Deref for SlabBuffer {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        // SAFETY: the elements are this buffer's own, and the slab lives as long as it.
+        unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for SlabBuffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as in `deref`; `self` is borrowed exclusively.
+        unsafe { core::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl fmt::Debug for SlabBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SlabBuffer").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_of_slabs_are_aligned_zeroed_and_apart() {
+        // A small one, several that share slabs, more than one slab has room for, and a large one; some of them on other threads.
+        let small = LEAST_OF_SLAB / size_of::<f32>() - 1;
+        let lens = [small, small + 1, 3 * small + 5, SLAB / 12, SLAB / 8, SLAB / 8 - 7, SLAB / 8 + 1];
+        let make = |tag: usize| -> Vec<SlabBuffer> {
+            let fill = |(i, &len): (usize, &usize)| {
+                let mut buffer = SlabBuffer::zeroed(len);
+                assert_eq!((buffer.len(), buffer.as_ptr() as usize % LINE), (len, 0));
+                assert!(buffer.iter().all(|&x| x == 0.0));
+                buffer.fill((tag * lens.len() + i) as f32 + 1.0);
+                buffer
+            };
+            lens.iter().enumerate().map(fill).collect()
+        };
+        let make = &make;
+        let mut all: Vec<Vec<SlabBuffer>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..3).map(|tag| scope.spawn(move || make(tag))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let check = |tag: usize, buffers: &[SlabBuffer]| {
+            for (i, buffer) in buffers.iter().enumerate() {
+                let value = (tag * lens.len() + i) as f32 + 1.0;
+                assert!(buffer.iter().all(|&x| x == value), "{tag} {i}");
+            }
+        };
+        all.iter().enumerate().for_each(|(tag, buffers)| check(tag, buffers));
+        // What is dropped takes nothing from its neighbours, nor does what comes in its place.
+        all.remove(1);
+        let new = make(7);
+        check(0, &all[0]);
+        check(2, &all[1]);
+        check(7, &new);
+    }
 
     #[test]
     fn buffers_are_aligned_zeroed_and_of_their_length() {

@@ -6,13 +6,13 @@ use core::ops::Range;
 use crate::error::{Error, check_dim};
 use crate::gemm::{K_BLOCK, PANEL};
 use crate::view::MatRef;
-use crate::workspace::AlignedBuffer;
+use crate::workspace::SlabBuffer;
 
 /// A weight matrix of `k` inputs and `n` outputs in the layout that the kernels read. It is immutable: any number of threads
 /// share it.
 #[derive(Debug)]
 pub struct PackedMatrix {
-    data: AlignedBuffer,
+    data: SlabBuffer,
     k: usize,
     n: usize,
 }
@@ -51,7 +51,7 @@ impl PackedMatrix {
     /// The same shape, with `f(input, output, weight)` in place of each weight.
     pub(crate) fn map(&self, mut f: impl FnMut(usize, usize, f32) -> f32) -> Self {
         let PackedMatrix { k, n, .. } = *self;
-        let mut data = AlignedBuffer::scratch(self.data.len());
+        let mut data = SlabBuffer::zeroed(self.data.len());
         for (step, (new, old)) in data.chunks_exact_mut(PANEL).zip(self.data.chunks_exact(PANEL)).enumerate()
         {
             let (panel, input) = (step / k, step % k);
@@ -68,7 +68,7 @@ impl PackedMatrix {
         let len = n.checked_next_multiple_of(PANEL).and_then(|n| n.checked_mul(k));
         match len {
             Some(len) if len <= isize::MAX as usize / 4 => {
-                Ok(PackedMatrix { data: AlignedBuffer::scratch(len), k, n })
+                Ok(PackedMatrix { data: SlabBuffer::zeroed(len), k, n })
             }
             _ => Err(Error::Overflow { arg: "weight inputs * outputs" }),
         }
