@@ -122,7 +122,7 @@ impl fmt::Debug for AlignedBuffer {
     }
 }
 
-/// Zeroed elements on a cache line's begin for what is kept, such as weights: a part of a slab, which lives as long as one of its parts.
+/// Zeroed elements on a cache line's begin for what is kept, weights and caches: a part of a slab, which lives as long as one of its parts.
 ///
 /// By itself a matrix ends inside of a huge page, and what is behind the last whole one has small pages: a ninth of a BERT-base layer's weights,
 /// two fifths of MiniLM's. An allocator also hands out memory again with the small pages that it has, and whoever loads a model frees a copy of
@@ -152,8 +152,7 @@ impl SlabBuffer {
     pub(crate) fn zeroed(len: usize) -> SlabBuffer {
         let bytes = len * size_of::<f32>();
         if !(LEAST_OF_SLAB..=SLAB / 2).contains(&bytes) {
-            let own = Arc::new(AlignedBuffer::scratch(len));
-            return SlabBuffer { start: own.start, len, _slab: own };
+            return Self::apart(len);
         }
         let mut current = CURRENT.lock().unwrap_or_else(|e| e.into_inner());
         let (slab, used) = &mut *current;
@@ -166,6 +165,12 @@ impl SlabBuffer {
         let start = unsafe { slab.start.add(*used) };
         *used += len.next_multiple_of(LINE / size_of::<f32>());
         SlabBuffer { start, len, _slab: slab }
+    }
+
+    /// The same with memory of its own, for what is dropped soon: it would keep a slab alive, or be kept by one.
+    pub(crate) fn apart(len: usize) -> SlabBuffer {
+        let own = Arc::new(AlignedBuffer::scratch(len));
+        SlabBuffer { start: own.start, len, _slab: own }
     }
 }
 

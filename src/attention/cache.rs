@@ -10,6 +10,7 @@ use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::Crew;
 use crate::simd::{Scalar, Simd};
 use crate::view::MatRef;
+use crate::workspace::SlabBuffer;
 
 /// Keys and values of sequences that grow: preallocated, appended to, and with a window a ring that drops the oldest.
 ///
@@ -46,7 +47,7 @@ impl KvCache {
         let blocks =
             capacity.checked_next_multiple_of(CHUNK).ok_or(Error::Overflow { arg: "capacity" })? / BLOCK;
         let total = checked_product("capacity", &[blocks, sequences])?;
-        let mut store = KeyStore::with_blocks(heads, total, sequences)?;
+        let mut store = KeyStore::with_blocks(heads, total, sequences, SlabBuffer::zeroed)?;
         store.ring = Some(blocks);
         store.plan.segments = (0..sequences).map(|i| Segment { first_block: i * blocks, len: 0 }).collect();
         store.plan.chunks = (0..=total).step_by(CHUNK_BLOCKS).collect();

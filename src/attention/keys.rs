@@ -10,7 +10,7 @@ use crate::isa::dispatch;
 use crate::rows::SERIAL;
 use crate::simd::Scalar;
 use crate::view::MatRef;
-use crate::workspace::AlignedBuffer;
+use crate::workspace::SlabBuffer;
 
 /// One sequence's keys and values.
 #[derive(Clone, Copy)]
@@ -128,7 +128,7 @@ impl<'a> Stores<'a> {
 pub struct KeyStore {
     pub(crate) layout: KeyLayout,
     pub(crate) plan: Plan,
-    pub(super) data: AlignedBuffer,
+    pub(super) data: SlabBuffer,
     /// Blocks per sequence, if they are a cache's.
     pub(super) ring: Option<usize>,
     /// Keys before each sequence's own, if they are another store's: what these leave of a chunk stands here first.
@@ -142,10 +142,16 @@ impl KeyStore {
     /// [`Error::Overflow`].
     pub fn new(heads: &Heads, max_tokens: usize, max_segments: usize) -> Result<KeyStore, Error> {
         let blocks = max_blocks(max_tokens, max_segments);
-        Self::with_blocks(heads, blocks, max_segments)
+        Self::with_blocks(heads, blocks, max_segments, SlabBuffer::apart)
     }
 
-    pub(super) fn with_blocks(heads: &Heads, blocks: usize, segments: usize) -> Result<KeyStore, Error> {
+    /// Room for so many blocks, in memory that `zeroed` makes.
+    pub(super) fn with_blocks(
+        heads: &Heads,
+        blocks: usize,
+        segments: usize,
+        zeroed: fn(usize) -> SlabBuffer,
+    ) -> Result<KeyStore, Error> {
         heads.check()?;
         // Each block and each sequence has an entry in a few lists.
         checked_product("keys and values", &[blocks.max(segments), 8])?;
@@ -157,7 +163,7 @@ impl KeyStore {
         Ok(KeyStore {
             layout,
             plan: Plan::with_capacity(blocks, segments),
-            data: AlignedBuffer::scratch(len),
+            data: zeroed(len),
             ring: None,
             behind: Vec::with_capacity(segments),
         })
