@@ -113,6 +113,12 @@ impl Linear {
     /// ```
     pub fn with_affine_before(&self, norm: &Affine) -> Result<Linear, Error> {
         check_size("norm channels", self.in_features(), norm.channels())?;
+        self.copy()?.before(norm)
+    }
+
+    fn before(self, norm: &Affine) -> Result<Linear, Error> {
+        check_size("norm channels", self.in_features(), norm.channels())?;
+        let outputs = self.out_features();
         let mut bias: Vec<f64> = self.bias.iter().map(|&b| f64::from(b)).collect();
         let weight = self.weight.map(|input, output, w| {
             let w = f64::from(w);
@@ -120,7 +126,7 @@ impl Linear {
             (w * f64::from(norm.scale[input])) as f32
         });
         let bias: Vec<f32> = bias.iter().map(|&b| b as f32).collect();
-        Linear::new(weight, bias.get(..self.out_features()))
+        Linear::new(weight, bias.get(..outputs))
     }
 
     /// The map before a batch norm with the norm in its weights: `y = (scale W) x + (scale b + shift)`, in f64 and rounded once.
@@ -128,6 +134,11 @@ impl Linear {
     /// # Errors
     /// [`Error::Size`] if the channels are not the outputs.
     pub fn with_affine_after(&self, norm: &Affine) -> Result<Linear, Error> {
+        check_size("norm channels", self.out_features(), norm.channels())?;
+        self.copy()?.after(norm)
+    }
+
+    fn after(self, norm: &Affine) -> Result<Linear, Error> {
         check_size("norm channels", self.out_features(), norm.channels())?;
         let weight = self.weight.map(|_, output, w| (f64::from(w) * f64::from(norm.scale[output])) as f32);
         let bias = self.bias.iter().zip(&norm.scale).zip(&norm.shift);
@@ -138,13 +149,17 @@ impl Linear {
     /// The map between two batch norms, where there are any.
     pub(crate) fn between(self, before: Option<&Affine>, after: Option<&Affine>) -> Result<Linear, Error> {
         let linear = match before {
-            Some(norm) => self.with_affine_before(norm)?,
+            Some(norm) => self.before(norm)?,
             None => self,
         };
         match after {
-            Some(norm) => linear.with_affine_after(norm),
+            Some(norm) => linear.after(norm),
             None => Ok(linear),
         }
+    }
+
+    fn copy(&self) -> Result<Linear, Error> {
+        Linear::new(self.weight.copy(), self.bias.get(..self.out_features()))
     }
 
     /// Inputs: columns of `x`.

@@ -294,7 +294,7 @@ impl<'a> BlocksMut<'a> {
     /// All blocks of `data`, which begins with the first: `groups` are the first blocks of each group, ascending from 0, and the end.
     pub(crate) fn new(data: &'a mut [f32], groups: &'a [usize], rows: usize, cols: [usize; 2]) -> Self {
         let end = groups.last().copied().unwrap_or(0);
-        assert!(groups.is_sorted() && groups.first().is_none_or(|&first| first == 0));
+        assert!(groups.is_sorted() && groups.first() == Some(&0) && rows > 0);
         assert!(end.saturating_mul(rows).saturating_mul(cols[0] + cols[1]) <= data.len());
         let ptr = data.as_mut_ptr();
         BlocksMut { ptr, groups, all_rows: rows, cols, blocks: 0..end, rows: 0..rows, life: PhantomData }
@@ -321,8 +321,9 @@ impl<'a> BlocksMut<'a> {
         let row_stride = n * (a + b);
         let start = first * self.all_rows * (a + b) + self.rows.start * row_stride;
         let matrix = |start: usize, cols: usize| {
-            // SAFETY: the group's rows are inside the borrow (checked by `new`), and the block's columns inside a row; no other block's are the
-            // same, as it has another group or another place in it.
+            // SAFETY: the group's rows are inside the borrow (checked by `new`), this part has one of them, and the matrix's columns are inside
+            // a row. Nothing else has them: other rows of the group are a stride away, other groups stand elsewhere, and in a row each block has
+            // its place among the first matrices and among the second ones.
             let ptr = unsafe { self.ptr.add(start) };
             MatMut { ptr, rows: self.rows.len(), cols, row_stride, life: PhantomData }
         };
@@ -339,7 +340,7 @@ impl<'a> BlocksMut<'a> {
         'a: 'b,
     {
         assert!(blocks.start <= blocks.end && blocks.end <= self.blocks.len());
-        assert!(rows.start <= rows.end && rows.end <= self.rows.len());
+        assert!(rows.start < rows.end && rows.end <= self.rows.len());
         let (first, row) = (self.blocks.start, self.rows.start);
         let (blocks, rows) = (first + blocks.start..first + blocks.end, row + rows.start..row + rows.end);
         let BlocksMut { ptr, groups, all_rows, cols, .. } = *self;

@@ -122,7 +122,7 @@ impl fmt::Debug for AlignedBuffer {
     }
 }
 
-/// Zeroed elements on a cache line's begin for what is kept, weights and caches: a part of a slab, which lives as long as one of its parts.
+/// Zeroed elements on a cache line's begin: a part of a slab, which lives as long as one of its parts.
 ///
 /// By itself a matrix ends inside of a huge page, and what is behind the last whole one has small pages: a ninth of a BERT-base layer's weights,
 /// two fifths of MiniLM's. An allocator also hands out memory again with the small pages that it has, and whoever loads a model frees a copy of
@@ -133,44 +133,68 @@ pub(crate) struct SlabBuffer {
     _slab: Arc<AlignedBuffer>,
 }
 
-/// Bytes of a slab at least; what is not used of it is not touched. The C library's allocator takes everything above 32 MiB from the system.
+/// Memory whose parts are handed out one after another; none comes back. Its elements are only ever reached through the parts: a slice of all of
+/// them would overlap those.
+pub(crate) struct Slab {
+    memory: Arc<AlignedBuffer>,
+    used: usize,
+}
+
+/// Bytes of a slab of weights; what is not used of it is not touched. glibc takes whatever is larger than 32 MiB from the system, with pages that
+/// nobody has had.
 const SLAB: usize = 64 << 20;
 
-/// Smaller ones have memory of their own: a slab's first huge page is cleared at once.
+/// Smaller matrices have memory of their own: a slab's first huge page is cleared at once. So have those of which a slab would hold one or none.
 const LEAST_OF_SLAB: usize = HUGE_PAGE / 8;
 
-/// The slab that the next buffer is taken from, and how much of it is in use.
+/// The slab that the next matrix is taken from, and how much of it is in use.
 static CURRENT: Mutex<(Weak<AlignedBuffer>, usize)> = Mutex::new((Weak::new(), 0));
 
-// SAFETY: as an `AlignedBuffer`, it owns its elements: parts of a slab do not overlap.
+// SAFETY: as an `AlignedBuffer`, it owns its elements: parts of a slab do not overlap, and nothing else reaches them.
 unsafe impl Send for SlabBuffer {}
 // SAFETY: as above.
 unsafe impl Sync for SlabBuffer {}
 
+impl Slab {
+    /// Room for `len` elements, of a size that the caller has checked.
+    pub(crate) fn new(len: usize) -> Slab {
+        Slab { memory: Arc::new(AlignedBuffer::scratch(len)), used: 0 }
+    }
+
+    /// The next `len` zeros, if there is room; the one behind them begins on a cache line.
+    pub(crate) fn take(&mut self, len: usize) -> Option<SlabBuffer> {
+        // The field: `len()` would make a slice of all elements.
+        if self.memory.len - self.used < len {
+            return None;
+        }
+        // SAFETY: `len` elements from `used` are inside the memory.
+        let start = unsafe { self.memory.start.add(self.used) };
+        self.used = (self.used + len.next_multiple_of(LINE / size_of::<f32>())).min(self.memory.len);
+        Some(SlabBuffer { start, len, _slab: Arc::clone(&self.memory) })
+    }
+}
+
 impl SlabBuffer {
-    /// `len` zeros, of a size that the caller has checked.
+    /// `len` zeros for weights, of a size that the caller has checked, beside the last ones.
     pub(crate) fn zeroed(len: usize) -> SlabBuffer {
         let bytes = len * size_of::<f32>();
         if !(LEAST_OF_SLAB..=SLAB / 2).contains(&bytes) {
             return Self::apart(len);
         }
         let mut current = CURRENT.lock().unwrap_or_else(|e| e.into_inner());
-        let (slab, used) = &mut *current;
-        let slab = slab.upgrade().filter(|slab| slab.len() - *used >= len).unwrap_or_else(|| {
-            let new = Arc::new(AlignedBuffer::scratch(SLAB / size_of::<f32>()));
-            (*slab, *used) = (Arc::downgrade(&new), 0);
-            new
+        let slab = current.0.upgrade().map(|memory| Slab { memory, used: current.1 });
+        let mut slab = slab.unwrap_or_else(|| Slab::new(SLAB / size_of::<f32>()));
+        let buffer = slab.take(len).unwrap_or_else(|| {
+            slab = Slab::new(SLAB / size_of::<f32>());
+            slab.take(len).expect("a part of an empty slab")
         });
-        // SAFETY: `len` elements from `used` are inside the slab, and no other buffer's: `used` only grows while the slab lives.
-        let start = unsafe { slab.start.add(*used) };
-        *used += len.next_multiple_of(LINE / size_of::<f32>());
-        SlabBuffer { start, len, _slab: slab }
+        *current = (Arc::downgrade(&slab.memory), slab.used);
+        buffer
     }
 
-    /// The same with memory of its own, for what is dropped soon: it would keep a slab alive, or be kept by one.
+    /// The same with memory of its own: in a slab it would be kept by others, or keep them.
     pub(crate) fn apart(len: usize) -> SlabBuffer {
-        let own = Arc::new(AlignedBuffer::scratch(len));
-        SlabBuffer { start: own.start, len, _slab: own }
+        Slab::new(len).take(len).expect("all of a slab")
     }
 }
 

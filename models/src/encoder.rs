@@ -292,7 +292,7 @@ impl Layers {
 
     /// Empty caches of layers with one self-attention each, for sequences of up to `capacity` tokens.
     pub fn caches(&self, sequences: usize, capacity: usize) -> Result<Vec<KvCache>> {
-        self.stack.layers().iter().map(|_| Ok(KvCache::new(&self.heads, sequences, capacity)?)).collect()
+        Ok(KvCache::for_layers(self.stack.layers().len(), &self.heads, sequences, capacity)?)
     }
 }
 

@@ -10,7 +10,7 @@ use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::Crew;
 use crate::simd::{Scalar, Simd};
 use crate::view::MatRef;
-use crate::workspace::SlabBuffer;
+use crate::workspace::{Slab, SlabBuffer};
 
 /// Keys and values of sequences that grow: preallocated, appended to, and with a window a ring that drops the oldest.
 ///
@@ -42,16 +42,44 @@ impl KvCache {
     /// # Errors
     /// [`Error::ZeroDim`], [`Error::Overflow`].
     pub fn new(heads: &Heads, sequences: usize, capacity: usize) -> Result<KvCache, Error> {
+        let mut caches = Self::for_layers(1, heads, sequences, capacity)?;
+        caches.pop().ok_or(Error::ZeroDim { arg: "layers" })
+    }
+
+    /// The caches of a stack's layers, side by side in memory: short ones are faster so, as huge pages hold several of them. The memory is freed
+    /// when all are dropped.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    ///
+    /// ```
+    /// use laneformer::{Heads, KvCache};
+    /// let caches = KvCache::for_layers(12, &Heads::new(12, 64)?, 1, 1024)?;
+    /// assert_eq!((caches.len(), caches[11].room(0)), (12, 1024));
+    /// # Ok::<(), laneformer::Error>(())
+    /// ```
+    pub fn for_layers(
+        layers: usize,
+        heads: &Heads,
+        sequences: usize,
+        capacity: usize,
+    ) -> Result<Vec<KvCache>, Error> {
         check_dim("sequences", sequences)?;
         check_dim("capacity", capacity)?;
         let blocks =
             capacity.checked_next_multiple_of(CHUNK).ok_or(Error::Overflow { arg: "capacity" })? / BLOCK;
         let total = checked_product("capacity", &[blocks, sequences])?;
-        let mut store = KeyStore::with_blocks(heads, total, sequences, SlabBuffer::zeroed)?;
-        store.ring = Some(blocks);
-        store.plan.segments = (0..sequences).map(|i| Segment { first_block: i * blocks, len: 0 }).collect();
-        store.plan.chunks = (0..=total).step_by(CHUNK_BLOCKS).collect();
-        Ok(KvCache { store, capacity, window: false })
+        let len = KeyStore::len_of_blocks(heads, total, sequences)?;
+        let mut slab = Slab::new(checked_product("capacity", &[len, layers])?);
+        let cache = |data: SlabBuffer| {
+            let mut store = KeyStore::with_blocks(heads, total, sequences, data);
+            store.ring = Some(blocks);
+            store.plan.segments =
+                (0..sequences).map(|i| Segment { first_block: i * blocks, len: 0 }).collect();
+            store.plan.chunks = (0..=total).step_by(CHUNK_BLOCKS).collect();
+            KvCache { store, capacity, window: false }
+        };
+        Ok((0..layers).map_while(|_| slab.take(len)).map(cache).collect())
     }
 
     /// A cache that keeps at least the last `window` tokens of each sequence, the newest among them, and drops older ones in chunks of 256. [`Graph::window`](crate::Graph::window)
@@ -113,7 +141,7 @@ impl KvCache {
     pub fn append(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
         self.store.layout.check_rows(k, v)?;
         self.check_room(sequence, k.rows())?;
-        self.push(Scalar, sequence, k, v, 0..k.rows());
+        self.push(Scalar, sequence, k, v, core::iter::once(0..k.rows()));
         Ok(())
     }
 
@@ -136,9 +164,7 @@ impl KvCache {
 
     /// [`append_batch`](Self::append_batch) after its checks.
     fn push_batch<S: Simd>(&mut self, s: S, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) {
-        for (sequence, rows) in offsets.windows(2).enumerate() {
-            self.push(s, sequence, k, v, rows[0]..rows[1]);
-        }
+        self.push(s, 0, k, v, offsets.windows(2).map(|rows| rows[0]..rows[1]));
     }
 
     /// The same as a phase whose tiles are the blocks of the cache, if there are enough rows for that.
@@ -174,13 +200,22 @@ impl KvCache {
         }
     }
 
-    fn push<S: Simd>(&mut self, s: S, sequence: usize, k: MatRef<'_>, v: MatRef<'_>, rows: Range<usize>) {
+    /// Appends rows to each of some sequences, from `first` on.
+    fn push<S: Simd>(
+        &mut self,
+        s: S,
+        first: usize,
+        k: MatRef<'_>,
+        v: MatRef<'_>,
+        rows: impl Iterator<Item = Range<usize>>,
+    ) {
         let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
-        let Segment { first_block, len } = &mut plan.segments[sequence];
-        let places = (*first_block, ring.unwrap_or(usize::MAX));
-        let added = rows.len();
-        layout.store_rows(s, &mut layout.blocks(data, &plan.chunks), places, *len, k, v, rows);
-        *len += added;
+        let mut blocks = layout.blocks(data, &plan.chunks);
+        for (Segment { first_block, len }, rows) in plan.segments[first..].iter_mut().zip(rows) {
+            let (places, added) = ((*first_block, ring.unwrap_or(usize::MAX)), rows.len());
+            layout.store_rows(s, &mut blocks, places, *len, k, v, rows);
+            *len += added;
+        }
     }
 
     pub(crate) fn check_room(&self, sequence: usize, rows: usize) -> Result<(), Error> {

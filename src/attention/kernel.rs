@@ -137,8 +137,9 @@ fn write<S: Simd>(s: S, rows: &Rows<'_>, out: &mut MatMut<'_>) -> bool {
             zeros_of_row = x.mul_add(zero, zeros_of_row);
             x.store(out);
         }
+        // Of the padding of the last vector of values nothing is known.
         for total in total {
-            let x = s.load(total).mul_add(inv, zero);
+            let x = s.load_partial(&total[..tail.len()], zero).mul_add(inv, zero);
             zeros_of_row = x.mul_add(zero, zeros_of_row);
             x.store_partial(tail);
         }
@@ -220,7 +221,8 @@ fn attend_chunk<S: Simd>(
     }
     if is_careful && tiles.is_masked {
         for (row, &max) in chunk_max[..n].iter().enumerate() {
-            if max != f32::NEG_INFINITY && out.row(row).iter().any(|x| !x.is_finite()) {
+            let values = &out.row(row)[..keys.layout.value_dim];
+            if max != f32::NEG_INFINITY && values.iter().any(|x| !x.is_finite()) {
                 only_allowed(s, score.row(row), tiles, row, keys, kv_head, out.row_mut(row));
             }
         }

@@ -142,31 +142,29 @@ impl KeyStore {
     /// [`Error::Overflow`].
     pub fn new(heads: &Heads, max_tokens: usize, max_segments: usize) -> Result<KeyStore, Error> {
         let blocks = max_blocks(max_tokens, max_segments);
-        Self::with_blocks(heads, blocks, max_segments, SlabBuffer::apart)
+        let len = Self::len_of_blocks(heads, blocks, max_segments)?;
+        Ok(Self::with_blocks(heads, blocks, max_segments, SlabBuffer::apart(len)))
     }
 
-    /// Room for so many blocks, in memory that `zeroed` makes.
-    pub(super) fn with_blocks(
-        heads: &Heads,
-        blocks: usize,
-        segments: usize,
-        zeroed: fn(usize) -> SlabBuffer,
-    ) -> Result<KeyStore, Error> {
+    /// Elements of so many blocks of so many sequences.
+    pub(super) fn len_of_blocks(heads: &Heads, blocks: usize, segments: usize) -> Result<usize, Error> {
         heads.check()?;
         // Each block and each sequence has an entry in a few lists.
         checked_product("keys and values", &[blocks.max(segments), 8])?;
         let layout = heads.layout();
-        let len = checked_product(
-            "keys and values",
-            &[blocks, layout.n_heads, layout.head_dim + layout.value_stride(), BLOCK],
-        )?;
-        Ok(KeyStore {
-            layout,
+        let dims = layout.head_dim + layout.value_stride();
+        checked_product("keys and values", &[blocks, layout.n_heads, dims, BLOCK])
+    }
+
+    /// So many blocks in `data`, which is as long as they are.
+    pub(super) fn with_blocks(heads: &Heads, blocks: usize, segments: usize, data: SlabBuffer) -> KeyStore {
+        KeyStore {
+            layout: heads.layout(),
             plan: Plan::with_capacity(blocks, segments),
-            data: zeroed(len),
+            data,
             ring: None,
             behind: Vec::with_capacity(segments),
-        })
+        }
     }
 
     /// Stores the keys and values of a batch in place of what was there, on the context's threads.

@@ -102,17 +102,20 @@ impl Plan {
 
     /// Adds a sequence of `len` tokens to segments and chunks, behind the blocks that are there.
     pub(crate) fn push_segment(&mut self, len: usize) {
-        let end_of = |segment: &Segment| segment.first_block + segment.len.div_ceil(BLOCK);
-        let first_block = self.segments.last().map_or(0, end_of);
+        let first_block = self.end_of_blocks();
         self.segments.push(Segment { first_block, len });
         let blocks = first_block..first_block + len.div_ceil(BLOCK);
         self.chunks.extend(blocks.step_by(CHUNK_BLOCKS));
     }
 
+    /// Blocks of all sequences so far.
+    fn end_of_blocks(&self) -> usize {
+        self.segments.last().map_or(0, |segment| segment.first_block + segment.len.div_ceil(BLOCK))
+    }
+
     /// Ends the last sequence's last chunk.
     pub(crate) fn end_chunks(&mut self) {
-        let Some(Segment { first_block, len }) = self.segments.last() else { return };
-        self.chunks.push(first_block + len.div_ceil(BLOCK));
+        self.chunks.push(self.end_of_blocks());
     }
 
     /// Cuts the batch of valid `offsets`.

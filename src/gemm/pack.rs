@@ -10,6 +10,9 @@ use crate::workspace::SlabBuffer;
 
 /// A weight matrix of `k` inputs and `n` outputs in the layout that the kernels read. It is immutable: any number of threads
 /// share it.
+///
+/// Matrices that are packed one after another stand together in memory, in slabs of 64 MiB, and a slab goes back to the system when all of its
+/// matrices are dropped.
 #[derive(Debug)]
 pub struct PackedMatrix {
     data: SlabBuffer,
@@ -48,18 +51,23 @@ impl PackedMatrix {
         Ok(packed)
     }
 
-    /// The same shape, with `f(input, output, weight)` in place of each weight.
-    pub(crate) fn map(&self, mut f: impl FnMut(usize, usize, f32) -> f32) -> Self {
-        let PackedMatrix { k, n, .. } = *self;
+    /// The same weights again.
+    pub(crate) fn copy(&self) -> Self {
         let mut data = SlabBuffer::zeroed(self.data.len());
-        for (step, (new, old)) in data.chunks_exact_mut(PANEL).zip(self.data.chunks_exact(PANEL)).enumerate()
-        {
+        data.copy_from_slice(&self.data);
+        PackedMatrix { data, ..*self }
+    }
+
+    /// The same shape, with `f(input, output, weight)` in place of each weight.
+    pub(crate) fn map(mut self, mut f: impl FnMut(usize, usize, f32) -> f32) -> Self {
+        let PackedMatrix { k, n, .. } = self;
+        for (step, weights) in self.data.chunks_exact_mut(PANEL).enumerate() {
             let (panel, input) = (step / k, step % k);
-            for (col, (new, old)) in new.iter_mut().zip(old).enumerate().take(n - panel * PANEL) {
-                *new = f(input, panel * PANEL + col, *old);
+            for (col, w) in weights.iter_mut().enumerate().take(n - panel * PANEL) {
+                *w = f(input, panel * PANEL + col, *w);
             }
         }
-        PackedMatrix { data, k, n }
+        self
     }
 
     fn zeroed(k: usize, n: usize) -> Result<Self, Error> {

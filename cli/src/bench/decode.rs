@@ -199,12 +199,7 @@ impl<'a> Decode<'a> {
 
         let heads = Heads::new(DIMS.n_heads, d / DIMS.n_heads)?;
         let room = contexts.iter().max().map_or(1, |n| n + 1);
-        let mut caches = model
-            .stack
-            .layers()
-            .iter()
-            .map(|_| KvCache::new(&heads, batch, room))
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut caches = KvCache::for_layers(model.stack.layers().len(), &heads, batch, room)?;
         let mut inputs = Inputs { caches: &mut caches, ..Inputs::new(&before, &model.graph) };
         let x = MatMut::contiguous(&mut prompt, before[batch], d)?;
         model.stack.forward_with(ctx, x, &mut inputs, &mut workspace)?;
