@@ -112,7 +112,6 @@ impl Linear {
     /// # Ok::<(), laneformer::Error>(())
     /// ```
     pub fn with_affine_before(&self, norm: &Affine) -> Result<Linear, Error> {
-        check_size("norm channels", self.in_features(), norm.channels())?;
         self.copy()?.before(norm)
     }
 
@@ -134,7 +133,6 @@ impl Linear {
     /// # Errors
     /// [`Error::Size`] if the channels are not the outputs.
     pub fn with_affine_after(&self, norm: &Affine) -> Result<Linear, Error> {
-        check_size("norm channels", self.out_features(), norm.channels())?;
         self.copy()?.after(norm)
     }
 

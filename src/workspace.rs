@@ -31,12 +31,11 @@ const HUGE_PAGE: usize = 2 << 20;
 pub struct AlignedBuffer {
     start: NonNull<f32>,
     len: usize,
-    /// What was allocated; nothing if `layout` is empty.
-    base: NonNull<u8>,
-    layout: Layout,
+    /// Its own, or shared with other parts of a slab.
+    _memory: Arc<Memory>,
 }
 
-// SAFETY: the buffer owns its elements, like `Vec<f32>`, which is `Send`.
+// SAFETY: the buffer owns its elements, like `Vec<f32>`, which is `Send`: parts of a slab do not overlap.
 unsafe impl Send for AlignedBuffer {}
 // SAFETY: as above; `Vec<f32>` is `Sync`.
 unsafe impl Sync for AlignedBuffer {}
@@ -47,11 +46,93 @@ impl AlignedBuffer {
     /// # Errors
     /// [`Error::Overflow`] if they do not fit the address space.
     pub fn zeroed(len: usize) -> Result<AlignedBuffer, Error> {
+        let memory = Memory::zeroed(len)?;
+        Ok(AlignedBuffer { start: memory.start, len, _memory: Arc::new(memory) })
+    }
+
+    /// The same for a size that the caller has checked.
+    pub(crate) fn scratch(len: usize) -> AlignedBuffer {
+        Self::zeroed(len).expect("a buffer beyond the address space")
+    }
+
+    /// The same for weights, beside the last ones.
+    pub(crate) fn in_slab(len: usize) -> AlignedBuffer {
+        let bytes = len * size_of::<f32>();
+        if !(LEAST_OF_SLAB..=SLAB / 2).contains(&bytes) {
+            return Self::scratch(len);
+        }
+        let mut current = CURRENT.lock().unwrap_or_else(|e| e.into_inner());
+        let slab = current.0.upgrade().map(|memory| Slab { memory, used: current.1 });
+        let mut slab = slab.unwrap_or_else(|| Slab::new(SLAB / size_of::<f32>()));
+        let buffer = slab.take(len).unwrap_or_else(|| {
+            slab = Slab::new(SLAB / size_of::<f32>());
+            slab.take(len).expect("a part of an empty slab")
+        });
+        *current = (Arc::downgrade(&slab.memory), slab.used);
+        buffer
+    }
+}
+
+/// Memory whose parts are handed out one after another; none comes back, and it is freed when all are dropped.
+///
+/// By itself a matrix ends inside of a huge page, and what is behind the last whole one has small pages: a ninth of a BERT-base layer's weights,
+/// two fifths of MiniLM's. An allocator also hands out memory again with the small pages that it has, and whoever loads a model frees a copy of
+/// each weight before the next is packed. Slabs are large enough to come from the system, and their huge pages are full.
+pub(crate) struct Slab {
+    memory: Arc<Memory>,
+    used: usize,
+}
+
+/// Bytes of a slab of weights; what is not used of it is not touched. glibc takes whatever is larger than 32 MiB from the system, with pages that
+/// nobody has had.
+const SLAB: usize = 64 << 20;
+
+/// Smaller matrices have memory of their own: a slab's first huge page is cleared at once. So have those of which a slab would hold one or none.
+const LEAST_OF_SLAB: usize = HUGE_PAGE / 8;
+
+/// The slab that the next matrix is taken from, and how much of it is in use.
+static CURRENT: Mutex<(Weak<Memory>, usize)> = Mutex::new((Weak::new(), 0));
+
+impl Slab {
+    /// Room for `len` elements, of a size that the caller has checked.
+    pub(crate) fn new(len: usize) -> Slab {
+        let memory = Memory::zeroed(len).expect("a slab beyond the address space");
+        Slab { memory: Arc::new(memory), used: 0 }
+    }
+
+    /// The next `len` zeros, if there is room; what is behind them begins on a cache line.
+    pub(crate) fn take(&mut self, len: usize) -> Option<AlignedBuffer> {
+        let room = self.memory.len - self.used;
+        if room < len {
+            return None;
+        }
+        // SAFETY: `len` elements from `used` are inside the memory.
+        let start = unsafe { self.memory.start.add(self.used) };
+        self.used += len.next_multiple_of(LINE / size_of::<f32>()).min(room);
+        Some(AlignedBuffer { start, len, _memory: Arc::clone(&self.memory) })
+    }
+}
+
+/// What was allocated; nothing if `layout` is empty. Its elements are reached through buffers alone.
+struct Memory {
+    start: NonNull<f32>,
+    len: usize,
+    base: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: whoever has it frees it at most; the elements are the buffers'.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn zeroed(len: usize) -> Result<Memory, Error> {
         let overflow = Error::Overflow { arg: "buffer" };
         let bytes = len.checked_mul(size_of::<f32>()).ok_or(overflow)?;
         if len == 0 {
             let (start, base) = (NonNull::dangling(), NonNull::dangling());
-            return Ok(AlignedBuffer { start, len, base, layout: Layout::new::<()>() });
+            return Ok(Memory { start, len, base, layout: Layout::new::<()>() });
         }
         let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { LINE };
         // Room to move the begin instead of a stricter layout: for that, the allocator would write every zero.
@@ -66,12 +147,7 @@ impl AlignedBuffer {
         if align == HUGE_PAGE {
             advise_huge_pages(start, bytes);
         }
-        Ok(AlignedBuffer { start: start.cast(), len, base, layout })
-    }
-
-    /// The same for a size that the caller has checked.
-    pub(crate) fn scratch(len: usize) -> AlignedBuffer {
-        Self::zeroed(len).expect("a buffer beyond the address space")
+        Ok(Memory { start: start.cast(), len, base, layout })
     }
 }
 
@@ -92,7 +168,7 @@ fn advise_huge_pages(start: NonNull<u8>, bytes: usize) {
     let _ = (start, bytes);
 }
 
-impl Drop for AlignedBuffer {
+impl Drop for Memory {
     fn drop(&mut self) {
         if self.layout.size() > 0 {
             // SAFETY: allocated in `zeroed` with this layout.
@@ -104,7 +180,7 @@ impl Drop for AlignedBuffer {
 impl Deref for AlignedBuffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        // SAFETY: `len` elements from `start` are inside the allocation, and zeroed at first; `f32` has no invalid bits.
+        // SAFETY: `len` elements from `start` are inside the memory, no other buffer's, and zeroed at first; `f32` has no invalid bits.
         unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
@@ -122,103 +198,6 @@ impl fmt::Debug for AlignedBuffer {
     }
 }
 
-/// Zeroed elements on a cache line's begin: a part of a slab, which lives as long as one of its parts.
-///
-/// By itself a matrix ends inside of a huge page, and what is behind the last whole one has small pages: a ninth of a BERT-base layer's weights,
-/// two fifths of MiniLM's. An allocator also hands out memory again with the small pages that it has, and whoever loads a model frees a copy of
-/// each weight before the next is packed. Slabs are large enough to come from the system, and their huge pages are full.
-pub(crate) struct SlabBuffer {
-    start: NonNull<f32>,
-    len: usize,
-    _slab: Arc<AlignedBuffer>,
-}
-
-/// Memory whose parts are handed out one after another; none comes back. Its elements are only ever reached through the parts: a slice of all of
-/// them would overlap those.
-pub(crate) struct Slab {
-    memory: Arc<AlignedBuffer>,
-    used: usize,
-}
-
-/// Bytes of a slab of weights; what is not used of it is not touched. glibc takes whatever is larger than 32 MiB from the system, with pages that
-/// nobody has had.
-const SLAB: usize = 64 << 20;
-
-/// Smaller matrices have memory of their own: a slab's first huge page is cleared at once. So have those of which a slab would hold one or none.
-const LEAST_OF_SLAB: usize = HUGE_PAGE / 8;
-
-/// The slab that the next matrix is taken from, and how much of it is in use.
-static CURRENT: Mutex<(Weak<AlignedBuffer>, usize)> = Mutex::new((Weak::new(), 0));
-
-// SAFETY: as an `AlignedBuffer`, it owns its elements: parts of a slab do not overlap, and nothing else reaches them.
-unsafe impl Send for SlabBuffer {}
-// SAFETY: as above.
-unsafe impl Sync for SlabBuffer {}
-
-impl Slab {
-    /// Room for `len` elements, of a size that the caller has checked.
-    pub(crate) fn new(len: usize) -> Slab {
-        Slab { memory: Arc::new(AlignedBuffer::scratch(len)), used: 0 }
-    }
-
-    /// The next `len` zeros, if there is room; the one behind them begins on a cache line.
-    pub(crate) fn take(&mut self, len: usize) -> Option<SlabBuffer> {
-        // The field: `len()` would make a slice of all elements.
-        if self.memory.len - self.used < len {
-            return None;
-        }
-        // SAFETY: `len` elements from `used` are inside the memory.
-        let start = unsafe { self.memory.start.add(self.used) };
-        self.used = (self.used + len.next_multiple_of(LINE / size_of::<f32>())).min(self.memory.len);
-        Some(SlabBuffer { start, len, _slab: Arc::clone(&self.memory) })
-    }
-}
-
-impl SlabBuffer {
-    /// `len` zeros for weights, of a size that the caller has checked, beside the last ones.
-    pub(crate) fn zeroed(len: usize) -> SlabBuffer {
-        let bytes = len * size_of::<f32>();
-        if !(LEAST_OF_SLAB..=SLAB / 2).contains(&bytes) {
-            return Self::apart(len);
-        }
-        let mut current = CURRENT.lock().unwrap_or_else(|e| e.into_inner());
-        let slab = current.0.upgrade().map(|memory| Slab { memory, used: current.1 });
-        let mut slab = slab.unwrap_or_else(|| Slab::new(SLAB / size_of::<f32>()));
-        let buffer = slab.take(len).unwrap_or_else(|| {
-            slab = Slab::new(SLAB / size_of::<f32>());
-            slab.take(len).expect("a part of an empty slab")
-        });
-        *current = (Arc::downgrade(&slab.memory), slab.used);
-        buffer
-    }
-
-    /// The same with memory of its own: in a slab it would be kept by others, or keep them.
-    pub(crate) fn apart(len: usize) -> SlabBuffer {
-        Slab::new(len).take(len).expect("all of a slab")
-    }
-}
-
-impl Deref for SlabBuffer {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        // SAFETY: the elements are this buffer's own, and the slab lives as long as it.
-        unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.len) }
-    }
-}
-
-impl DerefMut for SlabBuffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as in `deref`; `self` is borrowed exclusively.
-        unsafe { core::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
-    }
-}
-
-impl fmt::Debug for SlabBuffer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SlabBuffer").field("len", &self.len).finish_non_exhaustive()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -228,9 +207,9 @@ mod tests {
         // A small one, several that share slabs, more than one slab has room for, and a large one; some of them on other threads.
         let small = LEAST_OF_SLAB / size_of::<f32>() - 1;
         let lens = [small, small + 1, 3 * small + 5, SLAB / 12, SLAB / 8, SLAB / 8 - 7, SLAB / 8 + 1];
-        let make = |tag: usize| -> Vec<SlabBuffer> {
+        let make = |tag: usize| -> Vec<AlignedBuffer> {
             let fill = |(i, &len): (usize, &usize)| {
-                let mut buffer = SlabBuffer::zeroed(len);
+                let mut buffer = AlignedBuffer::in_slab(len);
                 assert_eq!((buffer.len(), buffer.as_ptr() as usize % LINE), (len, 0));
                 assert!(buffer.iter().all(|&x| x == 0.0));
                 buffer.fill((tag * lens.len() + i) as f32 + 1.0);
@@ -239,11 +218,11 @@ mod tests {
             lens.iter().enumerate().map(fill).collect()
         };
         let make = &make;
-        let mut all: Vec<Vec<SlabBuffer>> = std::thread::scope(|scope| {
+        let mut all: Vec<Vec<AlignedBuffer>> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..3).map(|tag| scope.spawn(move || make(tag))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        let check = |tag: usize, buffers: &[SlabBuffer]| {
+        let check = |tag: usize, buffers: &[AlignedBuffer]| {
             for (i, buffer) in buffers.iter().enumerate() {
                 let value = (tag * lens.len() + i) as f32 + 1.0;
                 assert!(buffer.iter().all(|&x| x == value), "{tag} {i}");

@@ -10,7 +10,7 @@ use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::Crew;
 use crate::simd::{Scalar, Simd};
 use crate::view::MatRef;
-use crate::workspace::{Slab, SlabBuffer};
+use crate::workspace::{AlignedBuffer, Slab};
 
 /// Keys and values of sequences that grow: preallocated, appended to, and with a window a ring that drops the oldest.
 ///
@@ -42,8 +42,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::ZeroDim`], [`Error::Overflow`].
     pub fn new(heads: &Heads, sequences: usize, capacity: usize) -> Result<KvCache, Error> {
-        let mut caches = Self::for_layers(1, heads, sequences, capacity)?;
-        caches.pop().ok_or(Error::ZeroDim { arg: "layers" })
+        Ok(Self::for_layers(1, heads, sequences, capacity)?.remove(0))
     }
 
     /// The caches of a stack's layers, side by side in memory: short ones are faster so, as huge pages hold several of them. The memory is freed
@@ -71,7 +70,7 @@ impl KvCache {
         let total = checked_product("capacity", &[blocks, sequences])?;
         let len = KeyStore::len_of_blocks(heads, total, sequences)?;
         let mut slab = Slab::new(checked_product("capacity", &[len, layers])?);
-        let cache = |data: SlabBuffer| {
+        let cache = |data: AlignedBuffer| {
             let mut store = KeyStore::with_blocks(heads, total, sequences, data);
             store.ring = Some(blocks);
             store.plan.segments =
@@ -79,7 +78,7 @@ impl KvCache {
             store.plan.chunks = (0..=total).step_by(CHUNK_BLOCKS).collect();
             KvCache { store, capacity, window: false }
         };
-        Ok((0..layers).map_while(|_| slab.take(len)).map(cache).collect())
+        Ok((0..layers).map(|_| cache(slab.take(len).expect("room for each layer"))).collect())
     }
 
     /// A cache that keeps at least the last `window` tokens of each sequence, the newest among them, and drops older ones in chunks of 256. [`Graph::window`](crate::Graph::window)
@@ -178,10 +177,10 @@ impl KvCache {
     ) {
         let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
         let ring = ring.unwrap_or(usize::MAX);
-        let mut blocks = layout.blocks(data, &plan.chunks);
-        if crew.members() == 1 || k.rows() < blocks.len() {
+        if crew.members() == 1 || k.rows() < plan.segments.len().saturating_mul(ring) {
             return self.push_batch(s, k, v, offsets);
         }
+        let mut blocks = layout.blocks(data, &plan.chunks);
         // Scalar for the reason that KeyStore::set has.
         crew.each_block(Scalar, &mut blocks, |place, matrices| {
             let (before, start) = (plan.segments[place / ring].len, offsets[place / ring]);

@@ -10,7 +10,7 @@ use crate::isa::dispatch;
 use crate::rows::SERIAL;
 use crate::simd::Scalar;
 use crate::view::MatRef;
-use crate::workspace::SlabBuffer;
+use crate::workspace::AlignedBuffer;
 
 /// One sequence's keys and values.
 #[derive(Clone, Copy)]
@@ -128,7 +128,7 @@ impl<'a> Stores<'a> {
 pub struct KeyStore {
     pub(crate) layout: KeyLayout,
     pub(crate) plan: Plan,
-    pub(super) data: SlabBuffer,
+    pub(super) data: AlignedBuffer,
     /// Blocks per sequence, if they are a cache's.
     pub(super) ring: Option<usize>,
     /// Keys before each sequence's own, if they are another store's: what these leave of a chunk stands here first.
@@ -143,7 +143,7 @@ impl KeyStore {
     pub fn new(heads: &Heads, max_tokens: usize, max_segments: usize) -> Result<KeyStore, Error> {
         let blocks = max_blocks(max_tokens, max_segments);
         let len = Self::len_of_blocks(heads, blocks, max_segments)?;
-        Ok(Self::with_blocks(heads, blocks, max_segments, SlabBuffer::apart(len)))
+        Ok(Self::with_blocks(heads, blocks, max_segments, AlignedBuffer::scratch(len)))
     }
 
     /// Elements of so many blocks of so many sequences.
@@ -157,7 +157,12 @@ impl KeyStore {
     }
 
     /// So many blocks in `data`, which is as long as they are.
-    pub(super) fn with_blocks(heads: &Heads, blocks: usize, segments: usize, data: SlabBuffer) -> KeyStore {
+    pub(super) fn with_blocks(
+        heads: &Heads,
+        blocks: usize,
+        segments: usize,
+        data: AlignedBuffer,
+    ) -> KeyStore {
         KeyStore {
             layout: heads.layout(),
             plan: Plan::with_capacity(blocks, segments),

@@ -3,7 +3,7 @@
 //! A block of 64 tokens has a head's keys transposed, `[head_dim][64]`, which is a panel of the score product, and its values,
 //! `[64][value_dim]`, which are rows of the output product. Both begin at a multiple of 64 tokens from their sequence's first key. In a chunk a
 //! head's keys of all blocks stand before its values, `[head][keys or values][block]`: what one query reads of it, as in decode, is one run of
-//! 128 KiB at 64 dimensions. From memory a core reads that half as fast again as pieces of 16 KiB, each of which its prefetchers have to find.
+//! 128 KiB at 64 dimensions. From memory that is 1.4 times as fast as pieces of 16 KiB, each of which the core's prefetchers have to find.
 //!
 //! The last chunk of a sequence has the blocks that the sequence has, so a short one takes no more room; a cache has whole chunks.
 

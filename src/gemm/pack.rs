@@ -6,7 +6,7 @@ use core::ops::Range;
 use crate::error::{Error, check_dim};
 use crate::gemm::{K_BLOCK, PANEL};
 use crate::view::MatRef;
-use crate::workspace::SlabBuffer;
+use crate::workspace::AlignedBuffer;
 
 /// A weight matrix of `k` inputs and `n` outputs in the layout that the kernels read. It is immutable: any number of threads
 /// share it.
@@ -15,7 +15,7 @@ use crate::workspace::SlabBuffer;
 /// matrices are dropped.
 #[derive(Debug)]
 pub struct PackedMatrix {
-    data: SlabBuffer,
+    data: AlignedBuffer,
     k: usize,
     n: usize,
 }
@@ -53,7 +53,7 @@ impl PackedMatrix {
 
     /// The same weights again.
     pub(crate) fn copy(&self) -> Self {
-        let mut data = SlabBuffer::zeroed(self.data.len());
+        let mut data = AlignedBuffer::in_slab(self.data.len());
         data.copy_from_slice(&self.data);
         PackedMatrix { data, ..*self }
     }
@@ -76,7 +76,7 @@ impl PackedMatrix {
         let len = n.checked_next_multiple_of(PANEL).and_then(|n| n.checked_mul(k));
         match len {
             Some(len) if len <= isize::MAX as usize / 4 => {
-                Ok(PackedMatrix { data: SlabBuffer::zeroed(len), k, n })
+                Ok(PackedMatrix { data: AlignedBuffer::in_slab(len), k, n })
             }
             _ => Err(Error::Overflow { arg: "weight inputs * outputs" }),
         }
