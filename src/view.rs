@@ -111,6 +111,13 @@ impl<'a> MatRef<'a> {
         let ptr = unsafe { self.ptr.add(offset) };
         MatRef { ptr, rows: rows.len(), cols: cols.len(), row_stride: self.row_stride, life: PhantomData }
     }
+
+    /// Its only row, cut into rows of `cols`.
+    #[inline(always)]
+    pub(crate) fn cut(&self, cols: usize) -> MatRef<'a> {
+        assert!(self.rows == 1 && self.cols.is_multiple_of(cols));
+        MatRef { rows: self.cols / cols, cols, row_stride: cols, ..*self }
+    }
 }
 
 /// A matrix that is written: `rows` rows of `cols` elements, `row_stride` elements apart.
@@ -219,6 +226,13 @@ impl<'a> MatMut<'a> {
     /// The same matrix for a shorter time.
     pub fn reborrow(&mut self) -> MatMut<'_> {
         MatMut { life: PhantomData, ..*self }
+    }
+
+    /// Its only row, cut into rows of `cols`.
+    #[inline(always)]
+    pub(crate) fn cut(self, cols: usize) -> MatMut<'a> {
+        assert!(self.rows == 1 && self.cols.is_multiple_of(cols));
+        MatMut { rows: self.cols / cols, cols, row_stride: cols, ..self }
     }
 
     /// The block of `rows` and `cols`, borrowed from this matrix.

@@ -10,7 +10,7 @@ use common::model::{Model, Shape, offsets};
 use common::{executors, on_every_isa, serial};
 use laneformer::{
     Bias, Bits, Context, Error, Graph, Heads, Inputs, Isa, KeyStore, KvCache, MatRef, QueryRows, Relative,
-    RelativeTable, Terms,
+    RelativeTable, SegmentTerm, Terms,
 };
 
 /// Grouped heads whose values are of another width than their keys.
@@ -313,6 +313,63 @@ on_every_isa! {
         all.attend(serial(isa), &heads, &queries, &graph, &terms, whole.view_mut()).unwrap();
         keys.attend_after(&store, serial(isa), &heads, &queries, &graph, &terms, parts.view_mut()).unwrap();
         assert_bits(&parts.values(), &whole.values(), "bias and relative positions");
+    }
+}
+
+on_every_isa! {
+    /// The last query alone, its heads that share keys taken together or not, is what it is behind four others.
+    fn one_query_of_heads_that_share_keys(isa) {
+        const QUERIES: usize = 5;
+        for (n_heads, n_kv_heads, head_dim, threads) in
+            [(12, 3, 48, 1), (12, 3, 48, 2), (12, 3, 48, 5), (6, 1, 81, 2), (10, 5, 48, 3), (7, 7, 64, 2), (70, 1, 6, 1)]
+        {
+            let heads = Heads::new(n_heads, head_dim).unwrap().with_kv_heads(n_kv_heads).unwrap().with_value_dim(7).unwrap();
+            let (mut rng, keys) = (Rng::new(n_heads as u64), 600);
+            let [q_cols, k_cols, v_cols] = [heads.query_cols(), heads.key_cols(), heads.value_cols()];
+            let (q, k) = (rng.vec(QUERIES * q_cols, 1.0), rng.vec(keys * k_cols, 1.0));
+            let mut v = rng.vec(keys * v_cols, 1.0);
+            // Nobody sees the first key.
+            v[..v_cols].fill(f32::NAN);
+            let (s, e) = (rng.vec(q_cols, 1.0), rng.vec(2 * q_cols, 1.0));
+            let bias = rng.vec(n_heads * QUERIES * keys, 1.0);
+            let sees = |h: usize, i: usize, j: usize| j > 0 && !(h + i + j).is_multiple_of(5) && (h != 1 || j < 256);
+            let is_same = |h: usize, i: usize, j: usize| (h + i + j / 20).is_multiple_of(2);
+            let dense = |i: usize, f: &dyn Fn(usize, usize, usize) -> bool| {
+                Bits::dense([1, n_heads, QUERIES - i, keys], |_, h, row, j| f(h, row + i, j)).unwrap()
+            };
+            let mut store = KeyStore::new(&heads, keys, 1).unwrap();
+            let [k, v] = [(&k, k_cols), (&v, v_cols)].map(|(x, cols)| MatRef::contiguous(x, keys, cols).unwrap());
+            store.set(Context::serial(), k, v, &[0, keys]).unwrap();
+
+            for (with_bits, with_terms) in [(false, false), (true, false), (false, true), (true, true)] {
+                let from = |first: usize, ctx: Context<'_>| {
+                    let rows = QUERIES - first;
+                    let q = MatRef::contiguous(&q[first * q_cols..], rows, q_cols).unwrap();
+                    let of_rows = |x: &[f32]| -> Vec<f32> {
+                        x.chunks(QUERIES * keys).flat_map(|x| x[first * keys..].to_vec()).collect()
+                    };
+                    let (bias, same) = (of_rows(&bias), dense(first, &is_same));
+                    let terms = Terms {
+                        bias: with_terms.then(|| Bias::new(&bias, [1, n_heads, rows, keys]).unwrap()),
+                        segment: with_terms.then_some(SegmentTerm { s: &s, e: &e, same: &same }),
+                        ..Terms::default()
+                    };
+                    let graph = Graph::causal().with_bits(if with_bits {
+                        dense(first, &sees)
+                    } else {
+                        Bits::dense([1, 1, 1, keys], |_, _, _, j| j > 0).unwrap()
+                    });
+                    let (ends, mut out) = ([0, rows], Guarded::unset(rows, heads.output_cols()));
+                    store.attend(ctx, &heads, &QueryRows::new(q, &ends), &graph, &terms, out.view_mut()).unwrap();
+                    out.values()
+                };
+                let together = from(0, serial(isa));
+                let (threads, what) = (executors::Threads(threads), format!("{heads:?}, {threads} threads"));
+                let alone = from(QUERIES - 1, Context::new(isa, &threads));
+                assert!(alone.iter().all(|x| x.is_finite()));
+                assert_bits(&alone, &together[(QUERIES - 1) * heads.output_cols()..], &what);
+            }
+        }
     }
 }
 

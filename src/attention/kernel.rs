@@ -34,20 +34,24 @@ pub(crate) fn scratch_len(heads: &Heads, has_relative: bool) -> usize {
     ROWS * (SCORE_STRIDE + 2 * heads.layout().value_stride() + 2 + relative)
 }
 
-/// `out = softmax(scores of the queries and keys) * values`; rows without an allowed key are 0.
+/// `out = softmax(scores of the queries and keys) * values`, where `queries(i)` are those of unit `i` of some that have [`ROWS`] rows together, and
+/// the units' outputs stand side by side in `out`; rows without an allowed key are 0.
+///
+/// A chunk of all units before the next: that is the order in which they stand in memory.
 #[inline(always)]
-pub(crate) fn attend<S: Simd>(
+pub(crate) fn attend<'a, S: Simd>(
     s: S,
     call: &Call<'_>,
-    queries: &Queries<'_>,
+    (queries, units): (impl Fn(usize) -> Queries<'a>, usize),
     keys: &Keys<'_>,
     out: &mut MatMut<'_>,
     scratch: &mut [f32],
 ) {
-    let (n, head_dim, stride) = (queries.q.rows(), queries.q.cols(), keys.layout.value_stride());
-    let head = queries.first.head;
-    let kv_head_of = |head: usize| head * call.heads.n_kv_heads / call.heads.n_heads;
-    let (kv_head, next_kv_head) = (kv_head_of(head), kv_head_of((head + 1) % call.heads.n_heads));
+    let Queries { q, first, heads, .. } = queries(0);
+    let (n, head_dim, stride) = (q.rows(), q.cols(), keys.layout.value_stride());
+    let Heads { n_heads, n_kv_heads, value_dim, .. } = *call.heads;
+    let kv_head = |unit: usize| (first.head + unit * heads) % n_heads * n_kv_heads / n_heads;
+    let rows_of = |unit: usize| unit * n..(unit + 1) * n;
     let (score, rest) = scratch.split_at_mut(ROWS * SCORE_STRIDE);
     let (part, rest) = rest.split_at_mut(ROWS * stride);
     let (total, rest) = rest.split_at_mut(ROWS * stride);
@@ -55,60 +59,82 @@ pub(crate) fn attend<S: Simd>(
     let (sum, rest) = rest.split_at_mut(ROWS);
     // Short rows far apart are nothing that the hardware foresees.
     for row in 0..n {
-        for line in queries.q.row(row).chunks(LANES).chain(out.row(row).chunks(LANES)) {
+        for line in q.row(row).chunks(LANES) {
             s.prefetch(line.as_ptr());
         }
     }
-    let mut rows = Rows {
-        q: queries.q,
-        score: MatMut::scratch(score, n, CHUNK, SCORE_STRIDE),
-        part: MatMut::scratch(part, n, stride, stride),
-        total: MatMut::scratch(total, n, stride, stride),
-        max: &mut max[..n],
-        sum: &mut sum[..n],
-    };
+    for row in 0..out.rows() {
+        for line in out.row(row).chunks(LANES) {
+            s.prefetch(line.as_ptr());
+        }
+    }
+    let mut score = MatMut::scratch(score, n, CHUNK, SCORE_STRIDE);
+    let mut part = MatMut::scratch(part, n, stride, stride);
+    let mut total = MatMut::scratch(total, units * n, stride, stride);
 
     // With relative positions the queries meet keys as q + u and positions as q + w.
-    let mut positions = None;
-    if let Some(relative) = &call.terms.relative {
+    let mut relative = None;
+    if let Some(Relative { u, w, .. }) = &call.terms.relative {
         let (with_u, rest) = rest.split_at_mut(ROWS * padded_stride(head_dim));
         let (with_w, rest) = rest.split_at_mut(ROWS * padded_stride(head_dim));
-        let dims = head * head_dim..(head + 1) * head_dim;
-        rows.q = shifted(s, queries.q, &relative.u[dims.clone()], with_u);
-        let w = shifted(s, queries.q, &relative.w[dims], with_w);
-        positions = Some((w, MatMut::scratch(rest, n, RELATIVE_COLS, RELATIVE_STRIDE)));
+        let with_u = shifted(s, (&queries, units), u, with_u);
+        let with_w = shifted(s, (&queries, units), w, with_w);
+        relative = Some((with_u, with_w, MatMut::scratch(rest, n, RELATIVE_COLS, RELATIVE_STRIDE)));
     }
 
     let (mut tiles, mut ahead) = (&mut { Tiles::NONE }, &mut { Tiles::NONE });
     for is_careful in [false, true] {
-        rows.max.fill(f32::NEG_INFINITY);
+        max[..units * n].fill(f32::NEG_INFINITY);
         let mut is_masked = false;
-        let chunks = call.graph.runs(queries.span(), keys.len, CHUNK);
-        let mut chunks = chunks.skip_while(|chunk| chunk * CHUNK_BLOCKS < keys.first_block());
-        let mut is_found = tiles.find_next(call, queries, keys.len, &mut chunks);
-        // What is read after a chunk: the next one of this head, at the end the first of the next head.
-        let first = tiles.block_from(0).map_or([&[][..]; 2], |block| keys.both(block, next_kv_head));
-        while is_found {
-            is_found = ahead.find_next(call, queries, keys.len, &mut chunks);
-            let next = ahead.block_from(0).filter(|_| is_found);
-            let next = next.map_or(first, |block| keys.both(block, kv_head));
+        let chunks = call.graph.runs(queries(0).span(), keys.len, CHUNK);
+        let chunks = chunks.skip_while(|chunk| chunk * CHUNK_BLOCKS < keys.first_block());
+        let mut places = chunks.flat_map(|chunk| (0..units).map(move |unit| (chunk, unit)));
+        let mut found = tiles.find_next(call, &queries, keys.len, &mut places);
+        // What is read at the end: the first chunk of the next head.
+        let end = tiles.block_from(0).map_or([&[][..]; 2], |block| keys.both(block, kv_head(units)));
+        while let Some(unit) = found {
+            found = ahead.find_next(call, &queries, keys.len, &mut places);
+            let next = found.zip(ahead.block_from(0));
+            let next = next.map_or(end, |(unit, block)| keys.both(block, kv_head(unit)));
             is_masked |= tiles.is_masked;
-            attend_chunk(s, call, queries, keys, kv_head, tiles, &mut rows, &mut positions, next, is_careful);
+            let (queries, rows) = (queries(unit), rows_of(unit));
+            let (mut q, mut positions) = (queries.q, None);
+            if let Some((with_u, with_w, buffer)) = &mut relative {
+                q = with_u.block(rows.clone(), 0..head_dim);
+                positions = Some((with_w.block(rows.clone(), 0..head_dim), buffer));
+            }
+            let rows = Rows {
+                q,
+                score: &mut score,
+                part: &mut part,
+                total: total.block(rows.clone(), 0..stride),
+                max: &mut max[rows.clone()],
+                sum: &mut sum[rows],
+            };
+            attend_chunk(s, call, &queries, keys, kv_head(unit), tiles, rows, positions, next, is_careful);
             core::mem::swap(&mut tiles, &mut ahead);
         }
         // A NaN or infinity behind the mask may have come in as 0 * NaN: one that was allowed costs a tile its second run as well.
-        if write(s, &rows, out) || !is_masked {
+        let mut is_finite = true;
+        for unit in 0..units {
+            let (rows, width) = (rows_of(unit), heads * value_dim);
+            let mut out = out.block(0..n / heads, unit * width..(unit + 1) * width);
+            let out = if heads > 1 { &mut out.cut(value_dim) } else { &mut out };
+            let total = total.as_ref().block(rows.clone(), 0..stride);
+            is_finite &= write(s, total, (&max[rows.clone()], &sum[rows]), out);
+        }
+        if is_finite || !is_masked {
             break;
         }
     }
 }
 
-/// Rows of a tile and what becomes of them.
-struct Rows<'a> {
+/// Rows of a unit and what becomes of them.
+struct Rows<'a, 'b> {
     q: MatRef<'a>,
-    score: MatMut<'a>,
+    score: &'a mut MatMut<'b>,
     /// The chunk's output; like `total` it means nothing for rows that have seen no key, whose maximum says so.
-    part: MatMut<'a>,
+    part: &'a mut MatMut<'b>,
     /// The output so far.
     total: MatMut<'a>,
     max: &'a mut [f32],
@@ -117,10 +143,10 @@ struct Rows<'a> {
 
 /// Writes what the rows have gathered, over their sums; whether all of it is finite.
 #[inline(always)]
-fn write<S: Simd>(s: S, rows: &Rows<'_>, out: &mut MatMut<'_>) -> bool {
+fn write<S: Simd>(s: S, total: MatRef<'_>, (max, sum): (&[f32], &[f32]), out: &mut MatMut<'_>) -> bool {
     let zero = s.splat(0.0);
     let mut zeros = zero;
-    for (row, (&max, &sum)) in rows.max.iter().zip(&*rows.sum).enumerate() {
+    for (row, (&max, &sum)) in max.iter().zip(sum).enumerate() {
         let out = out.row_mut(row);
         if max == f32::NEG_INFINITY {
             out.fill(0.0);
@@ -128,7 +154,7 @@ fn write<S: Simd>(s: S, rows: &Rows<'_>, out: &mut MatMut<'_>) -> bool {
         }
         // Plus zero: masked keys that are computed and those that are skipped differ in the sign of a zero, so it is always positive.
         let inv = s.splat(1.0 / sum);
-        let (total, (whole, tail)) = (rows.total.row(row), out.as_chunks_mut::<LANES>());
+        let (total, (whole, tail)) = (total.row(row), out.as_chunks_mut::<LANES>());
         let mut total = total.as_chunks::<LANES>().0.iter();
         // 0 times what is not finite is a NaN.
         let mut zeros_of_row = zero;
@@ -157,12 +183,12 @@ fn attend_chunk<S: Simd>(
     keys: &Keys<'_>,
     kv_head: usize,
     tiles: &Tiles,
-    rows: &mut Rows<'_>,
-    positions: &mut Option<(MatRef<'_>, MatMut<'_>)>,
+    rows: Rows<'_, '_>,
+    positions: Option<(MatRef<'_>, &mut MatMut<'_>)>,
     next: [&[f32]; 2],
     is_careful: bool,
 ) {
-    let Rows { q, score, part, total, max, sum } = rows;
+    let Rows { q, score, part, mut total, max, sum } = rows;
     let (n, head_dim, stride) = (q.rows(), q.cols(), keys.layout.value_stride());
     let chunk = tiles.first_block / CHUNK_BLOCKS;
     for i in 0..CHUNK_BLOCKS {
@@ -176,7 +202,7 @@ fn attend_chunk<S: Simd>(
         }
     }
     if let (Some(relative), Some((w, buffer))) = (&call.terms.relative, positions) {
-        add_relative(s, relative, *w, queries.first.head, queries.position, chunk, buffer, score);
+        add_relative(s, relative, w, queries.first.head, queries.position, chunk, buffer, score);
     }
     let mut chunk_max = [f32::NEG_INFINITY; ROWS];
     let mut chunk_sum = [0.0; ROWS];
@@ -208,7 +234,7 @@ fn attend_chunk<S: Simd>(
     }
     // The first chunk that any of the rows sees is the output so far, and needs no fold.
     let is_first = max.iter().all(|&max| max == f32::NEG_INFINITY);
-    let out = if is_first { &mut *total } else { &mut *part };
+    let mut out = if is_first { total.block(0..n, 0..stride) } else { part.block(0..n, 0..stride) };
     for (rows, seen) in tiles.bands() {
         let mut start = Start::Zero;
         for keys_seen in runs(seen) {
@@ -231,19 +257,29 @@ fn attend_chunk<S: Simd>(
         max.copy_from_slice(&chunk_max[..n]);
         sum.copy_from_slice(&chunk_sum[..n]);
     } else {
-        fold_chunk(s, (max, sum), total, (&chunk_max[..n], &chunk_sum[..n]), part);
+        fold_chunk(s, (max, sum), &mut total, (&chunk_max[..n], &chunk_sum[..n]), part);
     }
 }
 
-/// The queries with `shift` added to each row.
+/// The units' queries, with what belongs to their head of `shift` added to each row.
 #[inline(always)]
-fn shifted<'a, S: Simd>(s: S, q: MatRef<'_>, shift: &[f32], scratch: &'a mut [f32]) -> MatRef<'a> {
-    let mut out = MatMut::scratch(scratch, q.rows(), q.cols(), padded_stride(q.cols()));
+fn shifted<'a, 'q, S: Simd>(
+    s: S,
+    (queries, units): (impl Fn(usize) -> Queries<'q>, usize),
+    shift: &[f32],
+    scratch: &'a mut [f32],
+) -> MatRef<'a> {
+    let (rows, head_dim) = (queries(0).q.rows(), queries(0).q.cols());
+    let mut out = MatMut::scratch(scratch, units * rows, head_dim, padded_stride(head_dim));
     let zero = s.splat(0.0);
-    for row in 0..q.rows() {
-        let parts = q.row(row).chunks(LANES).zip(shift.chunks(LANES));
-        for (out, (q, shift)) in out.row_mut(row).chunks_mut(LANES).zip(parts) {
-            (s.load_partial(q, zero) + s.load_partial(shift, zero)).store_partial(out);
+    for unit in 0..units {
+        let Queries { q, first, .. } = queries(unit);
+        let shift = &shift[first.head * head_dim..(first.head + 1) * head_dim];
+        for row in 0..rows {
+            let parts = q.row(row).chunks(LANES).zip(shift.chunks(LANES));
+            for (out, (q, shift)) in out.row_mut(unit * rows + row).chunks_mut(LANES).zip(parts) {
+                (s.load_partial(q, zero) + s.load_partial(shift, zero)).store_partial(out);
+            }
         }
     }
     out.into_ref()

@@ -39,7 +39,7 @@ use crate::attention::kernel::attend;
 use crate::attention::keys::Keys;
 use crate::attention::layout::{BLOCK, KeyLayout};
 use crate::attention::plan::Block;
-use crate::attention::tiles::Queries;
+use crate::attention::tiles::{Queries, ROWS};
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::{Crew, Team};
@@ -107,6 +107,11 @@ impl Heads {
     /// The same with a soft cap; 0 is none.
     pub fn with_softcap(self, softcap: f32) -> Heads {
         Heads { softcap, ..self }
+    }
+
+    /// Query heads of a key head.
+    pub(crate) fn sharing(&self) -> usize {
+        self.n_heads / self.n_kv_heads
     }
 
     /// Columns of a row of queries.
@@ -357,9 +362,12 @@ pub(crate) fn attend_phase<S: Simd>(
     }
     let rows = plan.tokens.div_ceil(plan.blocks.len());
     let scores = rows * keys.longest().min(TILE_SCORES);
+    // In decode heads that share keys are taken together, if that leaves work for everybody.
+    let blocks = plan.blocks.len();
+    let step = if rows == 1 && blocks * heads.n_kv_heads >= crew.members() { heads.sharing() } else { 1 };
     // Few blocks, as in decode, are dealt out evenly: twelve heads in tiles of four are three for two members.
-    let even = per_tile(heads.n_heads, plan.blocks.len(), |block| plan.rows[block], crew.members());
-    let heads_per_tile = (TILE_SCORES / scores.max(1)).clamp(1, even);
+    let even = per_tile(heads.n_heads / step, blocks, |block| plan.rows[block], crew.members());
+    let heads_per_tile = step * (TILE_SCORES / (scores * step).max(1)).clamp(1, even);
     crew.ragged_blocks(
         s,
         out,
@@ -390,16 +398,37 @@ fn attend_heads<S: Simd>(
     let (dim, value_dim) = (call.heads.head_dim, call.heads.value_dim);
     let rows = plan.rows[block]..plan.rows[block + 1];
     let Block { segment, start } = plan.blocks[block];
-    for (i, head) in heads.enumerate() {
-        let cols = (head * dim..(head + 1) * dim, i * value_dim..(i + 1) * value_dim);
+    // One row each of the heads that share keys, as in decode, are taken as the rows of one: they read the keys once. The positions of relative
+    // scores differ from row to row of a tile.
+    let shared = if rows.len() == 1 && call.terms.relative.is_none() { call.heads.sharing() } else { 1 };
+    let is_unit = |n: &usize| [shared, heads.start, heads.len()].iter().all(|heads| heads.is_multiple_of(*n));
+    let of_unit = (1..=shared.min(ROWS)).rev().find(is_unit).unwrap_or(1);
+    let together = (ROWS / rows.len().max(1)).max(1) / of_unit * of_unit;
+    for head in heads.clone().step_by(together) {
+        let units = together.min(heads.end - head) / of_unit;
+        let out_cols = (head - heads.start) * value_dim..(head - heads.start + units * of_unit) * value_dim;
         let mut done = 0;
         while done < rows.len() {
             let (position, n) = queries.run(plan, block, done, keys.len);
             let (place, row) = (start + done, rows.start + done);
-            let q = queries.q.block(row..row + n, cols.0.clone());
-            let first = Query { segment, head, place, row };
-            let mut out = out.block(done..done + n, cols.1.clone());
-            attend(s, call, &Queries { q, first, position }, keys, &mut out, scratch);
+            let mut out = out.block(done..done + n, out_cols.clone());
+            attend(
+                s,
+                call,
+                (
+                    #[inline(always)]
+                    |unit: usize| {
+                        let head = head + unit * of_unit;
+                        let q = queries.q.block(row..row + n, head * dim..(head + of_unit) * dim);
+                        let q = if of_unit > 1 { q.cut(dim) } else { q };
+                        Queries { q, first: Query { segment, head, place, row }, position, heads: of_unit }
+                    },
+                    units,
+                ),
+                keys,
+                &mut out,
+                scratch,
+            );
             done += n;
         }
     }

@@ -296,7 +296,7 @@ impl QkvProjection {
     pub(crate) fn first_columns(&self, rows: usize, members: usize) -> Columns<'_> {
         let start = |tile: usize| rows.min(tile * TILE_ROWS);
         let kv_heads = self.tile_heads(rows.div_ceil(TILE_ROWS), start, members);
-        let q_heads = kv_heads * (self.heads.n_heads / self.heads.n_kv_heads);
+        let q_heads = kv_heads * self.heads.sharing();
         Columns { linear: &self.q, per_tile: q_heads * self.heads.head_dim, members }
     }
 
@@ -328,7 +328,7 @@ impl QkvProjection {
         let (layout, places) = (keys.layout, &rows.places);
         let tiles = keys.plan.tile_rows.len().saturating_sub(1);
         let kv_heads = self.tile_heads(tiles, |tile| keys.plan.tile_rows[tile], crew.members());
-        let q_heads = kv_heads * (self.heads.n_heads / self.heads.n_kv_heads);
+        let q_heads = kv_heads * self.heads.sharing();
         let columns =
             Columns { linear: &self.q, per_tile: q_heads * layout.head_dim, members: crew.members() };
         // Behind other tiles of rows come the same columns again.

@@ -38,28 +38,33 @@ impl Call<'_> {
     }
 }
 
-/// The queries of a tile: one head of at most [`ROWS`] rows of one sequence.
+/// The queries of a tile: at most [`ROWS`] rows of one head and one sequence, or a row each of heads that share their keys.
 #[derive(Clone, Copy)]
 pub(crate) struct Queries<'a> {
     /// `[rows, head_dim]`.
     pub(crate) q: MatRef<'a>,
     /// The first row.
     pub(crate) first: Query,
-    /// Its position. Rows stand one after another.
+    /// Its position. Rows of one head stand one after another.
     pub(crate) position: isize,
+    /// One head, or as many as there are rows.
+    pub(crate) heads: usize,
 }
 
 impl Queries<'_> {
     /// The positions of the first and the last row.
     #[inline(always)]
     pub(super) fn span(&self) -> (isize, isize) {
-        (self.position, self.position + self.q.rows() as isize - 1)
+        (self.position, self.position + (self.q.rows() / self.heads) as isize - 1)
     }
 
     /// A row and its position.
     #[inline(always)]
     pub(super) fn query(&self, row: usize) -> (Query, isize) {
-        let Query { place, row: packed, .. } = self.first;
+        let Query { head, place, row: packed, .. } = self.first;
+        if self.heads > 1 {
+            return (Query { head: head + row, ..self.first }, self.position);
+        }
         (Query { place: place + row, row: packed + row, ..self.first }, self.position + row as isize)
     }
 }
@@ -93,16 +98,21 @@ impl Tiles {
         are_alike: false,
     };
 
-    /// Finds the next of `chunks` of which the rows see something; false if there is none.
+    /// Finds the next of `places`, a chunk and whose queries, where the rows see something, and gives the latter.
     #[inline(always)]
-    pub(super) fn find_next(
+    pub(super) fn find_next<'a>(
         &mut self,
         call: &Call<'_>,
-        queries: &Queries<'_>,
+        queries: impl Fn(usize) -> Queries<'a>,
         len: usize,
-        chunks: &mut impl Iterator<Item = usize>,
-    ) -> bool {
-        chunks.any(|chunk| self.find(call, queries, len, chunk))
+        places: &mut impl Iterator<Item = (usize, usize)>,
+    ) -> Option<usize> {
+        places
+            .find(
+                #[inline(always)]
+                |&(chunk, unit)| self.find(call, &queries(unit), len, chunk),
+            )
+            .map(|(_, unit)| unit)
     }
 
     /// Finds what the rows see of a chunk of `len` keys; false if that is nothing.
@@ -371,7 +381,7 @@ impl Graph {
         let terms = Terms::default();
         let call = Call { heads, graph: self, terms: &terms };
         let Ok(q) = MatRef::contiguous(&[], rows.len(), 0) else { return vec![] };
-        let queries = Queries { q, first, position };
+        let queries = Queries { q, first, position, heads: 1 };
         let (mut tiles, mut out) = (Tiles::NONE, vec![]);
         for chunk in 0..keys.len().div_ceil(CHUNK) {
             let is_seen = tiles.find(&call, &queries, keys.len(), chunk);
