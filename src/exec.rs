@@ -252,6 +252,7 @@ impl Control {
         let job = self.job.load(Ordering::Acquire);
         // If one of these three is of a later phase, the counters were taken from this one before it was stored
         // (see `publish`), so every claim below fails.
+        let mut done = 0;
         for step in 0..ranges.min(self.next.len()) {
             let range = (member + step) % ranges;
             let end = own_tiles(range, tiles, ranges).end;
@@ -270,8 +271,11 @@ impl Control {
                     }
                     self.poisoned.store(true, Ordering::Relaxed);
                 }
-                self.done.0.fetch_add(1, Ordering::Release);
+                done += 1;
             }
+        }
+        if done > 0 {
+            self.done.0.fetch_add(done, Ordering::Release);
         }
     }
 
@@ -518,6 +522,29 @@ impl Crew<'_> {
                 // SAFETY: tiles are claimed once, and `blocks` is borrowed exclusively for the whole phase.
                 let mut part = unsafe { blocks.part_unchecked(block..block + 1, 0..blocks.rows()) };
                 f(block, part.block(0));
+            },
+        );
+    }
+
+    /// Cuts blocks into parts of all blocks and `n` of their rows and runs `f(row.start, part)` on each.
+    pub(crate) fn parts_of_blocks<S: Simd>(
+        &mut self,
+        s: S,
+        blocks: &mut BlocksMut<'_>,
+        n: usize,
+        f: impl Fn(usize, BlocksMut<'_>) + Sync,
+    ) {
+        let blocks = &*blocks;
+        self.phase(
+            s,
+            blocks.rows().div_ceil(n),
+            #[inline(always)]
+            |part, _| {
+                let rows = part * n..blocks.rows().min((part + 1) * n);
+                // SAFETY: tiles are claimed once, different parts have different rows, and `blocks` is borrowed exclusively for the whole
+                // phase.
+                let part = unsafe { blocks.part_unchecked(0..blocks.len(), rows.clone()) };
+                f(rows.start, part);
             },
         );
     }

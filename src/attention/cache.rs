@@ -140,7 +140,7 @@ impl KvCache {
     pub fn append(&mut self, sequence: usize, k: MatRef<'_>, v: MatRef<'_>) -> Result<(), Error> {
         self.store.layout.check_rows(k, v)?;
         self.check_room(sequence, k.rows())?;
-        self.push(Scalar, sequence, k, v, core::iter::once(0..k.rows()));
+        self.push(sequence, k, v, core::iter::once(0..k.rows()));
         Ok(())
     }
 
@@ -157,16 +157,12 @@ impl KvCache {
         check_size("offsets.len() - 1", self.sequences(), offsets.len() - 1)?;
         let mut lens = offsets.windows(2).map(|w| w[1] - w[0]).enumerate();
         lens.try_for_each(|(sequence, len)| self.check_room(sequence, len))?;
-        self.push_batch(Scalar, k, v, offsets);
+        self.push(0, k, v, offsets.windows(2).map(|rows| rows[0]..rows[1]));
         Ok(())
     }
 
-    /// [`append_batch`](Self::append_batch) after its checks.
-    fn push_batch<S: Simd>(&mut self, s: S, k: MatRef<'_>, v: MatRef<'_>, offsets: &[usize]) {
-        self.push(s, 0, k, v, offsets.windows(2).map(|rows| rows[0]..rows[1]));
-    }
-
-    /// The same as a phase whose tiles are the blocks of the cache, if there are enough rows for that.
+    /// Appends rows to every sequence in a phase that deals out the heads: a member stores those that it begins attention with, which it then need not fetch from
+    /// another's cache.
     pub(crate) fn push_phase<S: Simd>(
         &mut self,
         s: S,
@@ -177,21 +173,14 @@ impl KvCache {
     ) {
         let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
         let ring = ring.unwrap_or(usize::MAX);
-        if crew.members() == 1 || k.rows() < plan.segments.len().saturating_mul(ring) {
-            return self.push_batch(s, k, v, offsets);
-        }
         let mut blocks = layout.blocks(data, &plan.chunks);
+        let heads = layout.n_heads.div_ceil(crew.members());
         // Scalar for the reason that KeyStore::set has.
-        crew.each_block(Scalar, &mut blocks, |place, matrices| {
-            let (before, start) = (plan.segments[place / ring].len, offsets[place / ring]);
-            let after = before + offsets[place / ring + 1] - start;
-            // Which of the new tokens' blocks has this place.
-            let first = before / BLOCK;
-            let block = first + (place % ring + ring - first % ring) % ring;
-            let tokens = before.max(block * BLOCK)..after.min((block + 1) * BLOCK);
-            if !tokens.is_empty() {
-                let rows = start + tokens.start - before..start + tokens.end - before;
-                layout.store_in_block(s, matrices, tokens.start % BLOCK, k, v, rows);
+        crew.parts_of_blocks(Scalar, &mut blocks, heads, |first, mut blocks| {
+            let [k, v] = [(k, layout.head_dim), (v, layout.value_dim)]
+                .map(|(x, dim)| x.block(0..x.rows(), first * dim..(first + blocks.rows()) * dim));
+            for (&Segment { first_block, len }, rows) in plan.segments.iter().zip(offsets.windows(2)) {
+                layout.store_rows(s, &mut blocks, (first_block, ring), len, k, v, rows[0]..rows[1]);
             }
         });
         for (segment, rows) in plan.segments.iter_mut().zip(offsets.windows(2)) {
@@ -200,19 +189,12 @@ impl KvCache {
     }
 
     /// Appends rows to each of some sequences, from `first` on.
-    fn push<S: Simd>(
-        &mut self,
-        s: S,
-        first: usize,
-        k: MatRef<'_>,
-        v: MatRef<'_>,
-        rows: impl Iterator<Item = Range<usize>>,
-    ) {
+    fn push(&mut self, first: usize, k: MatRef<'_>, v: MatRef<'_>, rows: impl Iterator<Item = Range<usize>>) {
         let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
         let mut blocks = layout.blocks(data, &plan.chunks);
         for (Segment { first_block, len }, rows) in plan.segments[first..].iter_mut().zip(rows) {
             let (places, added) = ((*first_block, ring.unwrap_or(usize::MAX)), rows.len());
-            layout.store_rows(s, &mut blocks, places, *len, k, v, rows);
+            layout.store_rows(Scalar, &mut blocks, places, *len, k, v, rows);
             *len += added;
         }
     }
