@@ -27,9 +27,11 @@ impl Split {
         if by_rows >= Self::FEW || rows > Self::most_rows_by_cols(members) {
             return Split { rows: by_rows, cols };
         }
+        // One row waits for memory, which no two cores get alike: more tiles let the faster one take more of them.
+        let shares = if rows == 1 { members.saturating_mul(4) } else { members };
         Split {
             rows: rows.min(max_rows),
-            cols: per_tile(cols.div_ceil(PANEL), 1, |block| block, members) * PANEL,
+            cols: per_tile(cols.div_ceil(PANEL), 1, |block| block, shares) * PANEL,
         }
     }
 
