@@ -1,19 +1,22 @@
-//! `laneformer bench decode`: one more token of a decoder, whose weights and cache are read once per step.
+//! `laneformer bench decode`: one more token of a decoder, whose weights and cache are read once per step, and its attention alone where query heads
+//! share their keys.
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use comfy_table::Table;
+use laneformer::reference::to_f64;
 use laneformer::{
     Activation, Context, Epilogue, Graph, Heads, Inputs, KvCache, Linear, MatMut, MatRef, PackedMatrix,
-    Placement, Stack, Workspace, layernorm,
+    Placement, QueryRows, Stack, Terms, Workspace, layernorm,
 };
 use serde::Serialize;
 
-use crate::bench::check::same_bits;
+use crate::bench::check::{compare, same_bits};
 use crate::bench::data::Buffer;
 use crate::bench::layer::{Dims, random_layer};
 use crate::bench::measure::{Deviation, Workload};
+use crate::bench::ops::reference_attention;
 use crate::bench::report::{Output, Record, aligned};
 use crate::bench::rows::Cost;
 use crate::bench::{Item, measure, no_row};
@@ -44,6 +47,10 @@ const VOCABULARY: usize = 50257;
 const EPS: f32 = 1e-5;
 /// Sequences of the larger batch.
 const BATCH: usize = 8;
+/// The heads of attention alone: those of Llama 3.2 1B.
+const HEADS: usize = 32;
+const KV_HEADS: usize = 8;
+const HEAD_DIM: usize = 64;
 
 /// What `--json` prints: the fields of every row of `bench`, and those of a step.
 #[derive(Serialize)]
@@ -60,11 +67,20 @@ struct DecodeRecord {
     cache_bytes: usize,
 }
 
-/// A row: how many tokens each sequence has in the cache, and whether the step ends with logits.
+/// A row: how many tokens each sequence has in the cache, and what is computed.
 struct Row {
     name: String,
     contexts: Vec<usize>,
-    has_head: bool,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Layers,
+    /// The layers, a norm and the logits.
+    LayersAndHead,
+    /// Attention alone, with grouped heads.
+    Attention,
 }
 
 /// Measures the rows; failure if an answer is wrong.
@@ -78,19 +94,32 @@ pub fn run(args: &DecodeArgs) -> Result<ExitCode> {
     let runtime = args.runtime.build()?;
     let ctx = runtime.context();
     let mut output = Output::new(args.json, wanted.len());
-    output.begin("weights");
-    let model = Model::new(layers)?;
+    let mut model = None;
+    if wanted.iter().any(|row| row.kind != Kind::Attention) {
+        output.begin("weights");
+        model = Some(Model::new(layers)?);
+    }
     let mut decode: Option<Decode<'_>> = None;
-    for Row { name, contexts, has_head } in wanted {
+    for Row { name, contexts, kind } in wanted {
         output.begin(&name);
-        let decode = match &mut decode {
-            Some(decode) if decode.contexts == contexts => decode,
-            other => other.insert(Decode::new(&model, contexts, ctx)?),
+        let tokens = contexts.len();
+        let (workload, cost, weight_bytes): (Box<dyn Workload>, _, _) = match &model {
+            Some(model) if kind != Kind::Attention => {
+                let decode = match &mut decode {
+                    Some(decode) if decode.contexts == contexts => decode,
+                    other => other.insert(Decode::new(model, contexts, ctx)?),
+                };
+                let has_head = kind == Kind::LayersAndHead;
+                let cost = decode.cost(has_head);
+                (Box::new(Step { decode, has_head }), cost, model.bytes(has_head))
+            }
+            _ => {
+                let attention = Attention::new(layers, &contexts)?;
+                let cost = attention.cost();
+                (Box::new(attention), cost, 0)
+            }
         };
-        let (tokens, cache_bytes) = (decode.contexts.len(), decode.cache_bytes());
-        let weight_bytes = model.bytes(has_head);
-        let cost = decode.cost(has_head);
-        let workload = Box::new(Step { decode, has_head });
+        let cache_bytes = cost.bytes - weight_bytes;
         for (name, record) in measure(vec![Item { name, cost, workload }], ctx)? {
             let record = record.map(|record| DecodeRecord {
                 tokens,
@@ -106,19 +135,24 @@ pub fn run(args: &DecodeArgs) -> Result<ExitCode> {
     output.finish(ctx, table)
 }
 
-/// One sequence of the longest context, and [`BATCH`] of a part of it each.
+/// One sequence of the longest context, and [`BATCH`] of a part of it each; attention alone of [`BATCH`] of the longest.
 fn rows(longest: usize, layers: usize) -> Vec<Row> {
     let parts: Vec<usize> = (1..=BATCH).map(|i| (longest * i / BATCH).max(1)).collect();
     let shapes =
         [(format!("b1c{longest}"), vec![longest]), (format!("b{BATCH}c{}-{longest}", parts[0]), parts)];
     let row = |(shape, contexts): (String, Vec<usize>)| {
-        [("", false), ("+head", true)].map(|(head, has_head)| Row {
+        [("", Kind::Layers), ("+head", Kind::LayersAndHead)].map(|(head, kind)| Row {
             name: format!("decode/f32/{}{head}/l{layers}{shape}", DIMS.name),
             contexts: contexts.clone(),
-            has_head,
+            kind,
         })
     };
-    shapes.into_iter().flat_map(row).collect()
+    let attention = Row {
+        name: format!("decode/f32/attention/h{HEADS}kv{KV_HEADS}l{layers}b{BATCH}c{longest}"),
+        contexts: vec![longest; BATCH],
+        kind: Kind::Attention,
+    };
+    shapes.into_iter().flat_map(row).chain([attention]).collect()
 }
 
 /// The layers, the norm behind them and the language-model head.
@@ -283,6 +317,64 @@ impl Workload for Step<'_, '_> {
     }
 }
 
+/// Attention of the next token of some sequences in each of some layers, whose caches hold the same.
+struct Attention {
+    heads: Heads,
+    graph: Graph,
+    /// `[0, 1, ..., sequences]`.
+    offsets: Vec<usize>,
+    caches: Vec<KvCache>,
+    q: Buffer,
+    k: Buffer,
+    v: Buffer,
+    out: Buffer,
+}
+
+impl Attention {
+    /// All contexts are as long as the first.
+    fn new(layers: usize, contexts: &[usize]) -> Result<Attention> {
+        let heads = Heads::new(HEADS, HEAD_DIM)?.with_kv_heads(KV_HEADS)?;
+        let (batch, context, cols) = (contexts.len(), contexts[0], heads.key_cols());
+        let [k, v] = [41, 42].map(|seed| Buffer::uniform(context * cols, 1.0, seed));
+        let q = Buffer::uniform(batch * heads.query_cols(), 1.0, 43);
+        let mut caches = KvCache::for_layers(layers, &heads, batch, context)?;
+        for cache in &mut caches {
+            for sequence in 0..batch {
+                let [k, v] = [&k, &v].map(|x| MatRef::contiguous(x, context, cols));
+                cache.append(sequence, k?, v?)?;
+            }
+        }
+        let out = Buffer::filled(batch * heads.output_cols(), 0.0);
+        Ok(Attention { heads, graph: Graph::causal(), offsets: (0..=batch).collect(), caches, q, k, v, out })
+    }
+
+    /// All keys and values once.
+    fn cost(&self) -> Cost {
+        let tokens = self.caches.len() * (self.offsets.len() - 1) * self.k.len() / self.heads.key_cols();
+        let flops = (4 * tokens * self.heads.query_cols()) as u64;
+        Cost { flops, bytes: 2 * tokens * self.heads.key_cols() * size_of::<f32>(), elements: None }
+    }
+}
+
+impl Workload for Attention {
+    fn check(&mut self, ctx: Context<'_>) -> Result<Deviation> {
+        self.run(ctx)?;
+        let [q, k, v, out] = [&self.q, &self.k, &self.v, &self.out].map(|x| to_f64(x));
+        Ok(compare(&out, &reference_attention(&self.heads, &q, &k, &v, |_, _| true), 1e-5))
+    }
+
+    fn run(&mut self, ctx: Context<'_>) -> Result<()> {
+        let Attention { heads, graph, offsets, caches, q, out, .. } = self;
+        let rows = offsets.len() - 1;
+        for cache in caches {
+            let queries = QueryRows::new(MatRef::contiguous(q, rows, heads.query_cols())?, offsets);
+            let out = MatMut::contiguous(out, rows, heads.output_cols())?;
+            cache.keys().attend(ctx, heads, &queries, graph, &Terms::default(), out)?;
+        }
+        Ok(())
+    }
+}
+
 fn table(records: &[DecodeRecord]) -> Table {
     let header =
         ["name", "median", "min", "ms/token", "tokens/s", "rate", "bound", "peak", "of peak", "max error"];
@@ -317,11 +409,23 @@ mod tests {
     }
 
     #[test]
+    fn attention_alone_is_checked() -> Result<()> {
+        let mut attention = Attention::new(2, &[70; 3])?;
+        let cost = attention.cost();
+        assert_eq!((cost.bytes, cost.flops), (2 * 3 * 70 * 2 * 512 * 4, 2 * 3 * 70 * 4 * 2048));
+        assert!(attention.check(Context::serial())?.is_right());
+        attention.k[100] += 1.0;
+        assert!(!attention.check(Context::serial())?.is_right());
+        Ok(())
+    }
+
+    #[test]
     fn rows_have_contexts() {
         let rows = rows(1024, 12);
         let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
         assert_eq!(names[0], "decode/f32/gpt2/l12b1c1024");
         assert_eq!(names[3], "decode/f32/gpt2+head/l12b8c128-1024");
         assert_eq!(rows[3].contexts, [128, 256, 384, 512, 640, 768, 896, 1024]);
+        assert_eq!(rows[4].name, "decode/f32/attention/h32kv8l12b8c1024");
     }
 }
