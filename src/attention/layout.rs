@@ -155,6 +155,14 @@ impl KeyLayout {
                 || self.store_sixteen_keys(s, keys, t + start, first, k),
             );
         }
+        if whole < k.rows() {
+            // A place in each of many lines is nothing that the hardware foresees.
+            self.by_head(self.head_dim, first, k.cols(), |head, dims, _| {
+                for step in key_steps(keys, head, dims).chunks_exact(BLOCK) {
+                    s.prefetch_to_l2(&raw const step[t + whole]);
+                }
+            });
+        }
         for row in whole..k.rows() {
             let x = k.row(row);
             self.by_head(self.head_dim, first, x.len(), |head, dims, cols| {
