@@ -176,7 +176,7 @@ struct Control {
     /// Per range: `phase << 32 | next tile`. The phase in the claim makes a late claim of an old phase fail.
     next: Box<[Line<AtomicU64>]>,
     phase: AtomicU64,
-    /// Tiles of the current phase that are done.
+    /// Tiles of the current phase that are done and told.
     done: Line<AtomicUsize>,
     poisoned: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -252,10 +252,10 @@ impl Control {
         let job = self.job.load(Ordering::Acquire);
         // If one of these three is of a later phase, the counters were taken from this one before it was stored
         // (see `publish`), so every claim below fails.
-        let mut done = 0;
         for step in 0..ranges.min(self.next.len()) {
             let range = (member + step) % ranges;
             let end = own_tiles(range, tiles, ranges).end;
+            let mut done = 0;
             while let Some(tile) = self.claim(phase, range, end) {
                 // SAFETY: the claim proves that `phase` is current and that tile undone, so its caller is still inside
                 // `Crew::phase`, which keeps the job alive; it was stored before the phase was published.
@@ -273,9 +273,9 @@ impl Control {
                 }
                 done += 1;
             }
-        }
-        if done > 0 {
-            self.done.0.fetch_add(done, Ordering::Release);
+            if done > 0 {
+                self.done.0.fetch_add(done, Ordering::Release);
+            }
         }
     }
 

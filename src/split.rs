@@ -28,10 +28,10 @@ impl Split {
             return Split { rows: by_rows, cols };
         }
         // One row waits for memory, which no two cores get alike: more tiles let the faster one take more of them.
-        let shares = if rows == 1 { members.saturating_mul(4) } else { members };
+        let tiles = if rows == 1 && members > 1 { 8 } else { TILES };
         Split {
             rows: rows.min(max_rows),
-            cols: per_tile(cols.div_ceil(PANEL), 1, |block| block, shares) * PANEL,
+            cols: per_tile(cols.div_ceil(PANEL), 1, |block| block, members, tiles) * PANEL,
         }
     }
 
@@ -46,10 +46,19 @@ impl Split {
     }
 }
 
-/// How many of `units`, panels or heads, make a tile of each of some blocks of rows, of which block `i` begins at row `start(i)`: two tiles for each
-/// member, so that a late helper still finds work, or more if that deals them out more evenly. Six panels in tiles of two are four for one of two
-/// members, tile by tile three. A sixteenth is even enough.
-pub(crate) fn per_tile(units: usize, blocks: usize, start: impl Fn(usize) -> usize, members: usize) -> usize {
+/// Tiles for each member, so that a late helper still finds work.
+pub(crate) const TILES: usize = 2;
+
+/// How many of `units`, panels or heads, make a tile of each of some blocks of rows, of which block `i` begins at row `start(i)`: so many that
+/// there are `tiles` for each member, or more if that deals them out more evenly. Six panels in tiles of two are four for one of two members, tile
+/// by tile three. A sixteenth is even enough.
+pub(crate) fn per_tile(
+    units: usize,
+    blocks: usize,
+    start: impl Fn(usize) -> usize,
+    members: usize,
+    tiles: usize,
+) -> usize {
     let rows = start(blocks);
     let largest_share = |per_tile: usize| {
         let tiles = blocks * units.div_ceil(per_tile);
@@ -64,7 +73,7 @@ pub(crate) fn per_tile(units: usize, blocks: usize, start: impl Fn(usize) -> usi
         };
         (0..members).map(share).max().unwrap_or(0)
     };
-    let most = (units * blocks).div_ceil(members.saturating_mul(2)).clamp(1, units.max(1));
+    let most = (units * blocks).div_ceil(members.saturating_mul(tiles)).clamp(1, units.max(1));
     let mut best = (most, usize::MAX);
     for per_tile in (1..=most).rev() {
         let share = largest_share(per_tile);
@@ -134,8 +143,18 @@ mod tests {
             (12, vec![0, 64, 128, 192, 200], 2, 6),
             (12, vec![0, 64, 128, 192, 250], 2, 12),
         ] {
-            let actual = per_tile(units, starts.len() - 1, |block| starts[block], members);
+            let actual = per_tile(units, starts.len() - 1, |block| starts[block], members, TILES);
             assert_eq!(actual, expected, "{units} of {starts:?} for {members}");
+        }
+    }
+
+    #[test]
+    fn one_row_is_dealt_out_in_more_tiles() {
+        for (rows, panels, members, expected) in
+            [(1, 48, 2, 3), (1, 36, 2, 3), (1, 18, 2, 1), (1, 12, 2, 1), (1, 48, 1, 24), (2, 48, 2, 12)]
+        {
+            let split = Split::new(rows, panels * PANEL, MAX_ROWS, members);
+            assert_eq!((split.rows, split.cols), (rows, expected * PANEL), "{panels} for {members}");
         }
     }
 

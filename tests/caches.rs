@@ -15,7 +15,7 @@ use laneformer::{
 
 /// Grouped heads whose values are of another width than their keys.
 fn heads() -> Heads {
-    Heads::new(4, 9).unwrap().with_kv_heads(2).unwrap().with_value_dim(17).unwrap()
+    Heads::new(6, 9).unwrap().with_kv_heads(3).unwrap().with_value_dim(17).unwrap()
 }
 
 /// Queries, keys and values of sequences.
@@ -265,11 +265,11 @@ on_every_isa! {
             y.values()
         };
         let expected = run(serial(isa), &x, &ends, &mut []);
-        // Rings of 12 blocks each: many rows of the batch are a phase, few are not.
+        // Rings of 12 blocks each: many rows of the batch are dealt out by blocks, few by heads, of which one of two threads has two.
         let ring = KvCache::ring(&heads(), 3, 100).unwrap();
         for cache in [ring, KvCache::new(&heads(), 3, 900).unwrap()] {
             let (mut caches, mut done, mut step) = ([cache], [0; 3], [250, 7, 3].iter().cycle());
-            let threads = executors::Threads(3);
+            let threads = executors::Threads(2);
             while done != lens {
                 let n = step.next().unwrap();
                 let to: [usize; 3] = std::array::from_fn(|b| lens[b].min(done[b] + n));
@@ -290,13 +290,13 @@ on_every_isa! {
         let (past, new, heads) = ([100, 3, 64], [70, 66, 1], heads());
         let lens: [usize; 3] = std::array::from_fn(|b| past[b] + new[b]);
         let (batch, mut rng) = (Batch::new(&lens, 5), Rng::new(6));
-        let bias = rng.vec(3 * 4 * 70 * 170, 1.0);
+        let bias = rng.vec(3 * 6 * 70 * 170, 1.0);
         let r = rng.vec(200 * heads.query_cols(), 1.0);
         let table =
-            RelativeTable::new(MatRef::contiguous(&r, 200, heads.query_cols()).unwrap(), -20, 4).unwrap();
+            RelativeTable::new(MatRef::contiguous(&r, 200, heads.query_cols()).unwrap(), -20, 6).unwrap();
         let (u, w) = (rng.vec(heads.query_cols(), 0.5), rng.vec(heads.query_cols(), 0.5));
         let terms = Terms {
-            bias: Some(Bias::new(&bias, [3, 4, 70, 170]).unwrap()),
+            bias: Some(Bias::new(&bias, [3, 6, 70, 170]).unwrap()),
             relative: Some(Relative { u: &u, w: &w, table: &table }),
             ..Terms::default()
         };
@@ -316,13 +316,28 @@ on_every_isa! {
     }
 }
 
+/// What the heads of a test see, and what their scores have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Sees {
+    AllBefore,
+    /// Columns of its own for each head, and a window.
+    OwnColumns,
+    /// Bits of its own for each head.
+    OwnBits,
+    /// A bias of its own for each head, a segment term and a soft cap.
+    OwnTerms,
+    /// The same, and a negative scale instead of the soft cap.
+    OwnBitsAndTerms,
+}
+
 on_every_isa! {
     /// The last query alone, its heads that share keys taken together or not, is what it is behind four others.
     fn one_query_of_heads_that_share_keys(isa) {
         const QUERIES: usize = 5;
-        for (n_heads, n_kv_heads, head_dim, threads) in
-            [(12, 3, 48, 1), (12, 3, 48, 2), (12, 3, 48, 5), (6, 1, 81, 2), (10, 5, 48, 3), (7, 7, 64, 2), (70, 1, 6, 1)]
-        {
+        for (n_heads, n_kv_heads, head_dim, threads) in [
+            (12, 3, 48, 1), (12, 3, 48, 2), (12, 3, 48, 5), (6, 1, 81, 2), (32, 1, 16, 2), (10, 5, 48, 3), (12, 2, 40, 4),
+            (7, 7, 64, 2), (70, 1, 6, 1), (71, 1, 6, 1), (71, 1, 6, 2),
+        ] {
             let heads = Heads::new(n_heads, head_dim).unwrap().with_kv_heads(n_kv_heads).unwrap().with_value_dim(7).unwrap();
             let (mut rng, keys) = (Rng::new(n_heads as u64), 600);
             let [q_cols, k_cols, v_cols] = [heads.query_cols(), heads.key_cols(), heads.value_cols()];
@@ -332,7 +347,6 @@ on_every_isa! {
             v[..v_cols].fill(f32::NAN);
             let (s, e) = (rng.vec(q_cols, 1.0), rng.vec(2 * q_cols, 1.0));
             let bias = rng.vec(n_heads * QUERIES * keys, 1.0);
-            let sees = |h: usize, i: usize, j: usize| j > 0 && !(h + i + j).is_multiple_of(5) && (h != 1 || j < 256);
             let is_same = |h: usize, i: usize, j: usize| (h + i + j / 20).is_multiple_of(2);
             let dense = |i: usize, f: &dyn Fn(usize, usize, usize) -> bool| {
                 Bits::dense([1, n_heads, QUERIES - i, keys], |_, h, row, j| f(h, row + i, j)).unwrap()
@@ -341,7 +355,13 @@ on_every_isa! {
             let [k, v] = [(&k, k_cols), (&v, v_cols)].map(|(x, cols)| MatRef::contiguous(x, keys, cols).unwrap());
             store.set(Context::serial(), k, v, &[0, keys]).unwrap();
 
-            for (with_bits, with_terms) in [(false, false), (true, false), (false, true), (true, true)] {
+            for sees in [Sees::AllBefore, Sees::OwnColumns, Sees::OwnBits, Sees::OwnTerms, Sees::OwnBitsAndTerms] {
+                let has_terms = matches!(sees, Sees::OwnTerms | Sees::OwnBitsAndTerms);
+                let heads = match sees {
+                    Sees::OwnTerms => heads.with_softcap(3.0),
+                    Sees::OwnBitsAndTerms => heads.with_scale(-0.2),
+                    _ => heads,
+                };
                 let from = |first: usize, ctx: Context<'_>| {
                     let rows = QUERIES - first;
                     let q = MatRef::contiguous(&q[first * q_cols..], rows, q_cols).unwrap();
@@ -350,23 +370,34 @@ on_every_isa! {
                     };
                     let (bias, same) = (of_rows(&bias), dense(first, &is_same));
                     let terms = Terms {
-                        bias: with_terms.then(|| Bias::new(&bias, [1, n_heads, rows, keys]).unwrap()),
-                        segment: with_terms.then_some(SegmentTerm { s: &s, e: &e, same: &same }),
+                        bias: has_terms.then(|| Bias::new(&bias, [1, n_heads, rows, keys]).unwrap()),
+                        segment: has_terms.then_some(SegmentTerm { s: &s, e: &e, same: &same }),
                         ..Terms::default()
                     };
-                    let graph = Graph::causal().with_bits(if with_bits {
-                        dense(first, &sees)
-                    } else {
-                        Bits::dense([1, 1, 1, keys], |_, _, _, j| j > 0).unwrap()
+                    let graph = match sees {
+                        Sees::OwnColumns => {
+                            // The second head has none, and others have theirs in a chunk or in two.
+                            let column = |h: usize, j: usize| h != 1 && (h + j).is_multiple_of(97) && j < 200 + 10 * h;
+                            let columns = Bits::dense([1, n_heads, 1, keys], |_, h, _, j| column(h, j)).unwrap();
+                            Graph::window(40, 0).with_columns(columns)
+                        }
+                        _ => Graph::causal(),
+                    };
+                    let graph = graph.with_bits(match sees {
+                        Sees::OwnBits | Sees::OwnBitsAndTerms => dense(first, &|h, i, j| {
+                            j > 0 && !(h + i + j).is_multiple_of(5) && (h != 1 || j < 256)
+                        }),
+                        _ => Bits::dense([1, 1, 1, keys], |_, _, _, j| j > 0).unwrap(),
                     });
                     let (ends, mut out) = ([0, rows], Guarded::unset(rows, heads.output_cols()));
-                    store.attend(ctx, &heads, &QueryRows::new(q, &ends), &graph, &terms, out.view_mut()).unwrap();
+                    let queries = QueryRows::new(q, &ends);
+                    store.attend(ctx, &heads, &queries, &graph, &terms, out.view_mut()).unwrap();
                     out.values()
                 };
                 let together = from(0, serial(isa));
-                let (threads, what) = (executors::Threads(threads), format!("{heads:?}, {threads} threads"));
-                let alone = from(QUERIES - 1, Context::new(isa, &threads));
-                assert!(alone.iter().all(|x| x.is_finite()));
+                let (ctx, what) = (executors::Threads(threads), format!("{heads:?}, {threads} threads, {sees:?}"));
+                let alone = from(QUERIES - 1, Context::new(isa, &ctx));
+                assert!(alone.iter().all(|x| x.is_finite()), "{what}");
                 assert_bits(&alone, &together[(QUERIES - 1) * heads.output_cols()..], &what);
             }
         }
@@ -574,10 +605,10 @@ fn stores_that_do_not_stand_behind_one_another_are_refused() {
     assert_eq!(alone.to_string(), "keys: expected a store that set_after has filled");
 
     let one_head = Heads::new(2, 9).unwrap().with_kv_heads(1).unwrap().with_value_dim(17).unwrap();
-    let narrow = Heads::new(2, 8).unwrap().with_value_dim(17).unwrap();
-    let short = Heads::new(2, 9).unwrap().with_value_dim(16).unwrap();
+    let narrow = Heads::new(3, 8).unwrap().with_value_dim(17).unwrap();
+    let short = Heads::new(3, 9).unwrap().with_value_dim(16).unwrap();
     for (other, arg, expected, actual) in [
-        (one_head, "past n_kv_heads", 2, 1),
+        (one_head, "past n_kv_heads", 3, 1),
         (narrow, "past head_dim", 9, 8),
         (short, "past value_dim", 17, 16),
     ] {
@@ -585,7 +616,7 @@ fn stores_that_do_not_stand_behind_one_another_are_refused() {
     }
     assert_eq!(keys.set_after(&past, k, v, &[0, 1, 2, 73]), Err(size("past sequences", 3, 2)));
     assert_eq!(keys.set_after(&past, k, v, &[0, 72, 1]), Err(Error::NotAscending { arg: "offsets", at: 2 }));
-    assert_eq!(keys.set_after(&past, k, rows.q.view(), &ends), Err(size("v.cols", 34, 36)));
+    assert_eq!(keys.set_after(&past, k, rows.q.view(), &ends), Err(size("v.cols", 51, 54)));
     let mut small = KeyStore::new(&heads, 73, 2).unwrap();
     let large = Error::TooLarge { arg: "blocks of 64 tokens in the batch", max: 3, actual: 4 };
     // Without what the past leaves of its chunks the new keys would have room.

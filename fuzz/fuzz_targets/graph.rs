@@ -99,14 +99,16 @@ fuzz_target!(|input: Input| {
     let side = |side: Option<u16>| side.map_or(usize::MAX, |side| usize::from(side % 600));
     let [left, right] = input.sides.map(side);
     let mut graph = Graph::window(left, right);
-    let is_global = |s: usize, j: usize| {
-        input
-            .columns
-            .is_some_and(|seed| j < usize::from(seed % 500) && pattern([usize::from(seed), s, 0, j]) % 9 == 0)
+    // Every other seed has columns of their own for the heads.
+    let is_global = |s: usize, h: usize, j: usize| {
+        input.columns.is_some_and(|seed| {
+            let (seed, own) = (usize::from(seed), usize::from(seed % 2));
+            j < keys[s].min(seed % 500) && pattern([seed, s, h * own, j]).is_multiple_of(9)
+        })
     };
-    if input.columns.is_some() {
-        let masks: [Vec<bool>; 2] = std::array::from_fn(|s| (0..keys[s]).map(|j| is_global(s, j)).collect());
-        graph = graph.with_columns(Bits::keys(&[&masks[0], &masks[1]]).unwrap());
+    if let Some(seed) = input.columns {
+        let dims = [2, if seed % 2 == 1 { n_heads } else { 1 }, 1, longest_key];
+        graph = graph.with_columns(Bits::dense(dims, |s, h, _, j| is_global(s, h, j)).unwrap());
     }
     let mut by_bits: Option<Allowed> = None;
     if let Some(input) = &input.bits {
@@ -179,7 +181,7 @@ fuzz_target!(|input: Input| {
         let (p, key) = (position(s, i), j as isize);
         let is_near = (left == usize::MAX || key >= p - left as isize)
             && (right == usize::MAX || key <= p + right as isize);
-        (is_near || is_global(s, j)) && by_bits.as_ref().is_none_or(|by_bits| by_bits(s, h, i, j))
+        (is_near || is_global(s, h, j)) && by_bits.as_ref().is_none_or(|by_bits| by_bits(s, h, i, j))
     };
     let mut expected = vec![];
     for (s, i) in (0..2).flat_map(|s| (0..queries[s]).map(move |i| (s, i))) {

@@ -138,6 +138,11 @@ impl Bits {
         }
     }
 
+    /// Whether heads may have rows of their own.
+    pub(crate) fn differ_by_head(&self) -> bool {
+        matches!(self.select, Select::Strided { strides: [_, head, _], .. } if head != 0)
+    }
+
     /// Whether the query has a row.
     pub(crate) fn has(&self, query: Query) -> bool {
         match &self.select {

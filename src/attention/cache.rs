@@ -161,8 +161,8 @@ impl KvCache {
         Ok(())
     }
 
-    /// Appends rows to every sequence in a phase that deals out the heads: a member stores those that it begins attention with, which it then need not fetch from
-    /// another's cache.
+    /// Appends rows to every sequence in a phase, whose tiles are the blocks of the cache if there are enough rows for that, or else heads: with
+    /// one sequence a member stores those that it begins attention with, which it then need not fetch from another's cache.
     pub(crate) fn push_phase<S: Simd>(
         &mut self,
         s: S,
@@ -174,15 +174,30 @@ impl KvCache {
         let KeyStore { layout, plan, data, ring, .. } = &mut self.store;
         let ring = ring.unwrap_or(usize::MAX);
         let mut blocks = layout.blocks(data, &plan.chunks);
-        let heads = layout.n_heads.div_ceil(crew.members());
         // Scalar for the reason that KeyStore::set has.
-        crew.parts_of_blocks(Scalar, &mut blocks, heads, |first, mut blocks| {
-            let [k, v] = [(k, layout.head_dim), (v, layout.value_dim)]
-                .map(|(x, dim)| x.block(0..x.rows(), first * dim..(first + blocks.rows()) * dim));
-            for (&Segment { first_block, len }, rows) in plan.segments.iter().zip(offsets.windows(2)) {
-                layout.store_rows(s, &mut blocks, (first_block, ring), len, k, v, rows[0]..rows[1]);
-            }
-        });
+        if crew.members() == 1 || k.rows() < plan.segments.len().saturating_mul(ring) {
+            let heads = layout.n_heads.div_ceil(crew.members());
+            crew.parts_of_blocks(Scalar, &mut blocks, heads, |first, mut blocks| {
+                let [k, v] = [(k, layout.head_dim), (v, layout.value_dim)]
+                    .map(|(x, dim)| x.block(0..x.rows(), first * dim..(first + blocks.rows()) * dim));
+                for (&Segment { first_block, len }, rows) in plan.segments.iter().zip(offsets.windows(2)) {
+                    layout.store_rows(s, &mut blocks, (first_block, ring), len, k, v, rows[0]..rows[1]);
+                }
+            });
+        } else {
+            crew.each_block(Scalar, &mut blocks, |place, matrices| {
+                let (before, start) = (plan.segments[place / ring].len, offsets[place / ring]);
+                let after = before + offsets[place / ring + 1] - start;
+                // Which of the new tokens' blocks has this place.
+                let first = before / BLOCK;
+                let block = first + (place % ring + ring - first % ring) % ring;
+                let tokens = before.max(block * BLOCK)..after.min((block + 1) * BLOCK);
+                if !tokens.is_empty() {
+                    let rows = start + tokens.start - before..start + tokens.end - before;
+                    layout.store_in_block(s, matrices, tokens.start % BLOCK, k, v, rows);
+                }
+            });
+        }
         for (segment, rows) in plan.segments.iter_mut().zip(offsets.windows(2)) {
             segment.len += rows[1] - rows[0];
         }

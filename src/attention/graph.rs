@@ -107,6 +107,11 @@ impl Graph {
         }
     }
 
+    /// Whether heads may have global columns of their own.
+    pub(crate) fn has_columns_of_heads(&self) -> bool {
+        self.columns.as_ref().is_some_and(Bits::differ_by_head)
+    }
+
     /// Keys up to the last global column.
     pub(crate) fn columns_end(&self) -> usize {
         self.columns_end

@@ -34,8 +34,8 @@ pub(crate) fn scratch_len(heads: &Heads, has_relative: bool) -> usize {
     ROWS * (SCORE_STRIDE + 2 * heads.layout().value_stride() + 2 + relative)
 }
 
-/// `out = softmax(scores of the queries and keys) * values`, where `queries(i)` are those of unit `i` of some that have [`ROWS`] rows together, and
-/// the units' outputs stand side by side in `out`; rows without an allowed key are 0.
+/// `out = softmax(scores of the queries and keys) * values`, where `queries(i)` are those of unit `i` of some that have at most [`ROWS`] rows together,
+/// and the units' outputs stand side by side in `out`; rows without an allowed key are 0.
 ///
 /// A chunk of all units before the next: that is the order in which they stand in memory.
 #[inline(always)]

@@ -45,7 +45,7 @@ use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::{Crew, Team};
 use crate::isa::dispatch;
 use crate::simd::Simd;
-use crate::split::per_tile;
+use crate::split::{TILES, per_tile};
 use crate::view::{MatMut, MatRef};
 
 /// The heads of an attention and how a score is made of a product.
@@ -362,11 +362,15 @@ pub(crate) fn attend_phase<S: Simd>(
     }
     let rows = plan.tokens.div_ceil(plan.blocks.len());
     let scores = rows * keys.longest().min(TILE_SCORES);
-    // In decode heads that share keys are taken together, if that leaves work for everybody.
+    // In decode, heads that share keys are taken together, as many as leave work for everybody.
     let blocks = plan.blocks.len();
-    let step = if rows == 1 && blocks * heads.n_kv_heads >= crew.members() { heads.sharing() } else { 1 };
+    let sharing = call.sharing();
+    let has_one_row = sharing > 1 && plan.rows.windows(2).any(|rows| rows[1] - rows[0] == 1);
+    let sharing = if has_one_row { sharing } else { 1 };
+    let leaves_work = |n: &usize| blocks * heads.n_heads >= n * crew.members();
+    let step = divisors(sharing).find(leaves_work).unwrap_or(1);
     // Few blocks, as in decode, are dealt out evenly: twelve heads in tiles of four are three for two members.
-    let even = per_tile(heads.n_heads / step, blocks, |block| plan.rows[block], crew.members());
+    let even = per_tile(heads.n_heads / step, blocks, |block| plan.rows[block], crew.members(), TILES);
     let heads_per_tile = step * (TILE_SCORES / (scores * step).max(1)).clamp(1, even);
     crew.ragged_blocks(
         s,
@@ -381,6 +385,11 @@ pub(crate) fn attend_phase<S: Simd>(
             attend_heads(s, call, queries, (plan, block), of_tile, &segment, &mut out, scratch);
         },
     );
+}
+
+/// Largest first.
+fn divisors(n: usize) -> impl Iterator<Item = usize> {
+    (1..=n).rev().filter(move |i| n.is_multiple_of(*i))
 }
 
 /// Some heads of a block of queries.
@@ -398,11 +407,10 @@ fn attend_heads<S: Simd>(
     let (dim, value_dim) = (call.heads.head_dim, call.heads.value_dim);
     let rows = plan.rows[block]..plan.rows[block + 1];
     let Block { segment, start } = plan.blocks[block];
-    // One row each of the heads that share keys, as in decode, are taken as the rows of one: they read the keys once. The positions of relative
-    // scores differ from row to row of a tile.
-    let shared = if rows.len() == 1 && call.terms.relative.is_none() { call.heads.sharing() } else { 1 };
-    let is_unit = |n: &usize| [shared, heads.start, heads.len()].iter().all(|heads| heads.is_multiple_of(*n));
-    let of_unit = (1..=shared.min(ROWS)).rev().find(is_unit).unwrap_or(1);
+    // One row each of heads that share keys, as in decode, are the rows of a unit: they read the keys once.
+    let sharing = if rows.len() == 1 { call.sharing() } else { 1 };
+    let fits = |n: &usize| *n <= ROWS && heads.start.is_multiple_of(*n) && heads.len().is_multiple_of(*n);
+    let of_unit = divisors(sharing).find(fits).unwrap_or(1);
     let together = (ROWS / rows.len().max(1)).max(1) / of_unit * of_unit;
     for head in heads.clone().step_by(together) {
         let units = together.min(heads.end - head) / of_unit;

@@ -16,7 +16,7 @@ use crate::isa::dispatch;
 use crate::linear::{Epilogue, Linear, Residual, padded_stride};
 use crate::norm::{Norm, normalised};
 use crate::simd::{LANES, Simd, Vector};
-use crate::split::{Columns, Split, per_tile};
+use crate::split::{Columns, Split, TILES, per_tile};
 use crate::view::{MatMut, MatRef};
 
 /// Queries, keys and values of the same rows, projected together.
@@ -307,7 +307,7 @@ impl QkvProjection {
             return all;
         }
         let step = head_step(&self.heads);
-        all.min(step * per_tile(all.div_ceil(step), tiles, start, members))
+        all.min(step * per_tile(all.div_ceil(step), tiles, start, members, TILES))
     }
 
     /// Scratch of a tile, with room for so many copies of its rows.

@@ -36,9 +36,17 @@ impl Call<'_> {
     pub(super) fn is_plain(&self) -> bool {
         self.heads.scale > 0.0 && self.heads.softcap <= 0.0 && self.terms.bias.is_none()
     }
+
+    /// Heads of which a row each can be taken as the rows of one: those that share keys, unless they differ in what is asked once for all
+    /// rows, which are global columns and the table of relative positions.
+    pub(super) fn sharing(&self) -> usize {
+        let are_alike = self.terms.relative.is_none() && !self.graph.has_columns_of_heads();
+        if are_alike { self.heads.sharing() } else { 1 }
+    }
 }
 
-/// The queries of a tile: at most [`ROWS`] rows of one head and one sequence, or a row each of heads that share their keys.
+/// The queries of a tile: at most [`ROWS`] rows of one head and one sequence, or a row each of heads that share their keys
+/// ([`Call::sharing`]). Where these may differ, each is asked for itself ([`Queries::query`]).
 #[derive(Clone, Copy)]
 pub(crate) struct Queries<'a> {
     /// `[rows, head_dim]`.
@@ -317,7 +325,7 @@ impl Tile {
 
 impl Graph {
     /// What attention does with the scores of a batch, tile by tile: the decisions are those of its kernel, which computes a tile or
-    /// skips it. A pair of a query and a key of its sequence is in exactly one tile, one of different sequences in none.
+    /// skips it. (One query of heads that share keys is taken with those of the other heads, and computes what any of them sees.) A pair of a query and a key of its sequence is in exactly one tile, one of different sequences in none.
     ///
     /// # Shapes
     /// `offsets` and `key_offsets`: `[0, end of sequence 0, ...]` of the queries and of the keys, the same with self-attention. The last query
