@@ -368,7 +368,7 @@ pub(crate) fn attend_phase<S: Simd>(
     let has_one_row = sharing > 1 && plan.rows.windows(2).any(|rows| rows[1] - rows[0] == 1);
     let sharing = if has_one_row { sharing } else { 1 };
     let leaves_work = |n: &usize| blocks * heads.n_heads >= n * crew.members();
-    let step = divisors(sharing).find(leaves_work).unwrap_or(1);
+    let step = divisors(sharing, sharing).find(leaves_work).unwrap_or(1);
     // Few blocks, as in decode, are dealt out evenly: twelve heads in tiles of four are three for two members.
     let even = per_tile(heads.n_heads / step, blocks, |block| plan.rows[block], crew.members(), TILES);
     let heads_per_tile = step * (TILE_SCORES / (scores * step).max(1)).clamp(1, even);
@@ -387,9 +387,9 @@ pub(crate) fn attend_phase<S: Simd>(
     );
 }
 
-/// Largest first.
-fn divisors(n: usize) -> impl Iterator<Item = usize> {
-    (1..=n).rev().filter(move |i| n.is_multiple_of(*i))
+/// Up to `most`, the largest first.
+fn divisors(n: usize, most: usize) -> impl Iterator<Item = usize> {
+    (1..=n.min(most)).rev().filter(move |i| n.is_multiple_of(*i))
 }
 
 /// Some heads of a block of queries.
@@ -409,8 +409,8 @@ fn attend_heads<S: Simd>(
     let Block { segment, start } = plan.blocks[block];
     // One row each of heads that share keys, as in decode, are the rows of a unit: they read the keys once.
     let sharing = if rows.len() == 1 { call.sharing() } else { 1 };
-    let fits = |n: &usize| *n <= ROWS && heads.start.is_multiple_of(*n) && heads.len().is_multiple_of(*n);
-    let of_unit = divisors(sharing).find(fits).unwrap_or(1);
+    let fits = |n: &usize| heads.start.is_multiple_of(*n) && heads.len().is_multiple_of(*n);
+    let of_unit = divisors(sharing, ROWS).find(fits).unwrap_or(1);
     let together = (ROWS / rows.len().max(1)).max(1) / of_unit * of_unit;
     for head in heads.clone().step_by(together) {
         let units = together.min(heads.end - head) / of_unit;

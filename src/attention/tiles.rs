@@ -325,7 +325,8 @@ impl Tile {
 
 impl Graph {
     /// What attention does with the scores of a batch, tile by tile: the decisions are those of its kernel, which computes a tile or
-    /// skips it. (One query of heads that share keys is taken with those of the other heads, and computes what any of them sees.) A pair of a query and a key of its sequence is in exactly one tile, one of different sequences in none.
+    /// skips it. (One query of heads that share keys is taken with those of the other heads, and computes what any of them sees.) A pair
+    /// of a query and a key of its sequence is in exactly one tile, one of different sequences in none.
     ///
     /// # Shapes
     /// `offsets` and `key_offsets`: `[0, end of sequence 0, ...]` of the queries and of the keys, the same with self-attention. The last query
