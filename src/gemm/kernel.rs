@@ -57,11 +57,15 @@ pub(crate) fn product<S: Simd>(
         (rows.div_ceil(S::MR), (cols / LANES).div_ceil(S::NV), S::NV)
     };
     // Few rows and all columns: the lines stream past, which the hardware foresees better than this does.
-    let next = if rows <= S::MR && col_tiles == 1 { <[&[f32]; 2]>::default() } else { next };
+    let streams = rows <= S::MR && col_tiles == 1;
+    let next = if streams { <[&[f32]; 2]>::default() } else { next };
     // Spread evenly, but a line per step at most.
     let steps = row_tiles * col_tiles * k;
     let next_step = if lines < steps { (lines * LANES).div_ceil(steps) } else { LANES };
     let to_l2 = waits_for_few_lines();
+    // With loads of whole lines one row asks for so many that L1 has no room left for what the hardware foresees. With halves it reads memory 4 to 5 %
+    // faster, and the caches as fast.
+    let reads_narrow = streams && rows == 1 && to_l2;
     let mut ahead = next.into_iter().flat_map(|lines| lines.chunks((k * next_step).max(1)));
     let mut col = 0;
     while col < cols {
@@ -78,7 +82,13 @@ pub(crate) fn product<S: Simd>(
             let ahead = Ahead { line, step, to_l2 };
             let tile = Tile { k, a, a_stride, b, b_stride, c, c_stride, start, ahead };
             // SAFETY: as above.
-            unsafe { pick(s, height, vectors, &tile) };
+            unsafe {
+                if reads_narrow {
+                    pick(s.narrow(), height, vectors, &tile);
+                } else {
+                    pick(s, height, vectors, &tile);
+                }
+            }
             row += height;
         }
         col += vectors * LANES;

@@ -7,7 +7,7 @@
 use core::arch::x86_64::*;
 use core::ops::{Add, Div, Mul, Sub};
 
-use super::{LANES, Simd, Vector};
+use super::{Avx512, LANES, Simd, Vector};
 
 /// The proof that the CPU has AVX2 and FMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,6 +87,14 @@ impl Avx2 {
     }
 }
 
+impl From<Avx512> for Avx2 {
+    /// AVX2 and FMA are among what AVX-512 is detected by.
+    #[inline(always)]
+    fn from(_: Avx512) -> Avx2 {
+        Avx2(())
+    }
+}
+
 impl F32 {
     #[inline(always)]
     fn zip(self, other: F32, f: impl Fn(__m256, __m256) -> __m256) -> F32 {
@@ -103,6 +111,12 @@ impl Simd for Avx2 {
     type V = F32;
     const MR: usize = 6;
     const NV: usize = 1;
+    type Narrow = Avx2;
+
+    #[inline(always)]
+    fn narrow(self) -> Avx2 {
+        self
+    }
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {

@@ -7,7 +7,7 @@
 use core::arch::x86_64::*;
 use core::ops::{Add, Div, Mul, Sub};
 
-use super::{LANES, Simd, Vector};
+use super::{Avx2, LANES, Simd, Vector};
 
 /// The proof that the CPU has AVX-512.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +47,12 @@ impl Simd for Avx512 {
     type V = F32;
     const MR: usize = 6;
     const NV: usize = 4;
+    type Narrow = Avx2;
+
+    #[inline(always)]
+    fn narrow(self) -> Avx2 {
+        self.into()
+    }
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {

@@ -36,6 +36,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Vectors of a row of that tile.
     const NV: usize;
 
+    /// The next narrower instruction set, which the CPU has as well and which keeps the same bits; itself if there is none.
+    type Narrow: Simd;
+    /// The proof of it.
+    fn narrow(self) -> Self::Narrow;
+
     /// Runs `f` where the instruction set is enabled, so that everything inlined into it is compiled for it.
     /// A closure that crosses a function or thread boundary loses that frame: enter again.
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R;

@@ -22,6 +22,12 @@ impl Simd for Portable {
     // Twelve of the sixteen registers of SSE2 hold accumulators.
     const MR: usize = 3;
     const NV: usize = 1;
+    type Narrow = Portable;
+
+    #[inline(always)]
+    fn narrow(self) -> Portable {
+        self
+    }
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {

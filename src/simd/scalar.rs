@@ -29,6 +29,12 @@ impl Simd for Scalar {
     type V = F32;
     const MR: usize = 4;
     const NV: usize = 1;
+    type Narrow = Scalar;
+
+    #[inline(always)]
+    fn narrow(self) -> Scalar {
+        self
+    }
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
