@@ -228,13 +228,6 @@ impl<'a> MatMut<'a> {
         MatMut { life: PhantomData, ..*self }
     }
 
-    /// Its only row, cut into rows of `cols`.
-    #[inline(always)]
-    pub(crate) fn cut(self, cols: usize) -> MatMut<'a> {
-        assert!(self.rows == 1 && self.cols.is_multiple_of(cols));
-        MatMut { rows: self.cols / cols, cols, row_stride: cols, ..self }
-    }
-
     /// The block of `rows` and `cols`, borrowed from this matrix.
     #[inline(always)]
     pub(crate) fn block(&mut self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_> {

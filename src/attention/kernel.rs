@@ -34,24 +34,21 @@ pub(crate) fn scratch_len(heads: &Heads, has_relative: bool) -> usize {
     ROWS * (SCORE_STRIDE + 2 * heads.layout().value_stride() + 2 + relative)
 }
 
-/// `out = softmax(scores of the queries and keys) * values`, where `queries(i)` are those of unit `i` of some that have at most [`ROWS`] rows together,
-/// and the units' outputs stand side by side in `out`; rows without an allowed key are 0.
+/// `out = softmax(scores of the queries and keys) * values`, the heads side by side in `out`; rows without an allowed key are 0.
 ///
-/// A chunk of all units before the next: that is the order in which they stand in memory.
+/// A chunk of all heads before the next: that is the order in which they stand in memory.
 #[inline(always)]
-pub(crate) fn attend<'a, S: Simd>(
+pub(crate) fn attend<S: Simd>(
     s: S,
     call: &Call<'_>,
-    (queries, units): (impl Fn(usize) -> Queries<'a>, usize),
+    queries: &Queries<'_>,
     keys: &Keys<'_>,
     out: &mut MatMut<'_>,
     scratch: &mut [f32],
 ) {
-    let Queries { q, first, heads, .. } = queries(0);
-    let (n, head_dim, stride) = (q.rows(), q.cols(), keys.layout.value_stride());
-    let Heads { n_heads, n_kv_heads, value_dim, .. } = *call.heads;
-    let kv_head = |unit: usize| (first.head + unit * heads) % n_heads * n_kv_heads / n_heads;
-    let rows_of = |unit: usize| unit * n..(unit + 1) * n;
+    let Queries { q, first, heads, .. } = *queries;
+    let (n, rows, stride, value_dim) =
+        (q.rows(), queries.rows(), keys.layout.value_stride(), call.heads.value_dim);
     let (score, rest) = scratch.split_at_mut(ROWS * SCORE_STRIDE);
     let (part, rest) = rest.split_at_mut(ROWS * stride);
     let (total, rest) = rest.split_at_mut(ROWS * stride);
@@ -68,60 +65,47 @@ pub(crate) fn attend<'a, S: Simd>(
             s.prefetch(line.as_ptr());
         }
     }
-    let mut score = MatMut::scratch(score, n, CHUNK, SCORE_STRIDE);
-    let mut part = MatMut::scratch(part, n, stride, stride);
-    let mut total = MatMut::scratch(total, units * n, stride, stride);
+    let mut score = MatMut::scratch(score, rows, CHUNK, SCORE_STRIDE);
+    let mut part = MatMut::scratch(part, rows, stride, stride);
+    let mut total = MatMut::scratch(total, rows, stride, stride);
+    let (max, sum) = (&mut max[..rows], &mut sum[..rows]);
 
-    // With relative positions the queries meet keys as q + u and positions as q + w.
+    // With relative positions the queries, of one head then, meet keys as q + u and positions as q + w.
     let mut relative = None;
     if let Some(Relative { u, w, .. }) = &call.terms.relative {
-        let (with_u, rest) = rest.split_at_mut(ROWS * padded_stride(head_dim));
-        let (with_w, rest) = rest.split_at_mut(ROWS * padded_stride(head_dim));
-        let with_u = shifted(s, (&queries, units), u, with_u);
-        let with_w = shifted(s, (&queries, units), w, with_w);
+        let (with_u, rest) = rest.split_at_mut(ROWS * padded_stride(q.cols()));
+        let (with_w, rest) = rest.split_at_mut(ROWS * padded_stride(q.cols()));
+        let (with_u, with_w) = (shifted(s, queries, u, with_u), shifted(s, queries, w, with_w));
         relative = Some((with_u, with_w, MatMut::scratch(rest, n, RELATIVE_COLS, RELATIVE_STRIDE)));
     }
 
     let (mut tiles, mut ahead) = (&mut { Tiles::NONE }, &mut { Tiles::NONE });
     for is_careful in [false, true] {
-        max[..units * n].fill(f32::NEG_INFINITY);
+        max.fill(f32::NEG_INFINITY);
         let mut is_masked = false;
-        let chunks = call.graph.runs(queries(0).span(), keys.len, CHUNK);
-        let chunks = chunks.skip_while(|chunk| chunk * CHUNK_BLOCKS < keys.first_block());
-        let mut places = chunks.flat_map(|chunk| (0..units).map(move |unit| (chunk, unit)));
-        let mut found = tiles.find_next(call, &queries, keys.len, &mut places);
+        let chunks = call.graph.runs(queries.span(), keys.len, CHUNK);
+        let mut chunks = chunks.skip_while(|chunk| chunk * CHUNK_BLOCKS < keys.first_block());
+        let mut is_found = tiles.find_next(call, queries, keys.len, &mut chunks);
         // What is read at the end: the first chunk of the next head.
-        let end = tiles.block_from(0).map_or([&[][..]; 2], |block| keys.both(block, kv_head(units)));
-        while let Some(unit) = found {
-            found = ahead.find_next(call, &queries, keys.len, &mut places);
-            let next = found.zip(ahead.block_from(0));
-            let next = next.map_or(end, |(unit, block)| keys.both(block, kv_head(unit)));
+        let end = tiles
+            .block_from(0)
+            .map_or([&[][..]; 2], |block| keys.both(block, call.kv_head(first.head + heads)));
+        while is_found {
+            is_found = ahead.find_next(call, queries, keys.len, &mut chunks);
+            let next = if is_found { ahead.block_from(0) } else { None };
+            let next = next.map_or(end, |block| keys.both(block, call.kv_head(first.head)));
             is_masked |= tiles.is_masked;
-            let (queries, rows) = (queries(unit), rows_of(unit));
-            let (mut q, mut positions) = (queries.q, None);
-            if let Some((with_u, with_w, buffer)) = &mut relative {
-                q = with_u.block(rows.clone(), 0..head_dim);
-                positions = Some((with_w.block(rows.clone(), 0..head_dim), buffer));
-            }
-            let rows = Rows {
-                q,
-                score: &mut score,
-                part: &mut part,
-                total: total.block(rows.clone(), 0..stride),
-                max: &mut max[rows.clone()],
-                sum: &mut sum[rows],
-            };
-            attend_chunk(s, call, &queries, keys, kv_head(unit), tiles, rows, positions, next, is_careful);
+            let rows = Rows { score: &mut score, part: &mut part, total: &mut total, max, sum };
+            attend_chunk(s, call, queries, keys, tiles, rows, &mut relative, next, is_careful);
             core::mem::swap(&mut tiles, &mut ahead);
         }
         // A NaN or infinity behind the mask may have come in as 0 * NaN: one that was allowed costs a tile its second run as well.
         let mut is_finite = true;
-        for unit in 0..units {
-            let (rows, width) = (rows_of(unit), heads * value_dim);
-            let mut out = out.block(0..n / heads, unit * width..(unit + 1) * width);
-            let out = if heads > 1 { &mut out.cut(value_dim) } else { &mut out };
+        for head in 0..heads {
+            let rows = head * n..(head + 1) * n;
+            let mut out = out.block(0..n, head * value_dim..(head + 1) * value_dim);
             let total = total.as_ref().block(rows.clone(), 0..stride);
-            is_finite &= write(s, total, (&max[rows.clone()], &sum[rows]), out);
+            is_finite &= write(s, total, (&max[rows.clone()], &sum[rows]), &mut out);
         }
         if is_finite || !is_masked {
             break;
@@ -129,17 +113,19 @@ pub(crate) fn attend<'a, S: Simd>(
     }
 }
 
-/// Rows of a unit and what becomes of them.
+/// What becomes of the rows of a tile.
 struct Rows<'a, 'b> {
-    q: MatRef<'a>,
     score: &'a mut MatMut<'b>,
     /// The chunk's output; like `total` it means nothing for rows that have seen no key, whose maximum says so.
     part: &'a mut MatMut<'b>,
     /// The output so far.
-    total: MatMut<'a>,
+    total: &'a mut MatMut<'b>,
     max: &'a mut [f32],
     sum: &'a mut [f32],
 }
+
+/// Queries that meet keys, and such that meet positions, with room for the scores of these.
+type Shifted<'a> = (MatRef<'a>, MatRef<'a>, MatMut<'a>);
 
 /// Writes what the rows have gathered, over their sums; whether all of it is finite.
 #[inline(always)]
@@ -181,28 +167,34 @@ fn attend_chunk<S: Simd>(
     call: &Call<'_>,
     queries: &Queries<'_>,
     keys: &Keys<'_>,
-    kv_head: usize,
     tiles: &Tiles,
     rows: Rows<'_, '_>,
-    positions: Option<(MatRef<'_>, &mut MatMut<'_>)>,
+    relative: &mut Option<Shifted<'_>>,
     next: [&[f32]; 2],
     is_careful: bool,
 ) {
-    let Rows { q, score, part, mut total, max, sum } = rows;
-    let (n, head_dim, stride) = (q.rows(), q.cols(), keys.layout.value_stride());
-    let chunk = tiles.first_block / CHUNK_BLOCKS;
-    for i in 0..CHUNK_BLOCKS {
-        let block = tiles.first_block + i;
-        let next = tiles.block_from(i + 1).map_or(next, |block| keys.both(block, kv_head));
-        for (rows, seen) in tiles.parts(i).filter(|(_, seen)| !seen.is_empty()) {
-            let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
-            let panel = (&keys.keys(block, kv_head)[seen.start..], BLOCK);
-            let q = q.block(rows.clone(), 0..head_dim);
-            product(s, q, panel, Start::Zero, &mut score.block(rows, cols), next);
+    let Rows { score, part, total, max, sum } = rows;
+    let (n, stride) = (queries.rows(), keys.layout.value_stride());
+    let kv_head = |head: usize| call.kv_head(queries.first.head + head);
+    for (head, of_group, q) in queries.groups() {
+        let q = relative.as_ref().map_or(q, |(with_u, _, _)| *with_u);
+        let behind = head + queries.sharing;
+        let next = if behind < queries.heads { keys.both(tiles.first_block, kv_head(behind)) } else { next };
+        for i in 0..CHUNK_BLOCKS {
+            let block = tiles.first_block + i;
+            let next = tiles.block_from(i + 1).map_or(next, |block| keys.both(block, kv_head(head)));
+            for (rows, seen) in tiles.parts(i).filter(|(_, seen)| !seen.is_empty()) {
+                let Some((rows, of_q)) = common(&rows, &of_group) else { continue };
+                let cols = i * BLOCK + seen.start..i * BLOCK + seen.end.next_multiple_of(LANES);
+                let panel = (&keys.keys(block, kv_head(head))[seen.start..], BLOCK);
+                let q = q.block(of_q, 0..q.cols());
+                product(s, q, panel, Start::Zero, &mut score.block(rows, cols), next);
+            }
         }
     }
-    if let (Some(relative), Some((w, buffer))) = (&call.terms.relative, positions) {
-        add_relative(s, relative, w, queries.first.head, queries.position, chunk, buffer, score);
+    if let (Some(term), Some((_, w, buffer))) = (&call.terms.relative, relative) {
+        let chunk = tiles.first_block / CHUNK_BLOCKS;
+        add_relative(s, term, *w, queries.first.head, queries.position, chunk, buffer, score);
     }
     let mut chunk_max = [f32::NEG_INFINITY; ROWS];
     let mut chunk_sum = [0.0; ROWS];
@@ -216,7 +208,7 @@ fn attend_chunk<S: Simd>(
             let scores = score.row_mut(row);
             if let Some(term) = &call.terms.segment {
                 let (query, _) = queries.query(row);
-                add_segment(s, term, queries.q.row(row), query, tiles.blocks(row), scores);
+                add_segment(s, term, queries.row(row), query, tiles.blocks(row), scores);
             }
             if !is_plain {
                 finish(s, scores, tiles.blocks(row), call, queries.query(row).0);
@@ -235,21 +227,25 @@ fn attend_chunk<S: Simd>(
     // The first chunk that any of the rows sees is the output so far, and needs no fold.
     let is_first = max.iter().all(|&max| max == f32::NEG_INFINITY);
     let mut out = if is_first { total.block(0..n, 0..stride) } else { part.block(0..n, 0..stride) };
-    for (rows, seen) in tiles.bands() {
-        let mut start = Start::Zero;
-        for keys_seen in runs(seen) {
-            let values = keys.values_from(tiles.first_block + keys_seen.start / BLOCK, kv_head);
-            let values = (&values[keys_seen.start % BLOCK * stride..], stride);
-            let p = score.as_ref().block(rows.clone(), keys_seen);
-            product(s, p, values, start, &mut out.block(rows.clone(), 0..stride), next);
-            start = Start::Continue;
+    for (head, of_group, _) in queries.groups() {
+        for (rows, seen) in tiles.bands() {
+            let Some((rows, _)) = common(&rows, &of_group) else { continue };
+            let mut start = Start::Zero;
+            for keys_seen in runs(seen) {
+                let values = keys.values_from(tiles.first_block + keys_seen.start / BLOCK, kv_head(head));
+                let values = (&values[keys_seen.start % BLOCK * stride..], stride);
+                let p = score.as_ref().block(rows.clone(), keys_seen);
+                product(s, p, values, start, &mut out.block(rows.clone(), 0..stride), next);
+                start = Start::Continue;
+            }
         }
     }
     if is_careful && tiles.is_masked {
         for (row, &max) in chunk_max[..n].iter().enumerate() {
             let values = &out.row(row)[..keys.layout.value_dim];
             if max != f32::NEG_INFINITY && values.iter().any(|x| !x.is_finite()) {
-                only_allowed(s, score.row(row), tiles, row, keys, kv_head, out.row_mut(row));
+                let (query, _) = queries.query(row);
+                only_allowed(s, score.row(row), tiles, row, keys, call.kv_head(query.head), out.row_mut(row));
             }
         }
     }
@@ -257,29 +253,28 @@ fn attend_chunk<S: Simd>(
         max.copy_from_slice(&chunk_max[..n]);
         sum.copy_from_slice(&chunk_sum[..n]);
     } else {
-        fold_chunk(s, (max, sum), &mut total, (&chunk_max[..n], &chunk_sum[..n]), part);
+        fold_chunk(s, (max, sum), total, (&chunk_max[..n], &chunk_sum[..n]), part);
     }
 }
 
-/// The units' queries, with what belongs to their head of `shift` added to each row.
+/// What two ranges of rows have in common, and where that is in the second; nothing if that is nothing.
 #[inline(always)]
-fn shifted<'a, 'q, S: Simd>(
-    s: S,
-    (queries, units): (impl Fn(usize) -> Queries<'q>, usize),
-    shift: &[f32],
-    scratch: &'a mut [f32],
-) -> MatRef<'a> {
-    let (rows, head_dim) = (queries(0).q.rows(), queries(0).q.cols());
-    let mut out = MatMut::scratch(scratch, units * rows, head_dim, padded_stride(head_dim));
+fn common(a: &Range<usize>, b: &Range<usize>) -> Option<(Range<usize>, Range<usize>)> {
+    let (start, end) = (a.start.max(b.start), a.end.min(b.end));
+    (start < end).then(|| (start..end, start - b.start..end - b.start))
+}
+
+/// The queries, of one head, with what belongs to it of `shift` added to each row.
+#[inline(always)]
+fn shifted<'a, S: Simd>(s: S, queries: &Queries<'_>, shift: &[f32], scratch: &'a mut [f32]) -> MatRef<'a> {
+    let Queries { q, first, .. } = *queries;
+    let mut out = MatMut::scratch(scratch, q.rows(), q.cols(), padded_stride(q.cols()));
     let zero = s.splat(0.0);
-    for unit in 0..units {
-        let Queries { q, first, .. } = queries(unit);
-        let shift = &shift[first.head * head_dim..(first.head + 1) * head_dim];
-        for row in 0..rows {
-            let parts = q.row(row).chunks(LANES).zip(shift.chunks(LANES));
-            for (out, (q, shift)) in out.row_mut(unit * rows + row).chunks_mut(LANES).zip(parts) {
-                (s.load_partial(q, zero) + s.load_partial(shift, zero)).store_partial(out);
-            }
+    let shift = &shift[first.head * q.cols()..(first.head + 1) * q.cols()];
+    for row in 0..q.rows() {
+        let parts = q.row(row).chunks(LANES).zip(shift.chunks(LANES));
+        for (out, (q, shift)) in out.row_mut(row).chunks_mut(LANES).zip(parts) {
+            (s.load_partial(q, zero) + s.load_partial(shift, zero)).store_partial(out);
         }
     }
     out.into_ref()

@@ -364,7 +364,7 @@ pub(crate) fn attend_phase<S: Simd>(
     let scores = rows * keys.longest().min(TILE_SCORES);
     // In decode, heads that share keys are taken together, as many as leave work for everybody.
     let blocks = plan.blocks.len();
-    let sharing = call.sharing();
+    let sharing = if call.takes_heads_together() { heads.sharing() } else { 1 };
     let has_one_row = sharing > 1 && plan.rows.windows(2).any(|rows| rows[1] - rows[0] == 1);
     let sharing = if has_one_row { sharing } else { 1 };
     let leaves_work = |n: &usize| blocks * heads.n_heads >= n * crew.members();
@@ -407,36 +407,24 @@ fn attend_heads<S: Simd>(
     let (dim, value_dim) = (call.heads.head_dim, call.heads.value_dim);
     let rows = plan.rows[block]..plan.rows[block + 1];
     let Block { segment, start } = plan.blocks[block];
-    // One row each of heads that share keys, as in decode, are the rows of a unit: they read the keys once.
-    let sharing = if rows.len() == 1 { call.sharing() } else { 1 };
+    let takes_together = call.takes_heads_together();
+    // One row each of heads that share keys, as in decode, read the keys once.
+    let sharing = if takes_together && rows.len() == 1 { call.heads.sharing() } else { 1 };
     let fits = |n: &usize| heads.start.is_multiple_of(*n) && heads.len().is_multiple_of(*n);
-    let of_unit = divisors(sharing, ROWS).find(fits).unwrap_or(1);
-    let together = (ROWS / rows.len().max(1)).max(1) / of_unit * of_unit;
+    let sharing = divisors(sharing, ROWS).find(fits).unwrap_or(1);
+    let most_rows = if takes_together { ROWS } else { 1 };
+    let together = (most_rows / rows.len().max(1)).max(1) / sharing * sharing;
     for head in heads.clone().step_by(together) {
-        let units = together.min(heads.end - head) / of_unit;
-        let out_cols = (head - heads.start) * value_dim..(head - heads.start + units * of_unit) * value_dim;
+        let of_tile = together.min(heads.end - head);
+        let out_cols = (head - heads.start) * value_dim..(head - heads.start + of_tile) * value_dim;
         let mut done = 0;
         while done < rows.len() {
             let (position, n) = queries.run(plan, block, done, keys.len);
             let (place, row) = (start + done, rows.start + done);
-            let mut out = out.block(done..done + n, out_cols.clone());
-            attend(
-                s,
-                call,
-                (
-                    #[inline(always)]
-                    |unit: usize| {
-                        let head = head + unit * of_unit;
-                        let q = queries.q.block(row..row + n, head * dim..(head + of_unit) * dim);
-                        let q = if of_unit > 1 { q.cut(dim) } else { q };
-                        Queries { q, first: Query { segment, head, place, row }, position, heads: of_unit }
-                    },
-                    units,
-                ),
-                keys,
-                &mut out,
-                scratch,
-            );
+            let q = queries.q.block(row..row + n, head * dim..(head + of_tile) * dim);
+            let first = Query { segment, head, place, row };
+            let tile = Queries { q, first, position, heads: of_tile, sharing };
+            attend(s, call, &tile, keys, &mut out.block(done..done + n, out_cols.clone()), scratch);
             done += n;
         }
     }

@@ -37,43 +37,76 @@ impl Call<'_> {
         self.heads.scale > 0.0 && self.heads.softcap <= 0.0 && self.terms.bias.is_none()
     }
 
-    /// Heads of which a row each can be taken as the rows of one: those that share keys, unless they differ in what is asked once for all
-    /// rows, which are global columns and the table of relative positions.
-    pub(super) fn sharing(&self) -> usize {
-        let are_alike = self.terms.relative.is_none() && !self.graph.has_columns_of_heads();
-        if are_alike { self.heads.sharing() } else { 1 }
+    /// The key head of a query head; behind the last comes the first again.
+    #[inline(always)]
+    pub(super) fn kv_head(&self, head: usize) -> usize {
+        head % self.heads.n_heads * self.heads.n_kv_heads / self.heads.n_heads
+    }
+
+    /// Whether rows of several heads can be those of one tile: unless heads differ in what is asked once for all rows, which are global columns
+    /// and the table of relative positions.
+    pub(super) fn takes_heads_together(&self) -> bool {
+        self.terms.relative.is_none() && !self.graph.has_columns_of_heads()
     }
 }
 
-/// The queries of a tile: at most [`ROWS`] rows of one head and one sequence, or a row each of heads that share their keys
-/// ([`Call::sharing`]). Where these may differ, each is asked for itself ([`Queries::query`]).
+/// The queries of a tile: some rows of one head after another of a sequence, at most [`ROWS`] in all. Several heads see the same
+/// ([`Call::takes_heads_together`]); where they may differ, each row is asked for itself ([`Queries::query`]).
 #[derive(Clone, Copy)]
 pub(crate) struct Queries<'a> {
-    /// `[rows, head_dim]`.
+    /// `[rows of a head, heads * head_dim]`.
     pub(crate) q: MatRef<'a>,
-    /// The first row.
+    /// The first row of the first head.
     pub(crate) first: Query,
-    /// Its position. Rows of one head stand one after another.
+    /// Its position. The others of its head stand one after another behind it.
     pub(crate) position: isize,
-    /// One head, or as many as there are rows.
     pub(crate) heads: usize,
+    /// Heads that meet keys together: several if they share them and have one row each.
+    pub(crate) sharing: usize,
 }
 
-impl Queries<'_> {
-    /// The positions of the first and the last row.
+impl<'a> Queries<'a> {
+    /// Rows of all heads.
+    #[inline(always)]
+    pub(super) fn rows(&self) -> usize {
+        self.heads * self.q.rows()
+    }
+
+    /// The positions of the first and the last row of a head.
     #[inline(always)]
     pub(super) fn span(&self) -> (isize, isize) {
-        (self.position, self.position + (self.q.rows() / self.heads) as isize - 1)
+        (self.position, self.position + self.q.rows() as isize - 1)
     }
 
     /// A row and its position.
     #[inline(always)]
     pub(super) fn query(&self, row: usize) -> (Query, isize) {
         let Query { head, place, row: packed, .. } = self.first;
-        if self.heads > 1 {
-            return (Query { head: head + row, ..self.first }, self.position);
-        }
-        (Query { place: place + row, row: packed + row, ..self.first }, self.position + row as isize)
+        // Of one head, rows are not divided: this is asked for every row of every block that some see in part.
+        let (of_tile, row) =
+            if self.heads > 1 { (row / self.q.rows(), row % self.q.rows()) } else { (0, row) };
+        let query = Query { head: head + of_tile, place: place + row, row: packed + row, ..self.first };
+        (query, self.position + row as isize)
+    }
+
+    /// The elements of a row.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> &'a [f32] {
+        let (n, dim) = (self.q.rows(), self.q.cols() / self.heads);
+        &self.q.row(row % n)[row / n * dim..][..dim]
+    }
+
+    /// Heads that meet keys together, from the first on: their number in the tile, their rows in it, and these as a matrix.
+    #[inline(always)]
+    pub(super) fn groups(&self) -> impl Iterator<Item = (usize, Range<usize>, MatRef<'a>)> {
+        let (q, n, sharing, dim) = (self.q, self.q.rows(), self.sharing, self.q.cols() / self.heads);
+        (0..self.heads).step_by(sharing).map(
+            #[inline(always)]
+            move |head| {
+                let q = q.block(0..n, head * dim..(head + sharing) * dim);
+                (head, head * n..(head + sharing) * n, if sharing > 1 { q.cut(dim) } else { q })
+            },
+        )
     }
 }
 
@@ -106,21 +139,19 @@ impl Tiles {
         are_alike: false,
     };
 
-    /// Finds the next of `places`, a chunk and whose queries, where the rows see something, and gives the latter.
+    /// Finds the next of `chunks` of which the rows see something, if there is one.
     #[inline(always)]
-    pub(super) fn find_next<'a>(
+    pub(super) fn find_next(
         &mut self,
         call: &Call<'_>,
-        queries: impl Fn(usize) -> Queries<'a>,
+        queries: &Queries<'_>,
         len: usize,
-        places: &mut impl Iterator<Item = (usize, usize)>,
-    ) -> Option<usize> {
-        places
-            .find(
-                #[inline(always)]
-                |&(chunk, unit)| self.find(call, &queries(unit), len, chunk),
-            )
-            .map(|(_, unit)| unit)
+        chunks: &mut impl Iterator<Item = usize>,
+    ) -> bool {
+        chunks.any(
+            #[inline(always)]
+            |chunk| self.find(call, queries, len, chunk),
+        )
     }
 
     /// Finds what the rows see of a chunk of `len` keys; false if that is nothing.
@@ -131,7 +162,7 @@ impl Tiles {
         if graph.sees_none(first, span, start..len.min(start + CHUNK), len) {
             return false;
         }
-        (self.first_block, self.rows, self.is_masked) = (chunk * CHUNK_BLOCKS, queries.q.rows(), false);
+        (self.first_block, self.rows, self.is_masked) = (chunk * CHUNK_BLOCKS, queries.rows(), false);
         let common: [Option<u64>; CHUNK_BLOCKS] = core::array::from_fn(|i| {
             let word = graph.common_word(first, span, self.first_block + i, len)?;
             (word == 0 || call.terms.bias.is_none()).then_some(word)
@@ -390,7 +421,7 @@ impl Graph {
         let terms = Terms::default();
         let call = Call { heads, graph: self, terms: &terms };
         let Ok(q) = MatRef::contiguous(&[], rows.len(), 0) else { return vec![] };
-        let queries = Queries { q, first, position, heads: 1 };
+        let queries = Queries { q, first, position, heads: 1, sharing: 1 };
         let (mut tiles, mut out) = (Tiles::NONE, vec![]);
         for chunk in 0..keys.len().div_ceil(CHUNK) {
             let is_seen = tiles.find(&call, &queries, keys.len(), chunk);
