@@ -325,16 +325,15 @@ impl<'a> BlocksMut<'a> {
         let group = self.groups.partition_point(|&first| first <= block);
         let (first, end) = (self.groups[group - 1], self.groups[group]);
         let ([a, b], n) = (self.cols, end - first);
-        let row_stride = n * (a + b);
-        let start = first * self.all_rows * (a + b) + self.rows.start * row_stride;
+        let start = first * self.all_rows * (a + b);
         let matrix = |start: usize, cols: usize| {
-            // SAFETY: the group's rows are inside the borrow (checked by `new`), this part has one of them, and the matrix's columns are inside
-            // a row. Nothing else has them: other rows of the group are a stride away, other groups stand elsewhere, and in a row each block has
-            // its place among the first matrices and among the second ones.
-            let ptr = unsafe { self.ptr.add(start) };
+            let row_stride = n * cols;
+            // SAFETY: the group is inside the borrow (checked by `new`), and in it this part's rows of the first matrices or of the second. Nothing
+            // else has them: other rows are a stride away, other groups stand elsewhere, and in a row each block has its place.
+            let ptr = unsafe { self.ptr.add(start + self.rows.start * row_stride + (block - first) * cols) };
             MatMut { ptr, rows: self.rows.len(), cols, row_stride, life: PhantomData }
         };
-        [matrix(start + (block - first) * a, a), matrix(start + n * a + (block - first) * b, b)]
+        [matrix(start, a), matrix(start + self.all_rows * n * a, b)]
     }
 
     /// Some of the blocks and of their rows, the borrow not tied to this one's.

@@ -87,9 +87,9 @@ impl<'a> Keys<'a> {
         let (layout, place) = (self.layout, block % places);
         let first = place - place % CHUNK_BLOCKS;
         let blocks = CHUNK_BLOCKS.min(places - first);
-        let start = (first * layout.n_heads + head * blocks) * layout.unit_len();
-        let (keys, values) = data[start..][..blocks * layout.unit_len()].split_at(blocks * layout.key_len());
-        (keys, values, place - first)
+        let [key_len, value_len] = [layout.key_len(), layout.value_len()].map(|len| blocks * len);
+        let (keys, values) = data[first * layout.block_len()..].split_at(layout.n_heads * key_len);
+        (&keys[head * key_len..][..key_len], &values[head * value_len..][..value_len], place - first)
     }
 }
 

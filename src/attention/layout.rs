@@ -300,12 +300,14 @@ mod tests {
                         for head in 0..n_heads {
                             let first = t / CHUNK * CHUNK_BLOCKS;
                             let of_chunk = (blocks - first).min(CHUNK_BLOCKS);
-                            let start = ((before + first) * n_heads + head * of_chunk) * layout.unit_len();
-                            let keys_start = start + t % CHUNK / BLOCK * layout.key_len();
+                            let start = (before + first) * layout.block_len();
+                            let block = head * of_chunk + t % CHUNK / BLOCK;
+                            let keys_start = start + block * layout.key_len();
                             for d in 0..head_dim {
                                 want[keys_start + d * BLOCK + t % BLOCK] = keys.row(row)[head * head_dim + d];
                             }
-                            let values_start = start + of_chunk * layout.key_len();
+                            let values = start + n_heads * of_chunk * layout.key_len();
+                            let values_start = values + head * of_chunk * layout.value_len();
                             for d in 0..value_dim {
                                 want[values_start + t % CHUNK * layout.value_stride() + d] =
                                     values.row(row)[head * value_dim + d];
