@@ -273,8 +273,8 @@ impl<'a> MatMut<'a> {
     }
 }
 
-/// Blocks of two matrices each, which have a row for each of some heads. Blocks follow one another in groups, and in a group its rows do: in a
-/// row the first matrices of all of its blocks stand before the second ones, so that either's rows of a group are one run.
+/// Blocks of two matrices each, which have a row for each of some heads. Blocks follow one another in groups, and in a group all of its first
+/// matrices stand before the second ones, row by row: `[first or second][row][block]`.
 ///
 /// Like a matrix it is cut into disjoint parts, by blocks and by rows.
 #[derive(Debug)]

@@ -1,9 +1,10 @@
 //! Keys and values as attention reads them: chunks of 256 tokens, and in each chunk its keys and its values by head.
 //!
 //! A block of 64 tokens has a head's keys transposed, `[head_dim][64]`, which is a panel of the score product, and its values,
-//! `[64][value_dim]`, which are rows of the output product. Both begin at a multiple of 64 tokens from their sequence's first key. In a chunk a
-//! head's keys of all blocks stand before its values, `[head][keys or values][block]`: what one query reads of it, as in decode, is one run of
-//! 128 KiB at 64 dimensions. From memory that is 1.4 times as fast as pieces of 16 KiB, each of which the core's prefetchers have to find.
+//! `[64][value_dim]`, which are rows of the output product. Both begin at a multiple of 64 tokens from their sequence's first key. In a chunk the
+//! keys of all heads stand before the values, `[keys or values][head][block]`: what decode reads of the heads of a tile is a run of keys and a
+//! run of values, of 64 KiB a head at 64 dimensions. From memory that is half as fast again as pieces of 16 KiB, each of which the core's prefetchers have
+//! to find.
 //!
 //! The last chunk of a sequence has the blocks that the sequence has, so a short one takes no more room; a cache has whole chunks.
 
@@ -50,15 +51,9 @@ impl KeyLayout {
         self.value_stride() * BLOCK
     }
 
-    /// A head's keys and values of a block.
-    #[inline(always)]
-    pub(crate) fn unit_len(self) -> usize {
-        self.key_len() + self.value_len()
-    }
-
     #[inline(always)]
     pub(crate) fn block_len(self) -> usize {
-        self.unit_len() * self.n_heads
+        (self.key_len() + self.value_len()) * self.n_heads
     }
 
     /// The blocks of `data`, to be written: `[keys, values]` of each, in a row for each head. `chunks` are the first blocks of each chunk, and
@@ -306,8 +301,9 @@ mod tests {
                             for d in 0..head_dim {
                                 want[keys_start + d * BLOCK + t % BLOCK] = keys.row(row)[head * head_dim + d];
                             }
-                            let values = start + n_heads * of_chunk * layout.key_len();
-                            let values_start = values + head * of_chunk * layout.value_len();
+                            let values_start = start
+                                + n_heads * of_chunk * layout.key_len()
+                                + head * of_chunk * layout.value_len();
                             for d in 0..value_dim {
                                 want[values_start + t % CHUNK * layout.value_stride() + d] =
                                     values.row(row)[head * value_dim + d];

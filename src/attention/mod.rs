@@ -369,9 +369,12 @@ pub(crate) fn attend_phase<S: Simd>(
     let sharing = if has_one_row { sharing } else { 1 };
     let leaves_work = |n: &usize| blocks * heads.n_heads >= n * crew.members();
     let step = divisors(sharing, sharing).find(leaves_work).unwrap_or(1);
-    // Few blocks, as in decode, are dealt out evenly: twelve heads in tiles of four are three for two members.
-    let even = per_tile(heads.n_heads / step, blocks, |block| plan.rows[block], crew.members(), TILES);
-    let heads_per_tile = step * (TILE_SCORES / (scores * step).max(1)).clamp(1, even);
+    // Few blocks, as in decode, are dealt out evenly: twelve heads in tiles of four are three for two members. One row waits for memory, where a
+    // long run of all heads of a member is worth more than an even end.
+    let tiles = if rows == 1 { 1 } else { TILES };
+    let even = per_tile(heads.n_heads / step, blocks, |block| plan.rows[block], crew.members(), tiles);
+    let heads_per_tile =
+        step * if rows == 1 { even } else { (TILE_SCORES / (scores * step).max(1)).clamp(1, even) };
     crew.ragged_blocks(
         s,
         out,
