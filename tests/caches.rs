@@ -402,6 +402,57 @@ on_every_isa! {
             }
         }
     }
+
+    /// Heads that are taken together, of a few queries each, are what each is alone; also where a bias hides from one what another may see, and where
+    /// that is not finite.
+    fn few_queries_of_many_heads(isa) {
+        const KEYS: usize = 300;
+        const DIM: usize = 12;
+        for (rows, n_heads, n_kv_heads) in [(1, 6, 3), (3, 6, 6), (7, 6, 3), (16, 5, 5), (17, 4, 4), (31, 3, 3)] {
+            let heads = Heads::new(n_heads, DIM).unwrap().with_kv_heads(n_kv_heads).unwrap();
+            let mut rng = Rng::new(rows as u64);
+            let (q, k) = (rng.vec(rows * n_heads * DIM, 1.0), rng.vec(KEYS * n_kv_heads * DIM, 1.0));
+            let mut v = rng.vec(KEYS * n_kv_heads * DIM, 1.0);
+            v[70 * n_kv_heads * DIM..][..n_kv_heads * DIM].fill(f32::NAN);
+            // Every second head sees the key that is no number, and every third nothing of the second chunk.
+            let is_seen = |h: usize, j: usize| (j != 70 || h.is_multiple_of(2)) && (j < 256 || h % 3 != 2);
+            let at = |i: usize| (i / KEYS / rows, i % KEYS);
+            let mut bias = rng.vec(n_heads * rows * KEYS, 1.0);
+            for (_, x) in bias.iter_mut().enumerate().filter(|(i, _)| !is_seen(at(*i).0, at(*i).1)) {
+                *x = f32::NEG_INFINITY;
+            }
+            // Some of the columns and of the bias, as a problem of its own.
+            let run = |heads: &Heads, of: std::ops::Range<usize>, of_kv: std::ops::Range<usize>| {
+                let cut = |x: &[f32], all: usize, of: &std::ops::Range<usize>| -> Vec<f32> {
+                    x.chunks(all * DIM).flat_map(|row| row[of.start * DIM..of.end * DIM].to_vec()).collect()
+                };
+                let (q, k, v) = (cut(&q, n_heads, &of), cut(&k, n_kv_heads, &of_kv), cut(&v, n_kv_heads, &of_kv));
+                let [k, v] = [&k, &v].map(|x| MatRef::contiguous(x, KEYS, of_kv.len() * DIM).unwrap());
+                let mut store = KeyStore::new(heads, KEYS, 1).unwrap();
+                store.set(Context::serial(), k, v, &[0, KEYS]).unwrap();
+                let bias = &bias[of.start * rows * KEYS..of.end * rows * KEYS];
+                let bias = Some(Bias::new(bias, [1, of.len(), rows, KEYS]).unwrap());
+                let (ends, mut out) = ([0, rows], Guarded::unset(rows, of.len() * DIM));
+                let queries = QueryRows::new(MatRef::contiguous(&q, rows, of.len() * DIM).unwrap(), &ends);
+                let terms = Terms { bias, ..Terms::default() };
+                store.attend(serial(isa), heads, &queries, &Graph::causal(), &terms, out.view_mut()).unwrap();
+                out.values()
+            };
+            let together = run(&heads, 0..n_heads, 0..n_kv_heads);
+            for h in 0..n_heads {
+                let kv = h * n_kv_heads / n_heads;
+                let alone = run(&Heads::new(1, DIM).unwrap(), h..h + 1, kv..kv + 1);
+                for (i, alone) in alone.chunks(DIM).enumerate() {
+                    let of_head = &together[(i * n_heads + h) * DIM..][..DIM];
+                    let what = format!("{heads:?}, {rows} rows: row {i} of head {h}");
+                    assert_eq!(of_head.iter().all(|x| x.is_finite()), !h.is_multiple_of(2), "{what}");
+                    if h % 2 == 1 {
+                        assert_bits(of_head, alone, &what);
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[test]

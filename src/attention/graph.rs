@@ -107,9 +107,9 @@ impl Graph {
         }
     }
 
-    /// Whether heads may have global columns of their own.
-    pub(crate) fn has_columns_of_heads(&self) -> bool {
-        self.columns.as_ref().is_some_and(Bits::differ_by_head)
+    /// Whether heads may see keys of their own.
+    pub(crate) fn differs_by_head(&self) -> bool {
+        self.columns.iter().chain(&self.bits).any(Bits::differ_by_head)
     }
 
     /// Keys up to the last global column.

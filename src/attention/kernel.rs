@@ -176,10 +176,11 @@ fn attend_chunk<S: Simd>(
     let Rows { score, part, total, max, sum } = rows;
     let (n, stride) = (queries.rows(), keys.layout.value_stride());
     let kv_head = |head: usize| call.kv_head(queries.first.head + head);
+    let first_seen = tiles.block_from(0).unwrap_or(tiles.first_block);
     for (head, of_group, q) in queries.groups() {
         let q = relative.as_ref().map_or(q, |(with_u, _, _)| *with_u);
         let behind = head + queries.sharing;
-        let next = if behind < queries.heads { keys.both(tiles.first_block, kv_head(behind)) } else { next };
+        let next = if behind < queries.heads { keys.both(first_seen, kv_head(behind)) } else { next };
         for i in 0..CHUNK_BLOCKS {
             let block = tiles.first_block + i;
             let next = tiles.block_from(i + 1).map_or(next, |block| keys.both(block, kv_head(head)));

@@ -21,7 +21,7 @@ pub(crate) const BLOCK: usize = crate::gemm::PANEL;
 /// Blocks of a chunk of keys, the unit in which softmax is folded.
 pub(crate) const CHUNK_BLOCKS: usize = 4;
 
-/// Keys of a chunk: 64 rows of scores (64 KiB) and the chunk's keys and values (128 KiB at 64 dimensions) stay in L2.
+/// Keys of a chunk: 64 rows of scores (64 KiB) and a head's keys and values of the chunk (128 KiB at 64 dimensions) stay in L2.
 pub(crate) const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
 
 /// The shape of every block of a store.

@@ -364,17 +364,19 @@ pub(crate) fn attend_phase<S: Simd>(
     let scores = rows * keys.longest().min(TILE_SCORES);
     // In decode, heads that share keys are taken together, as many as leave work for everybody.
     let blocks = plan.blocks.len();
-    let sharing = if call.takes_heads_together() { heads.sharing() } else { 1 };
-    let has_one_row = sharing > 1 && plan.rows.windows(2).any(|rows| rows[1] - rows[0] == 1);
-    let sharing = if has_one_row { sharing } else { 1 };
+    let has_one_row = plan.rows.windows(2).any(|rows| rows[1] - rows[0] == 1);
+    let sharing = if has_one_row && call.takes_heads_together(1) { heads.sharing() } else { 1 };
     let leaves_work = |n: &usize| blocks * heads.n_heads >= n * crew.members();
     let step = divisors(sharing, sharing).find(leaves_work).unwrap_or(1);
-    // Few blocks, as in decode, are dealt out evenly: twelve heads in tiles of four are three for two members. One row waits for memory, where a
-    // long run of all heads of a member is worth more than an even end.
-    let tiles = if rows == 1 { 1 } else { TILES };
+    // Few blocks, as in decode, are dealt out evenly: twelve heads in tiles of four are three for two members. A row alone waits for memory, where
+    // one run of all heads of a member is worth more than an even end.
+    let (tiles, most) = if plan.tokens == 1 && call.takes_heads_together(1) {
+        (1, heads.n_heads)
+    } else {
+        (TILES, (TILE_SCORES / (scores * step).max(1)).max(1))
+    };
     let even = per_tile(heads.n_heads / step, blocks, |block| plan.rows[block], crew.members(), tiles);
-    let heads_per_tile =
-        step * if rows == 1 { even } else { (TILE_SCORES / (scores * step).max(1)).clamp(1, even) };
+    let heads_per_tile = step * even.min(most);
     crew.ragged_blocks(
         s,
         out,
@@ -410,13 +412,12 @@ fn attend_heads<S: Simd>(
     let (dim, value_dim) = (call.heads.head_dim, call.heads.value_dim);
     let rows = plan.rows[block]..plan.rows[block + 1];
     let Block { segment, start } = plan.blocks[block];
-    let takes_together = call.takes_heads_together();
+    let takes_together = call.takes_heads_together(rows.len());
     // One row each of heads that share keys, as in decode, read the keys once.
     let sharing = if takes_together && rows.len() == 1 { call.heads.sharing() } else { 1 };
     let fits = |n: &usize| heads.start.is_multiple_of(*n) && heads.len().is_multiple_of(*n);
     let sharing = divisors(sharing, ROWS).find(fits).unwrap_or(1);
-    let most_rows = if takes_together { ROWS } else { 1 };
-    let together = (most_rows / rows.len().max(1)).max(1) / sharing * sharing;
+    let together = if takes_together { ROWS / rows.len().max(1) / sharing * sharing } else { 1 };
     for head in heads.clone().step_by(together) {
         let of_tile = together.min(heads.end - head);
         let out_cols = (head - heads.start) * value_dim..(head - heads.start + of_tile) * value_dim;

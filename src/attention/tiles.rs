@@ -43,10 +43,11 @@ impl Call<'_> {
         head % self.heads.n_heads * self.heads.n_kv_heads / self.heads.n_heads
     }
 
-    /// Whether rows of several heads can be those of one tile: unless heads differ in what is asked once for all rows, which are global columns
-    /// and the table of relative positions.
-    pub(super) fn takes_heads_together(&self) -> bool {
-        self.terms.relative.is_none() && !self.graph.has_columns_of_heads()
+    /// Whether so many rows each of several heads are taken as those of one tile. Not if heads differ in what is asked once for all rows, global columns
+    /// and the table of relative positions, or in the keys that they see, of which a tile takes all that any row sees; nor rows of more than a
+    /// band, which would share bands with other rows of the next head.
+    pub(super) fn takes_heads_together(&self, rows: usize) -> bool {
+        rows <= BAND && self.terms.relative.is_none() && !self.graph.differs_by_head()
     }
 }
 
@@ -356,8 +357,7 @@ impl Tile {
 
 impl Graph {
     /// What attention does with the scores of a batch, tile by tile: the decisions are those of its kernel, which computes a tile or
-    /// skips it. (One query of heads that share keys is taken with those of the other heads, and computes what any of them sees.) A pair
-    /// of a query and a key of its sequence is in exactly one tile, one of different sequences in none.
+    /// skips it. A pair of a query and a key of its sequence is in exactly one tile, one of different sequences in none.
     ///
     /// # Shapes
     /// `offsets` and `key_offsets`: `[0, end of sequence 0, ...]` of the queries and of the keys, the same with self-attention. The last query

@@ -56,7 +56,7 @@ pub(crate) fn product<S: Simd>(
     } else {
         (rows.div_ceil(S::MR), (cols / LANES).div_ceil(S::NV), S::NV)
     };
-    // Few rows and all columns: the lines stream past, which the hardware foresees better than this does.
+    // Few rows and all columns: the lines stream past, and what is fetched, if anything, are the next of them.
     let streams = rows <= S::MR && col_tiles == 1;
     let next = if streams { <[&[f32]; 2]>::default() } else { next };
     // Spread evenly, but a line per step at most.
@@ -81,7 +81,7 @@ pub(crate) fn product<S: Simd>(
             let (line, step) = match ahead.next() {
                 Some(lines) => (lines.as_ptr(), next_step),
                 None if fetches_stream => (b.wrapping_add(STREAM_AHEAD), b_stride),
-                // Nothing left to fetch: a line that is there. An unmapped address would cost a page walk.
+                // Nothing left to fetch: a line that is there. An unmapped address would cost a page walk at every step.
                 None => (a, 0),
             };
             let ahead = Ahead { line, step, to_l2 };

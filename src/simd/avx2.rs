@@ -1,7 +1,7 @@
 //! AVX2 with FMA: sixteen lanes are two registers, so a GEMM tile of 6 rows by one vector uses 12 accumulators, 2
 //! registers for the row of the packed panel and one for the broadcast, of 16.
 //!
-//! Safety invariant of the whole file: an [`Avx2`] is only made by [`Avx2::detect`], and an [`F32`] only by a
+//! Safety invariant of the whole file: an [`Avx2`] is only made by [`Avx2::detect`] or of an [`Avx512`], and an [`F32`] only by a
 //! method of an `Avx2`, so wherever an intrinsic below runs the CPU has its features.
 
 use core::arch::x86_64::*;
