@@ -3,7 +3,7 @@
 //! A block of 64 tokens has a head's keys transposed, `[head_dim][64]`, which is a panel of the score product, and its values,
 //! `[64][value_dim]`, which are rows of the output product. Both begin at a multiple of 64 tokens from their sequence's first key. In a chunk the
 //! keys of all heads stand before the values, `[keys or values][head][block]`: what decode reads of the heads of a tile is a run of keys and a
-//! run of values, of 64 KiB a head at 64 dimensions. From memory that is half as fast again as pieces of 16 KiB, each of which the core's prefetchers have
+//! run of values, of 64 KiB a head at 64 dimensions. From memory that is 1.4 times as fast as pieces of 16 KiB, each of which the core's prefetchers have
 //! to find.
 //!
 //! The last chunk of a sequence has the blocks that the sequence has, so a short one takes no more room; a cache has whole chunks.
