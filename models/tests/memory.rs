@@ -1,9 +1,10 @@
-//! Transformer-XL's memory, as it grows and from elsewhere.
+//! What models keep from call to call: Transformer-XL's memory, as it grows and from elsewhere, and XLNet's positions.
 
 use std::path::Path;
 
 use laneformer::Context;
 use laneformer_models::transformer_xl::TransformerXl;
+use laneformer_models::xlnet::{self, XlNet};
 use laneformer_models::{Checkpoint, Scratch};
 use serde_json::json;
 
@@ -47,4 +48,66 @@ fn memories_that_do_not_fit_are_refused() {
     }
     assert!(refused(&vec![layer[1..].to_vec(); 3]).contains("memory"));
     assert!(refused(&vec![vec![]; 3]).contains("memory"));
+}
+
+fn xlnet(attn_type: &str, clamp_len: i64, n_layer: usize) -> XlNet {
+    let config = json!({
+        "vocab_size": 50, "d_model": 24, "n_head": 3, "d_inner": 40, "n_layer": n_layer, "attn_type": attn_type,
+        "clamp_len": clamp_len,
+    });
+    XlNet::load(Path::new("config"), &config, &Checkpoint::random(2)).unwrap()
+}
+
+/// Sequences of 70 tokens behind 9 rows of memory.
+fn xlnet_batch<'a>(ids: &'a [u32], mems: &'a [Vec<f32>]) -> xlnet::Batch<'a> {
+    xlnet::Batch { sequences: SEQUENCES, ids, targets: Some(&[3, 69]), mems, ..xlnet::Batch::default() }
+}
+
+#[test]
+fn positions_that_reach_further_give_the_same_bits() {
+    let ids: Vec<u32> = (0..140).map(|i| i % 50).collect();
+    let mems: Vec<Vec<f32>> = (0..2).map(|layer| vec![0.1 + layer as f32; SEQUENCES * 9 * 24]).collect();
+    let mut scratch = Scratch::default();
+    let run = &mut scratch.with(Context::serial());
+    for (attn_type, clamp_len) in [("bi", 0), ("bi", 5), ("uni", 0), ("uni", 60)] {
+        let model = xlnet(attn_type, clamp_len, 2);
+        let batch = xlnet_batch(&ids, &mems);
+        let anew = model.forward(run, &batch).unwrap();
+        for (tokens, memory) in [(70, 9), (71, 8), (200, 0), (200, 300)] {
+            let positions = model.positions(run, tokens, memory).unwrap();
+            let kept = model.forward(run, &xlnet::Batch { positions: Some(&positions), ..batch }).unwrap();
+            assert_eq!(
+                kept.content, anew.content,
+                "{attn_type} {clamp_len}, {tokens} tokens behind {memory}"
+            );
+            assert_eq!(
+                kept.queries, anew.queries,
+                "{attn_type} {clamp_len}, {tokens} tokens behind {memory}"
+            );
+        }
+    }
+}
+
+#[test]
+fn positions_that_do_not_reach_or_fit_are_refused() {
+    let ids: Vec<u32> = (0..140).map(|i| i % 50).collect();
+    let mems = vec![vec![0.5; SEQUENCES * 9 * 24]; 2];
+    let mut scratch = Scratch::default();
+    let run = &mut scratch.with(Context::serial());
+    let model = xlnet("bi", 0, 2);
+    for (positions, expected) in [
+        (model.positions(run, 69, 9), "tokens: expected at most 69, got 70"),
+        (model.positions(run, 70, 8), "tokens and memory: expected at most 78, got 79"),
+        (xlnet("bi", 0, 3).positions(run, 70, 9), "layers of the positions: expected 2, got 3"),
+        (model.positions(run, 0, 9), "tokens"),
+        (model.positions(run, usize::MAX, 9), "tokens and memory"),
+        (model.positions(run, usize::MAX / 2 + 2, 0), "tokens and memory"),
+    ] {
+        let with = |positions| {
+            let batch = xlnet::Batch { positions: Some(&positions), ..xlnet_batch(&ids, &mems) };
+            model.forward(run, &batch).map(|_| ())
+        };
+        let refused = positions.and_then(with).unwrap_err().to_string();
+        assert!(refused.contains(expected), "{refused}, not {expected}");
+    }
 }

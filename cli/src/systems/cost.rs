@@ -51,7 +51,7 @@ fn causal(tokens: u64, context: u64, most: u64) -> u64 {
 
 impl System {
     /// The products of its formula, two operations for each multiply-add. What can be kept from run to run is not counted:
-    /// Transformer-XL's memory is projected once, and so are its positions.
+    /// Transformer-XL's memory is projected once, and so are its positions and XLNet's.
     pub fn cost(&self) -> Result<Cost> {
         let Size { batch, tokens, context, grid } = self.size;
         let (batch, t, context) = (batch as u64, tokens as u64, context as u64);
@@ -81,8 +81,7 @@ impl System {
             }
             Kind::Xlnet => {
                 let layers = Layers { n: field("n_layer")?, d: field("d_model")?, d_ff: field("d_inner")? };
-                // Every layer projects the distances, from the one end to the other.
-                layers.work(t, t * t, 3) + linear(layers.n * (2 * t - 1), layers.d, layers.d)
+                layers.work(t, t * t, 3)
             }
             Kind::Clip => {
                 let vision = &self.config["vision_config"];

@@ -91,16 +91,22 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
         Kind::Xlnet => {
             let model = XlNet::load(path, config, checkpoint)?;
             let vocab_size = model.config.vocab_size;
+            let mut placed = None;
             text(vocab_size, move |ctx, text, _, scratch| {
+                let (run, tokens) = (&mut scratch.with(ctx), text.ids.len());
+                if placed.as_ref().is_none_or(|(n, _)| *n != tokens) {
+                    placed = Some((tokens, model.positions(run, tokens, 0)?));
+                }
                 let segments: Vec<u32> =
                     (0..text.ids.len()).map(|i| u32::from(i >= text.ids.len() / 2)).collect();
                 let batch = xlnet::Batch {
                     sequences: 1,
                     ids: &text.ids,
                     segments: Some(&segments),
+                    positions: placed.as_ref().map(|(_, positions)| positions),
                     ..xlnet::Batch::default()
                 };
-                Ok(model.forward(&mut scratch.with(ctx), &batch)?.content)
+                Ok(model.forward(run, &batch)?.content)
             })
         }
         Kind::Clip => {

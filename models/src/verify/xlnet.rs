@@ -26,6 +26,7 @@ pub(super) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         is_hidden: is_hidden.as_deref(),
         targets: targets.as_deref(),
         mems: &mems,
+        positions: None,
     };
     let output = model.forward(&mut Scratch::default().with(ctx), &batch)?;
 
