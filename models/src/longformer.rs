@@ -3,7 +3,9 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Graph, Linear};
+use laneformer::{
+    Context, Epilogue, Graph, Heads, KeyStore, Linear, MatMut, MatRef, PackedMatrix, QueryRows, Terms,
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -15,6 +17,8 @@ use crate::encoder::LayerSpec;
 use crate::error::check_size;
 use crate::head;
 use crate::ragged::keys;
+use crate::run::rows;
+use crate::weights::linear;
 use crate::{Batch, Checkpoint, Result, Run, Weights};
 
 /// What `config.json` of a Longformer directory has beyond that of a BERT.
@@ -64,6 +68,8 @@ pub struct Longformer {
 struct Layer {
     block: Block,
     global: Projections,
+    /// `W_k^T` and `W_v` of each global head, for [`attend_few`](Layer::attend_few).
+    few: Vec<[Linear; 2]>,
     reach: usize,
 }
 
@@ -109,26 +115,40 @@ impl Longformer {
     pub fn forward(&self, run: &mut Run<'_>, batch: Batch<'_>, is_global: &[bool]) -> Result<Vec<f32>> {
         check_size("is_global", batch.ids.len(), is_global.len())?;
         let mut x = self.embeddings.forward(run.ctx, batch)?;
-        let globals = Globals::new(batch.offsets, is_global);
         let (columns, everything) = (keys(batch.offsets, is_global)?, batch.real(Graph::full())?);
+        let [few, many] = Globals::few_and_many(batch.offsets, is_global, self.most_few());
+        let mut inputs = (!few.rows.is_empty()).then(|| self.store(batch.offsets)).transpose()?;
+        let d = self.config.hidden_size;
         for layer in &self.layers {
             // The window and the global columns for all rows, then everything for the global rows.
             let local = batch.real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()))?;
             let own = &layer.block.projections;
             let mut attended = own.attend_to(run, &x, batch.offsets, (&x, batch.offsets), &local)?;
-            if !globals.rows.is_empty() {
-                let d = layer.global.q.in_features();
-                let rows: Vec<f32> =
-                    globals.rows.iter().flat_map(|&row| &x[row * d..][..d]).copied().collect();
+            if let Some(inputs) = &mut inputs {
+                inputs.set(run.ctx, rows(&x, d)?, rows(&x, d)?, batch.offsets)?;
+                let seen = layer.attend_few(run, &few.gather(&x, d), &few.offsets, inputs, &everything)?;
+                few.scatter(&seen, &mut attended);
+            }
+            if !many.rows.is_empty() {
                 let source = (&x[..], batch.offsets);
-                let seen = layer.global.attend_to(run, &rows, &globals.offsets, source, &everything)?;
-                for (seen, &row) in seen.chunks_exact(d).zip(&globals.rows) {
-                    attended[row * d..][..d].copy_from_slice(seen);
-                }
+                let seen =
+                    layer.global.attend_to(run, &many.gather(&x, d), &many.offsets, source, &everything)?;
+                many.scatter(&seen, &mut attended);
             }
             layer.block.close(run, &mut x, attended)?;
         }
         Ok(x)
+    }
+
+    /// Global tokens that are few for a sequence: there [`Layer::attend_few`] costs half of what it saves, or less.
+    fn most_few(&self) -> usize {
+        self.layers.first().map_or(0, |layer| layer.global.heads.head_dim / 2)
+    }
+
+    /// Room for the rows of a batch as keys and values.
+    fn store(&self, offsets: &[usize]) -> Result<KeyStore> {
+        let (tokens, sequences) = (offsets.last().copied().unwrap_or(0), offsets.len() - 1);
+        Ok(KeyStore::new(&Heads::new(1, self.config.hidden_size)?, tokens, sequences)?)
     }
 
     /// The pooler over the first token of every sequence, [sequences, hidden_size]; `None` without a pooler.
@@ -139,23 +159,86 @@ impl Longformer {
 
 impl Layer {
     fn load(w: &Weights<'_>, spec: &LayerSpec, reach: usize) -> Result<Layer> {
-        let global = |name| w.at("attention.self").at(name).linear(spec.d_model, spec.d_model);
+        let (d, attention) = (spec.d_model, w.at("attention.self"));
+        let global = |name| attention.at(name).linear(d, d);
         let (q, k, v) = (global("query_global")?, global("key_global")?, global("value_global")?);
+        let tensor = |name, shape: &[usize]| attention.tensor(name, shape);
+        let (keys, values) = (tensor("key_global.weight", &[d, d])?, tensor("value_global.weight", &[d, d])?);
+        let (bias, dim) = (tensor("value_global.bias", &[d])?, spec.heads.head_dim);
+        let of_head =
+            keys.chunks_exact(dim * d).zip(values.chunks_exact(dim * d)).zip(bias.chunks_exact(dim));
+        let few = of_head.map(|((keys, values), bias)| {
+            let keys = Linear::new(PackedMatrix::from_in_out(MatRef::contiguous(keys, dim, d)?)?, None)?;
+            Ok([keys, linear(values, d, dim, Some(bias))?])
+        });
+        let few = few.collect::<Result<_>>()?;
         let block = spec.block(w, &ATTENTION, &FFN)?;
-        Ok(Layer { block, global: Projections { q, k, v, heads: spec.heads }, reach })
+        Ok(Layer { block, global: Projections { q, k, v, heads: spec.heads }, few, reach })
+    }
+
+    /// What few global queries gather, without a projection of all keys and values: as `q . W_k x = (W_k^T q) . x` and
+    /// `sum p (W_v x + b) = W_v (sum p x) + b`, the rows of the tokens, `inputs`, are keys and values themselves, of one head that all
+    /// query heads share. The bias of the keys adds the same to every score of a query, so softmax does not see it.
+    fn attend_few(
+        &self,
+        run: &mut Run<'_>,
+        x: &[f32],
+        offsets: &[usize],
+        inputs: &KeyStore,
+        graph: &Graph,
+    ) -> Result<Vec<f32>> {
+        let Heads { n_heads, head_dim, scale, .. } = self.global.heads;
+        let d = self.global.q.in_features();
+        let n = x.len() / d;
+        let shared = Heads::new(n_heads, d)?.with_kv_heads(1)?.with_scale(scale);
+        let mut rows = run.project(&self.global.q, x, &Epilogue::NONE)?;
+        let [mut met, mut gathered] = [(); 2].map(|()| vec![0.0; n * n_heads * d]);
+        for (head, [keys, _]) in self.few.iter().enumerate() {
+            let q = MatRef::new(&rows[head * head_dim..], n, head_dim, d)?;
+            let met = MatMut::new(&mut met[head * d..], n, d, n_heads * d)?;
+            keys.forward(run.ctx, q, &Epilogue::NONE, met)?;
+        }
+        let queries = QueryRows::new(MatRef::contiguous(&met, n, n_heads * d)?, offsets);
+        let out = MatMut::contiguous(&mut gathered, n, n_heads * d)?;
+        inputs.attend(run.ctx, &shared, &queries, graph, &Terms::default(), out)?;
+        for (head, [_, values]) in self.few.iter().enumerate() {
+            let gathered = MatRef::new(&gathered[head * d..], n, d, n_heads * d)?;
+            let out = MatMut::new(&mut rows[head * head_dim..], n, head_dim, d)?;
+            values.forward(run.ctx, gathered, &Epilogue::NONE, out)?;
+        }
+        Ok(rows)
     }
 }
 
-/// The global rows of a batch.
+/// Global rows of a batch.
 struct Globals {
     rows: Vec<usize>,
+    /// Where each sequence of the batch begins among them, and the end.
     offsets: Vec<usize>,
 }
 
 impl Globals {
-    fn new(offsets: &[usize], is_global: &[bool]) -> Globals {
-        let rows: Vec<usize> = (0..is_global.len()).filter(|&row| is_global[row]).collect();
-        let offsets = offsets.iter().map(|&end| rows.partition_point(|&row| row < end)).collect();
-        Globals { rows, offsets }
+    /// Those of the sequences with up to `most` of them, and those of the others: a sequence goes the same way in any batch.
+    fn few_and_many(offsets: &[usize], is_global: &[bool], most: usize) -> [Globals; 2] {
+        let mut globals = [(); 2].map(|()| Globals { rows: vec![], offsets: vec![0] });
+        for sequence in offsets.windows(2) {
+            let rows = || (sequence[0]..sequence[1]).filter(|&row| is_global[row]);
+            globals[usize::from(rows().count() > most)].rows.extend(rows());
+            globals.iter_mut().for_each(|globals| globals.offsets.push(globals.rows.len()));
+        }
+        globals
+    }
+
+    /// Their rows of `x`, of `d` columns.
+    fn gather(&self, x: &[f32], d: usize) -> Vec<f32> {
+        self.rows.iter().flat_map(|&row| &x[row * d..][..d]).copied().collect()
+    }
+
+    /// Puts `seen` in their place in `x`.
+    fn scatter(&self, seen: &[f32], x: &mut [f32]) {
+        let d = seen.len() / self.rows.len().max(1);
+        for (seen, &row) in seen.chunks_exact(d.max(1)).zip(&self.rows) {
+            x[row * d..][..d].copy_from_slice(seen);
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use laneformer::{Context, Isa};
 use laneformer_models::bert::Bert;
 use laneformer_models::encoder::Config;
+use laneformer_models::longformer::Longformer;
 use laneformer_models::videobert::VideoBert;
 use laneformer_models::{Batch, Checkpoint, Scratch};
 use serde_json::json;
@@ -95,4 +96,40 @@ fn padding_that_keeps_its_place_is_not_seen() {
     assert!(padded[..8].iter().all(|x| x.is_finite() && *x != 0.0));
     let why = forward(Some(&[true; 4]), 0).unwrap_err().to_string();
     assert!(why.contains("is_real"), "{why}");
+}
+
+/// Sequences with few global tokens go another way than those with many, each the same way alone and beside others.
+#[test]
+fn global_tokens_give_the_same_bits_alone_and_in_a_batch() {
+    let config = json!({
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+        "max_position_embeddings": 40, "attention_window": 6, "type_vocab_size": 1,
+    });
+    let model = Longformer::load(Path::new("config"), &config, &Checkpoint::random(3)).unwrap();
+    // Up to half of a head's 8 columns are few.
+    let globals = [0, 4, 5, 1, 0, 30, 4];
+    let len = 30;
+    let ids: Vec<u32> = (0..(globals.len() * len) as u32).map(|i| 2 + i * 7 % 38).collect();
+    let is_global: Vec<bool> =
+        globals.iter().flat_map(|&n| (0..len).map(move |i| i * 11 % len < n)).collect();
+    let is_real: Vec<bool> = (0..ids.len()).map(|i| i % 9 != 5).collect();
+    for isa in Isa::available() {
+        let forward = |sequences: core::ops::Range<usize>, pads: bool| {
+            let tokens = sequences.start * len..sequences.end * len;
+            let ids = &ids[tokens.clone()];
+            let positions: Vec<u32> = ids.chunks(len).flat_map(|ids| model.positions(ids)).collect();
+            let offsets: Vec<usize> = (0..=sequences.len()).map(|i| i * len).collect();
+            let is_real = pads.then_some(&is_real[tokens.clone()]);
+            let type_ids = vec![0; ids.len()];
+            let batch = Batch { ids, type_ids: &type_ids, positions: &positions, offsets: &offsets, is_real };
+            let ctx = Context::new(isa, &laneformer::Rayon);
+            model.forward(&mut Scratch::default().with(ctx), batch, &is_global[tokens]).unwrap()
+        };
+        for pads in [false, true] {
+            let together = forward(0..globals.len(), pads);
+            for (i, together) in together.chunks(len * 16).enumerate() {
+                assert_eq!(forward(i..i + 1, pads), together, "{isa}, {} global tokens, {pads}", globals[i]);
+            }
+        }
+    }
 }

@@ -67,12 +67,15 @@ impl System {
             Kind::Longformer => {
                 let (layers, globals) = (self.bert()?, context);
                 let seen = edges(tokens, field("attention_window")? as usize / 2, globals as usize)?;
-                // Projections of their own: queries of the global tokens, keys and values of all.
+                // Projections of their own: queries of the global tokens, keys and values of all, or instead, if it is less, queries that meet the
+                // tokens' own rows in every head.
                 let Layers { n, d, .. } = layers;
-                layers.work(t, seen + globals * t, 2)
-                    + linear(n * globals, d, d)
-                    + linear(n * t, d, d)
-                    + linear(n * t, d, d)
+                let heads = field("num_attention_heads")?;
+                let weights = 3 * n * d * d;
+                let all = 2 * t * d * d + 2 * globals * t * d;
+                let few = 2 * globals * d * d + 2 * globals * heads * t * d;
+                let products = n * (globals * d * d + all.min(few));
+                layers.work(t, seen, 2) + Work { products, weights }
             }
             Kind::TransformerXl => {
                 let layers = Layers { n: field("n_layer")?, d: field("d_model")?, d_ff: field("d_inner")? };
