@@ -141,28 +141,31 @@ impl Block {
     }
 }
 
-/// The distances `first..first + n` of a query after a key as each layer sees them: sinusoids, sines before cosines, in its own projection.
-/// They are clamped to `-clamp..=clamp` if `clamp` is positive.
-pub fn positions<'a>(
-    run: &mut Run<'_>,
-    (first, n): (isize, usize),
-    clamp: i64,
-    d_model: usize,
-    layers: impl Iterator<Item = (&'a Linear, &'a Heads)>,
-) -> Result<Vec<RelativeTable>> {
-    let distance = |i: usize| {
-        let distance = first as i64 + i as i64;
-        (if clamp > 0 { distance.clamp(-clamp, clamp) } else { distance }) as i32
-    };
-    let row = |i: usize| (0..d_model).map(move |c| Sinusoid::Halves.at(distance(i), c, d_model));
-    let sinusoids: Vec<f32> = (0..n).flat_map(row).collect();
-    let table = |(r, heads): (&Linear, &Heads)| {
-        let projected = run.project(r, &sinusoids, &Epilogue::NONE)?;
-        let table = RelativeTable::new(rows(&projected, r.out_features())?, first, heads.n_heads)?;
+/// Distances of a query after a key as sinusoids, sines before cosines; each layer has its own projection of them.
+#[derive(Debug)]
+pub struct Distances {
+    first: isize,
+    sinusoids: Vec<f32>,
+}
+
+impl Distances {
+    /// The distances `first..first + n`, clamped to `-clamp..=clamp` if `clamp` is positive, in `d` columns.
+    pub fn new(first: isize, n: usize, clamp: i64, d: usize) -> Distances {
+        let distance = |i: usize| {
+            let distance = first as i64 + i as i64;
+            (if clamp > 0 { distance.clamp(-clamp, clamp) } else { distance }) as i32
+        };
+        let row = |i: usize| (0..d).map(move |c| Sinusoid::Halves.at(distance(i), c, d));
+        Distances { first, sinusoids: (0..n).flat_map(row).collect() }
+    }
+
+    /// The distances as a layer sees them.
+    pub fn project(&self, run: &mut Run<'_>, r: &Linear, n_heads: usize) -> Result<RelativeTable> {
+        let projected = run.project(r, &self.sinusoids, &Epilogue::NONE)?;
+        let table = RelativeTable::new(rows(&projected, r.out_features())?, self.first, n_heads)?;
         run.scratch.give(projected);
         Ok(table)
-    };
-    layers.map(table).collect()
+    }
 }
 
 /// Where each of `n` sequences of the same length begins, and the end.

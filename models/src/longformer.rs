@@ -68,7 +68,8 @@ pub struct Longformer {
 struct Layer {
     block: Block,
     global: Projections,
-    /// `W_k^T` and `W_v` of each global head, for [`attend_few`](Layer::attend_few).
+    /// `W_k^T` and `W_v` of each global head, for [`attend_few`](Layer::attend_few): a second copy, as a head's part of the packed maps of
+    /// `global` is not read alone.
     few: Vec<[Linear; 2]>,
     reach: usize,
 }
@@ -116,39 +117,36 @@ impl Longformer {
         check_size("is_global", batch.ids.len(), is_global.len())?;
         let mut x = self.embeddings.forward(run.ctx, batch)?;
         let (columns, everything) = (keys(batch.offsets, is_global)?, batch.real(Graph::full())?);
-        let [few, many] = Globals::few_and_many(batch.offsets, is_global, self.most_few());
-        let mut inputs = (!few.rows.is_empty()).then(|| self.store(batch.offsets)).transpose()?;
-        let d = self.config.hidden_size;
+        let (d, n_heads) = (self.config.hidden_size, self.config.num_attention_heads);
+        let Globals { few, many } = Globals::new(&batch, is_global, d, n_heads);
+        // The rows of a layer as keys and values.
+        let mut inputs = None;
+        if !few.rows.is_empty() {
+            inputs = Some(run.scratch.take_store(&Heads::new(1, d)?, batch.ids.len(), batch.offsets)?);
+        }
         for layer in &self.layers {
             // The window and the global columns for all rows, then everything for the global rows.
             let local = batch.real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()))?;
             let own = &layer.block.projections;
             let mut attended = own.attend_to(run, &x, batch.offsets, (&x, batch.offsets), &local)?;
             if let Some(inputs) = &mut inputs {
-                inputs.set(run.ctx, rows(&x, d)?, rows(&x, d)?, batch.offsets)?;
+                let all = rows(&x, d)?;
+                inputs.set(run.ctx, all, all, batch.offsets)?;
                 let seen = layer.attend_few(run, &few.gather(&x, d), &few.offsets, inputs, &everything)?;
-                few.scatter(&seen, &mut attended);
+                few.scatter(&seen, d, &mut attended);
+                run.scratch.give(seen);
             }
             if !many.rows.is_empty() {
                 let source = (&x[..], batch.offsets);
                 let seen =
                     layer.global.attend_to(run, &many.gather(&x, d), &many.offsets, source, &everything)?;
-                many.scatter(&seen, &mut attended);
+                many.scatter(&seen, d, &mut attended);
+                run.scratch.give(seen);
             }
             layer.block.close(run, &mut x, attended)?;
         }
+        inputs.into_iter().for_each(|inputs| run.scratch.give_store(inputs));
         Ok(x)
-    }
-
-    /// Global tokens that are few for a sequence: there [`Layer::attend_few`] costs half of what it saves, or less.
-    fn most_few(&self) -> usize {
-        self.layers.first().map_or(0, |layer| layer.global.heads.head_dim / 2)
-    }
-
-    /// Room for the rows of a batch as keys and values.
-    fn store(&self, offsets: &[usize]) -> Result<KeyStore> {
-        let (tokens, sequences) = (offsets.last().copied().unwrap_or(0), offsets.len() - 1);
-        Ok(KeyStore::new(&Heads::new(1, self.config.hidden_size)?, tokens, sequences)?)
     }
 
     /// The pooler over the first token of every sequence, [sequences, hidden_size]; `None` without a pooler.
@@ -176,9 +174,10 @@ impl Layer {
         Ok(Layer { block, global: Projections { q, k, v, heads: spec.heads }, few, reach })
     }
 
-    /// What few global queries gather, without a projection of all keys and values: as `q . W_k x = (W_k^T q) . x` and
-    /// `sum p (W_v x + b) = W_v (sum p x) + b`, the rows of the tokens, `inputs`, are keys and values themselves, of one head that all
-    /// query heads share. The bias of the keys adds the same to every score of a query, so softmax does not see it.
+    /// What few global rows `x` gather where each sees something, without a projection of all keys and values: as
+    /// `q . W_k x = (W_k^T q) . x` and `sum p (W_v x + b) = W_v (sum p x) + b`, the rows of the tokens, `inputs`, are keys and values
+    /// themselves, of one head that all query heads share. The bias of the keys adds the same to every score of a query, so softmax does
+    /// not see it.
     fn attend_few(
         &self,
         run: &mut Run<'_>,
@@ -189,56 +188,111 @@ impl Layer {
     ) -> Result<Vec<f32>> {
         let Heads { n_heads, head_dim, scale, .. } = self.global.heads;
         let d = self.global.q.in_features();
-        let n = x.len() / d;
+        let (n, wide) = (x.len() / d, n_heads * d);
         let shared = Heads::new(n_heads, d)?.with_kv_heads(1)?.with_scale(scale);
-        let mut rows = run.project(&self.global.q, x, &Epilogue::NONE)?;
-        let [mut met, mut gathered] = [(); 2].map(|()| vec![0.0; n * n_heads * d]);
+        let q = run.project(&self.global.q, x, &Epilogue::NONE)?;
+        let [mut queries, mut sums] = [(); 2].map(|()| run.scratch.take(n * wide));
         for (head, [keys, _]) in self.few.iter().enumerate() {
-            let q = MatRef::new(&rows[head * head_dim..], n, head_dim, d)?;
-            let met = MatMut::new(&mut met[head * d..], n, d, n_heads * d)?;
-            keys.forward(run.ctx, q, &Epilogue::NONE, met)?;
+            let q = MatRef::new(&q[head * head_dim..], n, head_dim, d)?;
+            let queries = MatMut::new(&mut queries[head * d..], n, d, wide)?;
+            keys.forward(run.ctx, q, &Epilogue::NONE, queries)?;
         }
-        let queries = QueryRows::new(MatRef::contiguous(&met, n, n_heads * d)?, offsets);
-        let out = MatMut::contiguous(&mut gathered, n, n_heads * d)?;
-        inputs.attend(run.ctx, &shared, &queries, graph, &Terms::default(), out)?;
+        let rows = QueryRows::new(MatRef::contiguous(&queries, n, wide)?, offsets);
+        let out = MatMut::contiguous(&mut sums, n, wide)?;
+        inputs.attend(run.ctx, &shared, &rows, graph, &Terms::default(), out)?;
+        // The queries have been read: their rows are as wide.
+        let mut gathered = q;
         for (head, [_, values]) in self.few.iter().enumerate() {
-            let gathered = MatRef::new(&gathered[head * d..], n, d, n_heads * d)?;
-            let out = MatMut::new(&mut rows[head * head_dim..], n, head_dim, d)?;
-            values.forward(run.ctx, gathered, &Epilogue::NONE, out)?;
+            let sums = MatRef::new(&sums[head * d..], n, d, wide)?;
+            let out = MatMut::new(&mut gathered[head * head_dim..], n, head_dim, d)?;
+            values.forward(run.ctx, sums, &Epilogue::NONE, out)?;
         }
-        Ok(rows)
+        run.scratch.give(queries);
+        run.scratch.give(sums);
+        Ok(gathered)
     }
 }
 
-/// Global rows of a batch.
+/// The global rows of a batch, by the way that they go.
+#[derive(Default)]
 struct Globals {
+    /// [`Layer::attend_few`].
+    few: Chosen,
+    /// With keys and values of their own.
+    many: Chosen,
+}
+
+/// Some rows of a batch.
+#[derive(Default)]
+struct Chosen {
     rows: Vec<usize>,
     /// Where each sequence of the batch begins among them, and the end.
     offsets: Vec<usize>,
 }
 
 impl Globals {
-    /// Those of the sequences with up to `most` of them, and those of the others: a sequence goes the same way in any batch.
-    fn few_and_many(offsets: &[usize], is_global: &[bool], most: usize) -> [Globals; 2] {
-        let mut globals = [(); 2].map(|()| Globals { rows: vec![], offsets: vec![0] });
-        for sequence in offsets.windows(2) {
-            let rows = || (sequence[0]..sequence[1]).filter(|&row| is_global[row]);
-            globals[usize::from(rows().count() > most)].rows.extend(rows());
-            globals.iter_mut().for_each(|globals| globals.offsets.push(globals.rows.len()));
+    /// A sequence goes one way, the same alone and in any batch.
+    fn new(batch: &Batch<'_>, is_global: &[bool], d: usize, n_heads: usize) -> Globals {
+        let mut globals = Globals::default();
+        globals.few.offsets.push(0);
+        globals.many.offsets.push(0);
+        for ends in batch.offsets.windows(2) {
+            let (sequence, t) = (ends[0]..ends[1], ends[1] - ends[0]);
+            let rows: Vec<usize> = sequence.clone().filter(|&row| is_global[row]).collect();
+            let sees_some = batch.is_real.is_none_or(|is_real| is_real[sequence].contains(&true));
+            // Twice the multiply-adds of the few, as their products are smaller, against those of the projections and what they save.
+            let is_few = 2 * rows.len() * (d + n_heads * t) <= t * (d + rows.len());
+            let way = if is_few && sees_some { &mut globals.few } else { &mut globals.many };
+            way.rows.extend(rows);
+            globals.few.offsets.push(globals.few.rows.len());
+            globals.many.offsets.push(globals.many.rows.len());
         }
         globals
     }
+}
 
-    /// Their rows of `x`, of `d` columns.
+impl Chosen {
+    /// The rows of `x`, of `d` columns.
     fn gather(&self, x: &[f32], d: usize) -> Vec<f32> {
         self.rows.iter().flat_map(|&row| &x[row * d..][..d]).copied().collect()
     }
 
     /// Puts `seen` in their place in `x`.
-    fn scatter(&self, seen: &[f32], x: &mut [f32]) {
-        let d = seen.len() / self.rows.len().max(1);
-        for (seen, &row) in seen.chunks_exact(d.max(1)).zip(&self.rows) {
+    fn scatter(&self, seen: &[f32], d: usize, x: &mut [f32]) {
+        for (seen, &row) in seen.chunks_exact(d).zip(&self.rows) {
             x[row * d..][..d].copy_from_slice(seen);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Scratch;
+
+    #[test]
+    fn both_ways_of_global_rows_agree() -> Result<()> {
+        let config = json!({
+            "vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 8,
+            "max_position_embeddings": 40, "attention_window": 6, "type_vocab_size": 1,
+        });
+        let checkpoint = Checkpoint::random(3);
+        let model = Longformer::load(Path::new("config"), &config, &checkpoint)?;
+        let (layer, d) = (&model.layers[0], 24);
+        // More than a chunk of keys, and a sequence without global rows.
+        let (offsets, globals) = ([0, 300, 310, 330], [0, 5, 5, 6]);
+        let x = checkpoint.tensor("x", &[330, d])?;
+        let queries = checkpoint.tensor("queries", &[6, d])?;
+        let mut scratch = Scratch::default();
+        let run = &mut scratch.with(Context::serial());
+        let mut inputs = KeyStore::new(&Heads::new(1, d)?, 330, 3)?;
+        inputs.set(run.ctx, rows(&x, d)?, rows(&x, d)?, &offsets)?;
+        let few = layer.attend_few(run, &queries, &globals, &inputs, &Graph::full())?;
+        let many = layer.global.attend_to(run, &queries, &globals, (&x, &offsets), &Graph::full())?;
+        assert_eq!(few.len(), many.len());
+        for (few, many) in few.iter().zip(&many) {
+            assert!((few - many).abs() < 1e-5 && *many != 0.0, "{few} {many}");
+        }
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@ use laneformer::{Activation, Context, Graph, Heads, Linear, Relative, RelativeTa
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Projections, Seen, keep_last, len_of_each, offsets, positions, push_rows};
+use crate::attend::{Block, Distances, Projections, Seen, keep_last, len_of_each, offsets, push_rows};
 use crate::config::{check, from_value, with_defaults};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
@@ -195,9 +195,9 @@ impl TransformerXl {
     fn reach(&self, run: &mut Run<'_>, keys: usize, queries: usize, memory: &mut Memory) -> Result<()> {
         if keys > memory.reach {
             let reach = (2 * keys).min(self.config.mem_len.saturating_add(queries));
-            let layers = self.layers.iter().map(|layer| (&layer.r, &layer.block.projections.heads));
-            let Config { clamp_len, d_model, .. } = self.config;
-            memory.positions = positions(run, (0, reach), clamp_len, d_model, layers)?;
+            let distances = Distances::new(0, reach, self.config.clamp_len, self.config.d_model);
+            let table = |layer: &Layer| distances.project(run, &layer.r, self.config.n_head);
+            memory.positions = self.layers.iter().map(table).collect::<Result<_>>()?;
             memory.reach = reach;
         }
         Ok(())

@@ -10,7 +10,7 @@ use laneformer::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Projections, Seen, keep_last, len_of_each, offsets, positions, push_rows};
+use crate::attend::{Block, Distances, Projections, Seen, keep_last, len_of_each, offsets, push_rows};
 use crate::config::{activation, check, epsilon, from_value, heads, with_defaults};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
@@ -81,17 +81,24 @@ pub struct Batch<'a> {
     pub targets: Option<&'a [usize]>,
     /// The memory of each layer [sequences, M, d_model], of segment 0; none at first.
     pub mems: &'a [Vec<f32>],
-    /// Positions that reach as far as this batch, from [`XlNet::positions`]; absent, they are projected for it alone.
+    /// Positions that reach as far as this batch, from [`XlNet::positions`] of this model; absent, each layer projects them for it alone.
     pub positions: Option<&'a Positions>,
 }
 
-/// Positions relative to one another as each layer sees them. They depend on lengths alone, so one serves all batches within its reach.
+/// Positions relative to one another as each layer of a model sees them. They depend on the model and on lengths alone, so one serves all
+/// batches within its reach.
 #[derive(Debug)]
 pub struct Positions {
     tokens: usize,
     /// Rows of memory and tokens.
     keys: usize,
     layers: Vec<RelativeTable>,
+}
+
+/// Where the layers have their positions from.
+enum Tables<'a> {
+    Kept(&'a [RelativeTable]),
+    Anew(Distances),
 }
 
 /// What the layers make of a batch.
@@ -142,13 +149,19 @@ impl XlNet {
 
     /// The positions of batches with up to `tokens` tokens in a sequence, and up to `memory` rows of memory before them.
     pub fn positions(&self, run: &mut Run<'_>, tokens: usize, memory: usize) -> Result<Positions> {
+        let distances = self.distances(tokens, memory)?;
+        let table = |layer: &Layer| distances.project(run, &layer.r, self.config.n_head);
+        let layers = self.layers.iter().map(table).collect::<Result<_>>()?;
+        Ok(Positions { tokens, keys: memory + tokens, layers })
+    }
+
+    /// From the first token before the last key to the last after the first.
+    fn distances(&self, tokens: usize, memory: usize) -> Result<Distances> {
         len_of_each("tokens", tokens, 1)?;
-        let sum = memory.checked_add(tokens).and_then(|keys| Some((keys, keys.checked_add(tokens - 1)?)));
-        let (keys, n) = sum.ok_or(laneformer::Error::Overflow { arg: "tokens and memory" })?;
-        let layers = self.layers.iter().map(|layer| (&layer.r, &layer.block.projections.heads));
-        let Config { clamp_len, d_model, .. } = self.config;
-        let layers = positions(run, (1 - tokens as isize, n), clamp_len, d_model, layers)?;
-        Ok(Positions { tokens, keys, layers })
+        let n = memory.checked_add(tokens).and_then(|keys| keys.checked_add(tokens - 1));
+        let n = n.filter(|&n| i32::try_from(n).is_ok());
+        let n = n.ok_or(laneformer::Error::Overflow { arg: "tokens and memory" })?;
+        Ok(Distances::new(1 - tokens as isize, n, self.config.clamp_len, self.config.d_model))
     }
 
     /// Runs the content stream and, if there are targets, the query stream.
@@ -156,13 +169,9 @@ impl XlNet {
         let [t, memory] = self.sizes(batch)?;
         let (n, d) = (batch.sequences, self.config.d_model);
         let key_offsets = offsets(n, memory + t);
-        let of_batch;
-        let positions = match batch.positions {
-            Some(positions) => positions,
-            None => {
-                of_batch = self.positions(run, t, memory)?;
-                &of_batch
-            }
+        let tables = match batch.positions {
+            Some(positions) => Tables::Kept(&positions.layers),
+            None => Tables::Anew(self.distances(t, memory)?),
         };
         // In one direction only what comes before, with `same_length` as many keys for every query.
         let graph = match (&self.config.attn_type[..], self.config.same_length) {
@@ -178,11 +187,19 @@ impl XlNet {
         let mut h = self.tokens.gather(batch.ids, 1.0)?;
         let mut g = batch.targets.map(|targets| self.mask_emb.repeat(targets.len()));
         let mut mems = vec![];
-        for (i, (layer, table)) in self.layers.iter().zip(&positions.layers).enumerate() {
+        for (i, layer) in self.layers.iter().enumerate() {
             // Both streams read the content as it enters the layer.
             let mut source = batch.mems.get(i).cloned().unwrap_or_default();
             push_rows(&mut source, &h, n);
             let keys = layer.block.projections.keys(run, &source, &key_offsets)?;
+            let anew;
+            let table = match &tables {
+                Tables::Kept(tables) => &tables[i],
+                Tables::Anew(distances) => {
+                    anew = distances.project(run, &layer.r, self.config.n_head)?;
+                    &anew
+                }
+            };
             layer.advance(run, &mut h, &content, &keys, table)?;
             if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
                 layer.advance(run, g, targets, &keys, table)?;
@@ -210,11 +227,12 @@ impl XlNet {
         for mems in batch.mems {
             check_size("mems", n * memory * self.config.d_model, mems.len())?;
         }
-        if let Some(Positions { tokens, keys, layers }) = batch.positions {
-            check_size("layers of the positions", self.layers.len(), layers.len())?;
-            for (arg, actual, max) in
-                [("tokens", queries, *tokens), ("tokens and memory", memory + queries, *keys)]
-            {
+        if let Some(positions) = batch.positions {
+            check_size("layers of the positions", self.layers.len(), positions.layers.len())?;
+            for (arg, actual, max) in [
+                ("tokens", queries, positions.tokens),
+                ("tokens and memory", memory + queries, positions.keys),
+            ] {
                 if actual > max {
                     return Err(laneformer::Error::TooLarge { arg, max, actual }.into());
                 }

@@ -117,7 +117,7 @@ impl Report {
              works in place, the copy is in its time. PyTorch runs eagerly.\n\n\
              Systems are whole models of the models crate, up to their last hidden states or logits, against those of transformers (its fused attention \
              where it has one) with the same random weights; what PyTorch has no model for any more, Transformer-XL, is its authors' formula, which \
-             projects the memory and the positions anew for every segment. Sentences are 1024 lines made of those in `tests/golden/minilm`, 22 tokens in the mean, \
+             projects the memory and the positions anew for every segment. XLNet's positions are kept here too, and projected anew there. Sentences are 1024 lines made of those in `tests/golden/minilm`, 22 tokens in the mean, \
              from text to embeddings: laneformer in batches of about 1024 tokens as they come, the others in batches of 32 that are sorted by length and padded. Of \
              both there are at most {ROUNDS_OF_LONG} rounds. PyTorch decodes with the default cache of transformers, which copies keys and values to append to them.\n",
             self.rounds.count,

@@ -84,6 +84,7 @@ impl System {
             }
             Kind::Xlnet => {
                 let layers = Layers { n: field("n_layer")?, d: field("d_model")?, d_ff: field("d_inner")? };
+                cached = layers.n * (2 * t - 1) * layers.d;
                 layers.work(t, t * t, 3)
             }
             Kind::Clip => {
@@ -206,6 +207,14 @@ mod tests {
         // Every token sees 1600 keys, by three products.
         let layer = 128 * (4 * 1024 * 1024 + 2 * 1024 * 4096) + 3 * 1600 * 128 * 1024;
         assert_eq!(cost(Kind::TransformerXl)?.flops, 2 * 18 * layer);
+        // Three products of 512 tokens and keys, whose distances are kept.
+        let weights = 4 * 768 * 768 + 2 * 768 * 3072;
+        assert_eq!(cost(Kind::Xlnet)?.flops, 2 * 12 * (512 * weights + 3 * 512 * 512 * 768));
+        assert_eq!(cost(Kind::Xlnet)?.bytes as u64, 4 * 12 * (weights + 1023 * 768));
+        // 16 global queries that meet rows of 768 in 12 heads, and come to them and from them by a projection each.
+        let seen = edges(4096, 256, 16)?;
+        let global = 3 * 16 * 768 * 768 + 2 * 16 * 12 * 4096 * 768;
+        assert_eq!(cost(Kind::Longformer)?.flops, 2 * 12 * (4096 * weights + 2 * seen * 768 + global));
         Ok(())
     }
 

@@ -97,8 +97,7 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
                 if placed.as_ref().is_none_or(|(n, _)| *n != tokens) {
                     placed = Some((tokens, model.positions(run, tokens, 0)?));
                 }
-                let segments: Vec<u32> =
-                    (0..text.ids.len()).map(|i| u32::from(i >= text.ids.len() / 2)).collect();
+                let segments: Vec<u32> = (0..tokens).map(|i| u32::from(i >= tokens / 2)).collect();
                 let batch = xlnet::Batch {
                     sequences: 1,
                     ids: &text.ids,
