@@ -10,8 +10,8 @@ use comfy_table::{CellAlignment, Table};
 use laneformer::Context;
 use laneformer_models::clip::Clip;
 use laneformer_models::config::{self, model_type};
-use laneformer_models::tokens::{Packed, TextTokenizer};
 use laneformer_models::{Error, Scratch};
+use laneformer_text::tokens::{Packed, TextTokenizer};
 use serde::Serialize;
 
 use crate::pixels::Preprocessor;
@@ -102,14 +102,8 @@ fn embed_texts(
     texts: impl Iterator<Item = String>,
 ) -> anyhow::Result<Vec<f32>> {
     let positions = model.text.config.max_position_embeddings;
-    let tokens = |text: String| {
-        let tokens = tokenizer.encode(&text)?;
-        if tokens.len() > positions {
-            return Err(Error::TooLong { tokens: tokens.len(), positions })
-                .with_context(|| format!("{text:?}"));
-        }
-        Ok(tokens)
-    };
+    let tokens =
+        |text: String| tokenizer.encode(&text)?.within(positions).with_context(|| format!("{text:?}"));
     let mut packed = Packed::default();
     packed.set(&texts.map(tokens).collect::<anyhow::Result<Vec<_>>>()?);
     let states = model.text.states(&mut Scratch::default().with(ctx), packed.batch())?;

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use laneformer_models::sentence::{Buffers, SentenceEncoder, Tokens};
+use laneformer_text::sentence::{Buffers, SentenceEncoder, Tokens};
 
 use crate::input::Lines;
 use crate::output::Sink;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context as _;
-use laneformer_models::generate::{Generator, Sampler};
+use laneformer_text::generate::{Generator, Sampler};
 
 use crate::runtime::RuntimeArgs;
 

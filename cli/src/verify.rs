@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::anyhow;
-use laneformer_models::verify::{Outcome, Verdict, verify};
+use laneformer_verify::{Outcome, Verdict, verify};
 use walkdir::WalkDir;
 
 use crate::runtime::RuntimeArgs;

@@ -6,8 +6,9 @@ use std::fs;
 
 use common::{Model, golden, laneformer, parts, refused, words};
 use laneformer::Context;
-use laneformer_models::generate::Generator;
-use laneformer_models::{Checkpoint, Error};
+use laneformer_models::Checkpoint;
+use laneformer_text::Error;
+use laneformer_text::generate::Generator;
 use safetensors::SafeTensors;
 use serde_json::json;
 

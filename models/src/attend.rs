@@ -169,7 +169,7 @@ impl Distances {
 }
 
 /// Where each of `n` sequences of the same length begins, and the end.
-pub(crate) fn offsets(n: usize, len: usize) -> Vec<usize> {
+pub fn offsets(n: usize, len: usize) -> Vec<usize> {
     (0..=n).map(|sequence| sequence * len).collect()
 }
 

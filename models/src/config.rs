@@ -57,7 +57,7 @@ pub fn model_type(dir: &Path) -> Result<Option<String>> {
 }
 
 /// A configuration with defaults for what it does not have: what Hugging Face leaves out of a file is as its classes have it.
-pub(crate) fn with_defaults(json: Option<&Value>, mut defaults: Value) -> Value {
+pub fn with_defaults(json: Option<&Value>, mut defaults: Value) -> Value {
     match (json, &mut defaults) {
         (None | Some(Value::Null), _) => defaults,
         (Some(Value::Object(fields)), Value::Object(all)) => {
@@ -77,7 +77,7 @@ pub(crate) fn check_model_type(path: &Path, json: &Value, expected: &str) -> Res
 }
 
 /// What has to hold of a field's value.
-pub(crate) fn check(
+pub fn check(
     path: &Path,
     field: &'static str,
     actual: impl ToString,

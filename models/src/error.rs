@@ -29,32 +29,22 @@ pub enum Error {
     Shape { path: PathBuf, name: String, expected: Vec<usize>, actual: Vec<usize> },
     #[error("{}: tensor {name}: expected elements of type {expected}, got {actual}", path.display())]
     Dtype { path: PathBuf, name: String, expected: &'static str, actual: safetensors::Dtype },
-    /// The tokenizer file does not load, or refuses a text.
-    #[error("{}: {message}", path.display())]
-    Tokenizer { path: PathBuf, message: String },
     /// A token, type or position is outside its embedding table; `at` says which of the batch.
     #[error("{table}: index {index} at token {at} is outside the table of {rows} rows")]
     Index { table: &'static str, index: u32, at: usize, rows: usize },
-    /// Special tokens are counted.
-    #[error("{tokens} tokens, but the model has {positions} positions")]
-    TooLong { tokens: usize, positions: usize },
     #[error("{0}: not a number; the weights are not all finite, or too large for f32")]
     NotANumber(&'static str),
-    #[error("the prompt is empty, and the model has no bos_token_id or eos_token_id to begin with")]
-    EmptyPrompt,
     /// A part of the survey that this version does not have.
     #[error("not built yet: {0}")]
     NotBuilt(String),
-    /// A golden case contradicts itself.
-    #[error("{}: {message}", path.display())]
-    Case { path: PathBuf, message: String },
     /// The library refused a call.
     #[error(transparent)]
     Kernel(#[from] laneformer::Error),
 }
 
 impl Error {
-    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
+    /// An error of a file.
+    pub fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
         move |reason| Error::Io { path: path.into(), reason }
     }
 
@@ -62,7 +52,8 @@ impl Error {
         move |reason| Error::Json { path: path.into(), reason }
     }
 
-    pub(crate) fn config(
+    /// A field of a file, what would have worked, and its value.
+    pub fn config(
         path: &Path,
         field: &'static str,
         expected: impl Into<String>,
@@ -78,6 +69,6 @@ pub(crate) fn check_size(arg: &'static str, expected: usize, actual: usize) -> R
 }
 
 /// [`Error::NotANumber`] if there is a NaN in `x`.
-pub(crate) fn check_numbers(what: &'static str, x: &[f32]) -> Result<()> {
+pub fn check_numbers(what: &'static str, x: &[f32]) -> Result<()> {
     if x.iter().any(|x| x.is_nan()) { Err(Error::NotANumber(what)) } else { Ok(()) }
 }

@@ -12,8 +12,6 @@
 //! - [`run`] and [`ragged`]: a context with its scratch, and padded batches as packed ones.
 //! - [`vanilla`], [`bert`], [`bart`], [`gpt`], [`longformer`], [`transformer_xl`], [`xlnet`], [`videobert`],
 //!   [`clip`], [`detr`], [`lavit`], [`fusion`]: the models.
-//! - [`tokens`], [`sentence`], [`generate`]: text to tokens, to embeddings, and to more text.
-//! - [`verify`]: golden cases, computed by independent implementations, run through the models.
 //!
 //! # Errors
 //! Loading and running do not panic on bad input. Loading fails with the file and what of it is missing or disagrees: the tensor and both
@@ -32,9 +30,8 @@ pub mod conv;
 pub mod detr;
 pub mod embedding;
 pub mod encoder;
-mod error;
+pub mod error;
 pub mod fusion;
-pub mod generate;
 pub mod gpt;
 pub mod head;
 pub mod lavit;
@@ -42,17 +39,14 @@ pub mod longformer;
 pub mod ragged;
 pub mod resnet;
 pub mod run;
-pub mod sentence;
-pub mod tokens;
 pub mod transformer_xl;
 pub mod vanilla;
-pub mod verify;
 pub mod videobert;
 pub mod weights;
 pub mod xlnet;
 
 pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
+pub use ragged::Batch;
 pub use run::{Run, Scratch};
-pub use tokens::Batch;
 pub use weights::Weights;

@@ -1,9 +1,28 @@
-//! Padded batches as packed ones: the tokens that are real, one sequence behind the other.
+//! Packed batches: the tokens that are real, one sequence behind the other, and padded ones as such.
 
 use laneformer::{Bits, Graph};
 
 use crate::Result;
 use crate::error::check_size;
+
+/// Packed tokens of a batch; sequence `i` is tokens `offsets[i]..offsets[i + 1]`. Models without types do not look at them.
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs, reason = "one entry per token each")]
+pub struct Batch<'a> {
+    pub ids: &'a [u32],
+    pub type_ids: &'a [u32],
+    pub positions: &'a [u32],
+    pub offsets: &'a [usize],
+    /// Which tokens are seen; all if absent. Padding that keeps its place sees the others and is not seen.
+    pub is_real: Option<&'a [bool]>,
+}
+
+impl Batch<'_> {
+    /// What of `graph` leads to real tokens.
+    pub(crate) fn real(&self, graph: Graph) -> Result<Graph> {
+        real(graph, self.offsets, self.is_real)
+    }
+}
 
 /// Which entries of a padded batch [B, T] are real. Padding may be left, right or in the middle.
 #[derive(Clone, Debug)]

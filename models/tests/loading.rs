@@ -1,11 +1,8 @@
 //! Checkpoints and models that load, and those that are refused with the file, the tensor and the shapes.
 
-mod common;
-
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use common::golden;
 use laneformer::Context;
 use laneformer_models::bert::Bert;
 use laneformer_models::ragged::Ragged;
@@ -13,6 +10,11 @@ use laneformer_models::{Batch, Checkpoint, Error, Result, Scratch, Weights};
 use safetensors::tensor::{SafeTensors, TensorView};
 use safetensors::{Dtype, serialize};
 use tempfile::TempDir;
+
+/// A file of the golden cases.
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden")).join(name)
+}
 
 /// Writes tensors to a file and keeps its directory.
 fn file(tensors: Vec<(&str, Dtype, Vec<usize>, Vec<u8>)>) -> (TempDir, PathBuf) {

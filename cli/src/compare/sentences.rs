@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use laneformer::Context;
 use laneformer_models::bert::Config;
 use laneformer_models::config::read_json;
-use laneformer_models::sentence::{Buffers, SentenceEncoder};
+use laneformer_text::sentence::{Buffers, SentenceEncoder};
 use serde::Serialize;
 
 use crate::bench::layer::Dims;

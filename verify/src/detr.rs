@@ -1,14 +1,15 @@
 //! Cases of DETR's encoder.
 
 use laneformer::Context;
+use laneformer_models::Scratch;
+use laneformer_models::conv::Images;
+use laneformer_models::detr::{Detr, sine_positions, token_mask};
+use laneformer_models::ragged::Ragged;
 
-use super::case::{Case, Outputs};
-use crate::conv::Images;
-use crate::detr::{Detr, sine_positions, token_mask};
-use crate::ragged::Ragged;
-use crate::{Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
-pub(super) fn detr(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn detr(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Detr::load(case.path(), case.json(), case.weights())?;
     let d = model.config.d_model;
     let [batch, channels, height, width] = case.shape("pixel_values")?;

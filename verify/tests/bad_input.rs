@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use common::golden;
 use laneformer::Context;
-use laneformer_models::verify::{Outcome, Verdict, verify};
+use laneformer_verify::{Outcome, Verdict, verify};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -1,4 +1,4 @@
-//! What the tests of this crate share.
+//! What the tests of golden cases and of MiniLM share.
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 

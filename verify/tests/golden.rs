@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::{golden, on_every_isa};
 use laneformer::{Context, Executor, Isa, Serial};
-use laneformer_models::verify::{Verdict, verify};
+use laneformer_verify::{Verdict, verify};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 fn main() {

@@ -1,13 +1,14 @@
 //! Cases of Transformer-XL.
 
 use laneformer::Context;
+use laneformer_models::Scratch;
+use laneformer_models::transformer_xl::TransformerXl;
 
-use super::case::{Case, Outputs};
-use crate::transformer_xl::TransformerXl;
-use crate::{Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
 /// Feeds the segments one after another.
-pub(super) fn transformer_xl(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn transformer_xl(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = TransformerXl::load(case.path(), case.json(), case.weights())?;
     let [sequences, seq_len] = case.shape("input_ids")?;
     let (ids, segments) = (case.indices("input_ids")?, &case.run().segments);

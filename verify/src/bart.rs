@@ -1,13 +1,14 @@
 //! Cases of BART.
 
 use laneformer::Context;
+use laneformer_models::bart::Bart;
+use laneformer_models::head::argmax;
+use laneformer_models::{Batch, Scratch};
 
-use super::case::{Case, Outputs};
-use crate::bart::Bart;
-use crate::head::argmax;
-use crate::{Batch, Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
-pub(super) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Bart::load(case.path(), case.json(), case.weights())?;
     let (d, run) = (model.config.d_model, case.run());
     let src = case.ragged("attention_mask")?;

@@ -3,18 +3,19 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use laneformer_models::config::{from_value, read_json};
+use laneformer_models::ragged::Ragged;
+use laneformer_models::{Checkpoint, Error as ModelError};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::config::{from_value, read_json};
-use crate::ragged::Ragged;
-use crate::{Checkpoint, Error, Result};
+use crate::{Error, Result};
 
 /// The version of the format that is read here.
 const FORMAT: u64 = 1;
 
 /// Computed outputs by name, without the `out.`.
-pub(super) type Outputs = BTreeMap<String, Vec<f32>>;
+pub(crate) type Outputs = BTreeMap<String, Vec<f32>>;
 
 #[derive(Debug, Deserialize)]
 struct Description {
@@ -28,7 +29,7 @@ struct Description {
 
 /// Options of the run.
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Run {
+pub(crate) struct Run {
     #[serde(default)]
     pub train: bool,
     #[serde(default)]
@@ -51,7 +52,7 @@ pub(super) struct Run {
 
 /// What is known of an output.
 #[derive(Clone, Debug, Deserialize)]
-pub(super) struct OutputSpec {
+pub(crate) struct OutputSpec {
     dtype: String,
     pub rows: Option<String>,
     #[serde(default)]
@@ -90,9 +91,9 @@ impl Case {
         let path = dir.join("case.json");
         let description: Description = read_json(&path)?;
         if description.format != FORMAT {
-            return Err(Error::config(&path, "format", FORMAT.to_string(), description.format));
+            return Err(ModelError::config(&path, "format", FORMAT.to_string(), description.format).into());
         }
-        let name = dir.canonicalize().map_err(Error::io(dir))?;
+        let name = dir.canonicalize().map_err(ModelError::io(dir))?;
         let name = name.file_name().unwrap_or(name.as_os_str()).to_string_lossy().into_owned();
         let io = Checkpoint::open(&dir.join("io.safetensors"))?;
         let weights = Checkpoint::open(&dir.join("weights.safetensors"))?;
@@ -110,80 +111,80 @@ impl Case {
     }
 
     /// `case.json`, for messages.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    pub(super) fn weights(&self) -> &Checkpoint {
+    pub(crate) fn weights(&self) -> &Checkpoint {
         &self.weights
     }
 
     /// The configuration of the model, parsed.
-    pub(super) fn json(&self) -> &serde_json::Value {
+    pub(crate) fn json(&self) -> &serde_json::Value {
         &self.description.config
     }
 
-    pub(super) fn config<T: DeserializeOwned>(&self) -> Result<T> {
-        from_value(&self.path, self.description.config.clone())
+    pub(crate) fn config<T: DeserializeOwned>(&self) -> Result<T> {
+        Ok(from_value(&self.path, self.description.config.clone())?)
     }
 
-    pub(super) fn run(&self) -> &Run {
+    pub(crate) fn run(&self) -> &Run {
         &self.description.run
     }
 
     /// The outputs, without the `out.` of their names.
-    pub(super) fn outputs(&self) -> impl Iterator<Item = (&str, &OutputSpec)> {
+    pub(crate) fn outputs(&self) -> impl Iterator<Item = (&str, &OutputSpec)> {
         let outputs = self.description.outputs.iter();
         outputs.map(|(name, spec)| (name.strip_prefix("out.").unwrap_or(name), spec))
     }
 
     /// The file of inputs and expected outputs.
-    pub(super) fn io(&self) -> &Checkpoint {
+    pub(crate) fn io(&self) -> &Checkpoint {
         &self.io
     }
 
     /// Whether there is an input of this name.
-    pub(super) fn has(&self, name: &str) -> bool {
+    pub(crate) fn has(&self, name: &str) -> bool {
         self.io.has(&format!("in.{name}"))
     }
 
     /// The shape of an input with this number of dimensions.
-    pub(super) fn shape<const N: usize>(&self, name: &str) -> Result<[usize; N]> {
+    pub(crate) fn shape<const N: usize>(&self, name: &str) -> Result<[usize; N]> {
         let shape = self.io.shape(&format!("in.{name}"))?;
         shape.try_into().map_err(|_| self.error(format!("in.{name}: expected {N} dimensions, got {shape:?}")))
     }
 
     /// An input of floats.
-    pub(super) fn f32(&self, name: &str) -> Result<Vec<f32>> {
+    pub(crate) fn f32(&self, name: &str) -> Result<Vec<f32>> {
         Ok(self.io.f32(&format!("in.{name}"))?.into_owned())
     }
 
     /// An input of floats that may be left out.
-    pub(super) fn f32_if_there(&self, name: &str) -> Result<Option<Vec<f32>>> {
+    pub(crate) fn f32_if_there(&self, name: &str) -> Result<Option<Vec<f32>>> {
         if self.has(name) { self.f32(name).map(Some) } else { Ok(None) }
     }
 
     /// An input of token ids or the like.
-    pub(super) fn indices(&self, name: &str) -> Result<Vec<u32>> {
+    pub(crate) fn indices(&self, name: &str) -> Result<Vec<u32>> {
         let name = format!("in.{name}");
         let index = |&i| u32::try_from(i).map_err(|_| self.error(format!("{name}: {i} is not an index")));
         self.io.i64(&name)?.iter().map(index).collect()
     }
 
     /// A mask; `true` is a real token.
-    pub(super) fn mask(&self, name: &str) -> Result<Vec<bool>> {
+    pub(crate) fn mask(&self, name: &str) -> Result<Vec<bool>> {
         Ok(self.io.u8(&format!("in.{name}"))?.iter().map(|&byte| byte != 0).collect())
     }
 
     /// A mask [B, T] as the real tokens of B sequences.
-    pub(super) fn ragged(&self, mask: &str) -> Result<Ragged> {
+    pub(crate) fn ragged(&self, mask: &str) -> Result<Ragged> {
         let [_, seq_len] = self.shape(mask)?;
         Ok(Ragged::from_mask(&self.mask(mask)?, seq_len))
     }
 
     /// The real tokens of a batch [B, T], all if there is no mask, and the first of each sequence, of which a pooler makes something even
     /// if it is padding; and which of them are real.
-    pub(super) fn ragged_from_first(
+    pub(crate) fn ragged_from_first(
         &self,
         mask: &str,
         [sequences, seq_len]: [usize; 2],
@@ -194,7 +195,7 @@ impl Case {
         Ok((tokens, is_real))
     }
 
-    pub(super) fn error(&self, message: String) -> Error {
+    pub(crate) fn error(&self, message: String) -> Error {
         Error::Case { path: self.path.clone(), message }
     }
 }

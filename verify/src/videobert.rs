@@ -1,12 +1,13 @@
 //! Cases of VideoBERT.
 
 use laneformer::Context;
+use laneformer_models::videobert::VideoBert;
+use laneformer_models::{Batch, Scratch};
 
-use super::case::{Case, Outputs};
-use crate::videobert::VideoBert;
-use crate::{Batch, Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
-pub(super) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = VideoBert::load(case.path(), case.json(), case.weights())?;
     let video_ids = model.video_ids(ctx, &case.f32("video_features")?)?;
     let (text, masked) = (case.indices("input_ids")?, case.mask("video_masked")?);

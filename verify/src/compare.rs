@@ -1,7 +1,9 @@
 //! An output against the reference: the largest error, its limit, and special values.
 
-use super::case::{Case, OutputSpec};
-use crate::{Checkpoint, Result};
+use laneformer_models::Checkpoint;
+
+use crate::Result;
+use crate::case::{Case, OutputSpec};
 
 /// How one output of a case came out.
 #[derive(Clone, Debug)]
@@ -34,13 +36,13 @@ impl Verdict {
         matches!(self.outcome, Outcome::Computed { max_abs_error } if max_abs_error <= self.limit)
     }
 
-    pub(super) fn without_result(case: &Case, output: &str, spec: &OutputSpec, why: String) -> Verdict {
+    pub(crate) fn without_result(case: &Case, output: &str, spec: &OutputSpec, why: String) -> Verdict {
         let outcome = Outcome::Missing(why);
         Verdict { case: case.name().into(), output: output.into(), limit: spec.limit(), outcome }
     }
 }
 
-pub(super) fn compare(case: &Case, output: &str, spec: &OutputSpec, actual: &[f32]) -> Result<Verdict> {
+pub(crate) fn compare(case: &Case, output: &str, spec: &OutputSpec, actual: &[f32]) -> Result<Verdict> {
     let name = format!("out.{output}");
     let expected = if spec.is_integer() {
         case.io().i64(&name)?.iter().map(|&i| i as f32).collect()

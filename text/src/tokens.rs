@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use laneformer::Graph;
+use laneformer_models::Batch;
+use laneformer_models::Error as ModelError;
 use tokenizers::{PostProcessor, Tokenizer, TruncationParams};
 
-use crate::ragged::real;
 use crate::{Error, Result};
 
 /// The tokens of one text.
@@ -29,6 +29,12 @@ impl Tokens {
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }
+
+    /// The same, if a model has as many positions, or else [`Error::TooLong`].
+    pub fn within(self, positions: usize) -> Result<Tokens> {
+        let tokens = self.len();
+        if tokens <= positions { Ok(self) } else { Err(Error::TooLong { tokens, positions }) }
+    }
 }
 
 /// The tokenizer of a model directory.
@@ -43,7 +49,7 @@ impl TextTokenizer {
     /// are as long as they are.
     pub fn open(dir: &Path) -> Result<TextTokenizer> {
         let path = dir.join("tokenizer.json");
-        let text = std::fs::read(&path).map_err(Error::io(&path))?;
+        let text = std::fs::read(&path).map_err(ModelError::io(&path))?;
         let mut tokenizer = Tokenizer::from_bytes(text).map_err(error(&path))?;
         tokenizer.with_padding(None).with_truncation(None).map_err(error(&path))?;
         Ok(TextTokenizer { tokenizer, path })
@@ -83,25 +89,6 @@ impl TextTokenizer {
 
 fn error(path: &Path) -> impl FnOnce(tokenizers::Error) -> Error + '_ {
     move |error| Error::Tokenizer { path: path.into(), message: error.to_string() }
-}
-
-/// Packed tokens of a batch; sequence `i` is tokens `offsets[i]..offsets[i + 1]`. Models without types do not look at them.
-#[derive(Clone, Copy, Debug, Default)]
-#[allow(missing_docs, reason = "one entry per token each")]
-pub struct Batch<'a> {
-    pub ids: &'a [u32],
-    pub type_ids: &'a [u32],
-    pub positions: &'a [u32],
-    pub offsets: &'a [usize],
-    /// Which tokens are seen; all if absent. Padding that keeps its place sees the others and is not seen.
-    pub is_real: Option<&'a [bool]>,
-}
-
-impl Batch<'_> {
-    /// What of `graph` leads to real tokens.
-    pub(crate) fn real(&self, graph: Graph) -> Result<Graph> {
-        real(graph, self.offsets, self.is_real)
-    }
 }
 
 /// A [`Batch`] of texts, with memory that is used again.

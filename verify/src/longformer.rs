@@ -1,13 +1,14 @@
 //! Cases of Longformer.
 
 use laneformer::Context;
+use laneformer_models::longformer::Longformer;
+use laneformer_models::ragged::Ragged;
+use laneformer_models::{Batch, Scratch};
 
-use super::case::{Case, Outputs};
-use crate::longformer::Longformer;
-use crate::ragged::Ragged;
-use crate::{Batch, Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
-pub(super) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Longformer::load(case.path(), case.json(), case.weights())?;
     let [_, seq_len] = case.shape("input_ids")?;
     let mask = case.mask("attention_mask")?;

@@ -1,13 +1,14 @@
 //! Cases of XLNet.
 
 use laneformer::Context;
+use laneformer_models::Scratch;
+use laneformer_models::attend::{keep_last, push_rows};
+use laneformer_models::xlnet::{Batch, Config, XlNet};
 
-use super::case::{Case, Outputs};
-use crate::attend::{keep_last, push_rows};
-use crate::xlnet::{Batch, Config, XlNet};
-use crate::{Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
-pub(super) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = XlNet::load(case.path(), case.json(), case.weights())?;
     let [sequences, _] = case.shape("input_ids")?;
     let Config { n_layer, mem_len, .. } = model.config;

@@ -3,6 +3,7 @@
 //! The model is not in the repository: `scripts/fetch-minilm.sh DIR` gets it, `LANEFORMER_MINILM=DIR` names it here.
 //! Without it the tests are shown as ignored; with `REQUIRE_MINILM=1` they fail.
 
+#[path = "../../verify/tests/common/mod.rs"]
 mod common;
 
 use std::path::Path;
@@ -11,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use common::{golden, on_every_isa};
 use laneformer::{Context, Executor, Isa, Serial};
 use laneformer_models::Checkpoint;
-use laneformer_models::sentence::{Buffers, SentenceEncoder, Tokens};
+use laneformer_text::sentence::{Buffers, SentenceEncoder, Tokens};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// The largest difference to the float64 vectors.

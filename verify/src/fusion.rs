@@ -1,12 +1,13 @@
 //! Cases of two fused streams.
 
 use laneformer::Context;
+use laneformer_models::Scratch;
+use laneformer_models::fusion::{Config, Fusion, Stream};
 
-use super::case::{Case, Outputs};
-use crate::fusion::{Config, Fusion, Stream};
-use crate::{Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
-pub(super) fn fusion(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn fusion(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let config: Config = case.config()?;
     let d = config.layers.d_model;
     let fusion = Fusion::load(case.path(), &config, case.weights())?;

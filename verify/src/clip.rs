@@ -1,14 +1,15 @@
 //! Cases of CLIP.
 
 use laneformer::Context;
+use laneformer_models::clip::Clip;
+use laneformer_models::conv::Images;
+use laneformer_models::ragged::Ragged;
+use laneformer_models::{Batch, Scratch};
 
-use super::case::{Case, Outputs};
-use crate::clip::Clip;
-use crate::conv::Images;
-use crate::ragged::Ragged;
-use crate::{Batch, Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
-pub(super) fn clip(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn clip(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Clip::load(case.path(), case.json(), case.weights())?;
     let images = Images::from_planes(&case.f32("pixel_values")?, case.shape("pixel_values")?)?;
     let image_states = model.image_states(&mut Scratch::default().with(ctx), &images)?;

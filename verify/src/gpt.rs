@@ -1,15 +1,16 @@
 //! Cases of GPT and GPT-2.
 
 use laneformer::Context;
+use laneformer_models::encoder::Decoding;
+use laneformer_models::gpt::Gpt;
+use laneformer_models::ragged::Ragged;
+use laneformer_models::{Batch, Scratch};
 
-use super::case::{Case, Outputs};
-use crate::encoder::Decoding;
-use crate::gpt::Gpt;
-use crate::ragged::Ragged;
-use crate::{Batch, Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
 /// Feeds the tokens in the pieces that the case lists, with a cache, or all at once without.
-pub(super) fn gpt(ctx: Context<'_>, case: &Case, model_type: &str) -> Result<Outputs> {
+pub(crate) fn gpt(ctx: Context<'_>, case: &Case, model_type: &str) -> Result<Outputs> {
     let mut json = case.json().clone();
     if let Some(fields) = json.as_object_mut() {
         fields.insert("model_type".into(), model_type.into());

@@ -5,17 +5,18 @@
 use std::path::{Path, PathBuf};
 
 use laneformer::Context;
+use laneformer_models::bert::Bert;
+use laneformer_models::clip::TextEncoder;
+use laneformer_models::config::{check, model_type, open, read_json_if_there};
+use laneformer_models::error::check_numbers;
+use laneformer_models::longformer::Longformer;
+use laneformer_models::{Batch, Error as ModelError, Scratch};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::bert::Bert;
-use crate::clip::TextEncoder;
-use crate::config::{check, model_type, open, read_json_if_there};
-use crate::error::check_numbers;
-use crate::longformer::Longformer;
+use crate::Result;
 pub use crate::tokens::Tokens;
 use crate::tokens::{Packed, TextTokenizer};
-use crate::{Batch, Error, Result, Scratch};
 
 /// `sentence_bert_config.json`.
 #[derive(Debug, Default, Deserialize)]
@@ -60,7 +61,7 @@ impl SentenceEncoder {
             Some("clip" | "clip_text_model") => |dir: &Path| open(dir, TextEncoder::load).map(Model::Clip),
             Some(other) => {
                 let served = "\"bert\", \"longformer\" or \"clip\"";
-                return Err(Error::config(&dir.join("config.json"), "model_type", served, other));
+                return Err(ModelError::config(&dir.join("config.json"), "model_type", served, other).into());
             }
         };
         check_modules(dir)?;
@@ -75,7 +76,7 @@ impl SentenceEncoder {
             };
         }
         if let Some(max) = config.max_seq_length {
-            let refused = |why| Error::config(&path, "max_seq_length", why, max);
+            let refused = |why| ModelError::config(&path, "max_seq_length", why, max);
             tokenizer.truncate_at(max).map_err(refused)?;
         }
         Ok(SentenceEncoder { model, tokenizer, config })
@@ -95,14 +96,11 @@ impl SentenceEncoder {
         self.config.max_seq_length
     }
 
-    /// The tokens of a sentence, which may be empty, if the model has as many positions ([`Error::TooLong`]) and these tokens.
+    /// The tokens of a sentence, which may be empty, if the model has as many positions ([`Error::TooLong`](crate::Error::TooLong)) and these tokens.
     pub fn tokenize(&self, sentence: &str) -> Result<Tokens> {
         let lower = self.config.do_lower_case.then(|| sentence.to_lowercase());
         let tokens = self.tokenizer.encode(lower.as_deref().unwrap_or(sentence))?;
-        let positions = self.model.positions();
-        if tokens.len() > positions {
-            return Err(Error::TooLong { tokens: tokens.len(), positions });
-        }
+        let tokens = tokens.within(self.model.positions())?;
         let embeddings = match &self.model {
             Model::Bert(bert) => &bert.encoder.embeddings,
             Model::Longformer(longformer) => &longformer.embeddings,
@@ -116,7 +114,7 @@ impl SentenceEncoder {
     /// any lengths go together; an embedding does not depend on the sentences around it.
     ///
     /// # Errors
-    /// [`Error::NotANumber`] if an embedding is not one.
+    /// [`NotANumber`](ModelError::NotANumber) if an embedding is not one.
     pub fn embed(&self, ctx: Context<'_>, sentences: &[Tokens], buffers: &mut Buffers) -> Result<Vec<f32>> {
         let embeddings = self.embeddings(ctx, sentences, buffers)?;
         check_numbers("an embedding", &embeddings)?;
@@ -137,7 +135,7 @@ impl SentenceEncoder {
             }
             Model::Clip(clip) => {
                 let states = clip.states(&mut scratch.with(ctx), batch)?;
-                return clip.embed(ctx, batch, &states);
+                return Ok(clip.embed(ctx, batch, &states)?);
             }
         };
         let d = self.dim();
@@ -173,7 +171,7 @@ fn unit_mean(rows: &[f32], d: usize) -> Vec<f32> {
 }
 
 /// Where newer directories say at what length sentences are cut off. Tokenizers without a limit have a very large one.
-fn model_max_length(dir: &Path) -> Result<Option<usize>> {
+fn model_max_length(dir: &Path) -> Result<Option<usize>, ModelError> {
     let config: Option<Value> = read_json_if_there(&dir.join("tokenizer_config.json"))?;
     Ok(config
         .and_then(|config| config["model_max_length"].as_u64())
@@ -181,7 +179,7 @@ fn model_max_length(dir: &Path) -> Result<Option<usize>> {
 }
 
 /// A prompt that stands before all sentences is not for a model that gets them as they are.
-fn check_prompt(dir: &Path) -> Result<()> {
+fn check_prompt(dir: &Path) -> Result<(), ModelError> {
     let path = dir.join("config_sentence_transformers.json");
     let config: Value = read_json_if_there(&path)?.unwrap_or_default();
     let name = config["default_prompt_name"].as_str().unwrap_or_default();
@@ -191,7 +189,7 @@ fn check_prompt(dir: &Path) -> Result<()> {
 
 /// `modules.json` and the pooling's configuration, if they are there, describe what is computed here: other poolings
 /// would give other vectors without a word.
-fn check_modules(dir: &Path) -> Result<()> {
+fn check_modules(dir: &Path) -> Result<(), ModelError> {
     #[derive(Deserialize)]
     struct Module {
         #[serde(rename = "type")]
@@ -204,13 +202,20 @@ fn check_modules(dir: &Path) -> Result<()> {
         match module.kind.rsplit('.').next() {
             Some("Transformer" | "Normalize") => {}
             Some("Pooling") => check_pooling(&dir.join(module.path).join("config.json"))?,
-            _ => return Err(Error::config(&path, "type", "Transformer, Pooling or Normalize", module.kind)),
+            _ => {
+                return Err(ModelError::config(
+                    &path,
+                    "type",
+                    "Transformer, Pooling or Normalize",
+                    module.kind,
+                ));
+            }
         }
     }
     Ok(())
 }
 
-fn check_pooling(path: &Path) -> Result<()> {
+fn check_pooling(path: &Path) -> Result<(), ModelError> {
     let pooling: serde_json::Map<String, Value> = read_json_if_there(path)?.unwrap_or_default();
     // One field in newer directories, a name or a list of names.
     let mode = pooling.get("pooling_mode").cloned().unwrap_or(json!("mean"));
@@ -220,6 +225,6 @@ fn check_pooling(path: &Path) -> Result<()> {
     });
     match others.map(|(mode, _)| mode).next() {
         None => Ok(()),
-        Some(mode) => Err(Error::config(path, "pooling mode", "pooling_mode_mean_tokens alone", mode)),
+        Some(mode) => Err(ModelError::config(path, "pooling mode", "pooling_mode_mean_tokens alone", mode)),
     }
 }

@@ -1,14 +1,15 @@
 //! Cases of whole models: inputs to calls, results to outputs.
 
 use laneformer::{BatchStats, Context, MatMut, batchnorm_train};
+use laneformer_models::bert::Bert;
+use laneformer_models::vanilla::{self, Vanilla};
+use laneformer_models::{Batch, Scratch, Weights, encoder};
 use serde::Deserialize;
 
-use super::case::{Case, Outputs};
-use crate::bert::Bert;
-use crate::vanilla::{self, Vanilla};
-use crate::{Batch, Result, Scratch, Weights, encoder};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
-pub(super) fn bert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn bert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Bert::load(case.path(), case.json(), case.weights())?;
     let d = model.config.hidden_size;
     let tokens = case.ragged("attention_mask")?;
@@ -33,7 +34,7 @@ pub(super) fn bert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     Ok(outputs)
 }
 
-pub(super) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let config: vanilla::Config = case.config()?;
     let d = config.d_model;
     let model = Vanilla::load(case.path(), &config, case.weights())?;
@@ -61,7 +62,7 @@ pub(super) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     Ok(outputs)
 }
 
-pub(super) fn norms(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn norms(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     if case.run().train {
         return batchnorm_training(ctx, case);
     }

@@ -1,12 +1,13 @@
 //! Cases of Pano-AVQA's three-stream model.
 
 use laneformer::Context;
+use laneformer_models::Scratch;
+use laneformer_models::lavit::{Batch, Features, Lavit};
 
-use super::case::{Case, Outputs};
-use crate::lavit::{Batch, Features, Lavit};
-use crate::{Result, Scratch};
+use crate::Result;
+use crate::case::{Case, Outputs};
 
-pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Lavit::load(case.path(), case.json(), case.weights())?;
     let config = &model.config;
     let (l, l_real) = case.ragged_from_first("l_mask", case.shape("input_ids")?)?;
@@ -40,7 +41,13 @@ pub(super) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let (positions, offsets) = (l.positions(), l.offsets());
     let audio: Vec<_> = audio.iter().map(Vec::as_slice).collect();
     let batch = Batch {
-        language: crate::Batch { ids: &ids, type_ids: &types, positions, offsets, is_real: Some(&l_real) },
+        language: laneformer_models::Batch {
+            ids: &ids,
+            type_ids: &types,
+            positions,
+            offsets,
+            is_real: Some(&l_real),
+        },
         audio: Features { kinds: &audio, offsets: a.offsets(), is_real: Some(&a_real) },
         video: Features { kinds: &[&v_feat, &v_coord], offsets: v.offsets(), is_real: Some(&v_real) },
     };

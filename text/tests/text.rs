@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use laneformer_models::tokens::TextTokenizer;
+use laneformer_text::tokens::TextTokenizer;
 use serde_json::{Value, json};
 
 /// A tokenizer whose tokens are bytes: `é` is 0 and 1, `😀` is 2 to 5, `a` is 6, a space and `b` are 7, the end is 8.

@@ -2,6 +2,8 @@
 //!
 //! A case is a directory with `case.json`, `weights.safetensors` and `io.safetensors` (tensors `in.*` and `out.*`).
 
+#![forbid(unsafe_code)]
+
 mod attention;
 mod bart;
 mod case;
@@ -19,14 +21,34 @@ mod transformer_xl;
 mod videobert;
 mod xlnet;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use laneformer::Context;
 
 pub use case::Case;
 pub use compare::{Outcome, Verdict};
 
-use crate::{Error, Result};
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a case cannot be read, or an output not be computed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages say what the variants and their fields are")]
+pub enum Error {
+    /// The case contradicts itself.
+    #[error("{}: {message}", path.display())]
+    Case { path: PathBuf, message: String },
+    /// A part of the format that this version does not have.
+    #[error("not built yet: {0}")]
+    NotBuilt(String),
+    /// The file, or the model of the case.
+    #[error(transparent)]
+    Model(#[from] laneformer_models::Error),
+    /// The library refused a call.
+    #[error(transparent)]
+    Kernel(#[from] laneformer::Error),
+}
 
 /// Runs the case in `dir` and compares every output. What keeps a case or one of its outputs from being computed is
 /// an outcome of that output.

@@ -3,8 +3,8 @@
 use laneformer::{Bias, Bits, Context, Graph, Heads, KeyStore, MatMut, MatRef, QueryRows, Terms};
 use serde::Deserialize;
 
-use super::case::{Case, Outputs};
 use crate::Result;
+use crate::case::{Case, Outputs};
 
 #[derive(Deserialize)]
 struct Config {
@@ -22,7 +22,7 @@ fn unlimited() -> [i64; 2] {
     [-1, -1]
 }
 
-pub(super) fn attention(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn attention(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let config: Config = case.config()?;
     let [batch, queries, n_heads, head_dim] = case.shape("q")?;
     let [_, new_keys, n_kv_heads, _] = case.shape("k")?;

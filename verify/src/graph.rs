@@ -1,14 +1,15 @@
 //! Cases of attention along a graph.
 
 use laneformer::{Bias, Bits, Context, Graph, Inputs, Terms};
+use laneformer_models::attend::offsets;
+use laneformer_models::encoder::{Config, ENCODER};
+use laneformer_models::{Scratch, Weights};
 
-use super::case::{Case, Outputs};
-use crate::attend::offsets;
-use crate::encoder::{Config, ENCODER};
-use crate::{Error, Result, Scratch, Weights};
+use crate::case::{Case, Outputs};
+use crate::{Error, Result};
 
 /// Edges, groups of tokens and key padding are combined by AND.
-pub(super) fn graph(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn graph(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let config: Config = case.config()?;
     let layer = config.layers(case.path())?.single(&Weights::new(case.weights(), "layer"), ENCODER)?;
     let [sequences, seq_len, _] = case.shape("x")?;

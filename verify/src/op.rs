@@ -4,11 +4,11 @@ use laneformer::{
     Activation, Affine, BatchStats, Context, Epilogue, Function, MatMut, MatRef, batchnorm_train,
     elementwise, layernorm, rmsnorm, softmax,
 };
+use laneformer_models::weights::linear;
 use serde::Deserialize;
 
-use super::attention::attention;
-use super::case::{Case, Outputs};
-use crate::weights::linear;
+use crate::attention::attention;
+use crate::case::{Case, Outputs};
 use crate::{Error, Result};
 
 #[derive(Deserialize)]
@@ -24,7 +24,7 @@ struct Config {
     momentum: f32,
 }
 
-pub(super) fn run(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
+pub(crate) fn run(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let config: Config = case.config()?;
     if config.op == "attention" {
         return attention(ctx, case);

@@ -7,20 +7,23 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use laneformer::{Context, Linear, MatMut, softmax};
+use laneformer_models::bart::Bart;
+use laneformer_models::config::{
+    check, from_value, model_type, open, read_json, read_json_if_there, with_defaults,
+};
+use laneformer_models::encoder::{Decoding, Transformer};
+use laneformer_models::error::check_numbers;
+use laneformer_models::gpt::Gpt;
+use laneformer_models::head::argmax;
+use laneformer_models::run::project;
+use laneformer_models::{Batch, Error as ModelError, Scratch};
 use rand_pcg::Pcg32;
 use rand_pcg::rand_core::{Rng, SeedableRng};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::bart::Bart;
-use crate::config::{check, from_value, model_type, open, read_json, read_json_if_there, with_defaults};
-use crate::encoder::{Decoding, Transformer};
-use crate::error::check_numbers;
-use crate::gpt::Gpt;
-use crate::head::argmax;
-use crate::run::project;
 use crate::tokens::TextTokenizer;
-use crate::{Batch, Error, Result, Scratch};
+use crate::{Error, Result};
 
 /// A language model with its tokenizer.
 #[derive(Debug)]
@@ -101,7 +104,8 @@ impl Generator {
             Some("bart") => |dir: &Path| open(dir, Bart::load).map(Model::Bart),
             other => {
                 let (path, served) = (dir.join("config.json"), "\"gpt2\", \"openai-gpt\" or \"bart\"");
-                return Err(Error::config(&path, "model_type", served, other.unwrap_or("none")));
+                let actual = other.unwrap_or("none");
+                return Err(ModelError::config(&path, "model_type", served, actual).into());
             }
         };
         let ((path, special), tokenizer) = (Special::open(dir)?, TextTokenizer::open(dir)?);
@@ -189,7 +193,7 @@ pub struct Generation<'a> {
 
 impl Generation<'_> {
     /// The next token; `None` behind the last: at one that ends texts, which is not returned, after `max_tokens`, or where
-    /// the model has no more positions. [`Error::NotANumber`] if the model's answer is not one.
+    /// the model has no more positions. [`NotANumber`](ModelError::NotANumber) if the model's answer is not one.
     pub fn next(&mut self, ctx: Context<'_>, sampler: &mut Sampler) -> Result<Option<u32>> {
         if self.left == 0 || self.is_full() {
             return Ok(None);
@@ -226,7 +230,7 @@ impl Generation<'_> {
         let last = &hidden[hidden.len() - head.in_features()..];
         self.seen = end;
         self.next.clear();
-        project(ctx, head, last)
+        Ok(project(ctx, head, last)?)
     }
 }
 
