@@ -206,7 +206,12 @@ fn directories_and_arguments_that_do_not_fit_are_refused() {
     refused(&model, &["--labels", "w5"], &["preprocessor_config.json: No such file"]);
     for (tower, field, value, expected) in [
         ("vision_config", "patch_size", json!(0), "patch_size: expected 1 to the image size 20, got 0"),
-        ("vision_config", "hidden_act", json!("mish"), "hidden_act: expected relu"),
+        (
+            "vision_config",
+            "hidden_act",
+            json!("mish"),
+            "vision_config: invalid value: string \"mish\", expected one of the activations",
+        ),
         ("vision_config", "image_size", json!(25), "position_embedding.weight: expected shape [26, 50]"),
         ("text_config", "num_attention_heads", json!(0), "num_attention_heads: expected a divisor of"),
         ("text_config", "num_hidden_layers", json!(2), "no tensor text_model.encoder.layers.1"),

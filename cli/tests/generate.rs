@@ -203,7 +203,11 @@ fn directories_that_do_not_fit_are_refused() {
         ("n_layer", json!(3), "no tensor transformer.h.2.attn.c_attn.weight"),
         ("vocab_size", json!(51), "wte.weight: expected shape [51, 48], got [50, 48]"),
         ("n_head", json!(0), "n_head: expected a divisor of the model size 48, got 0"),
-        ("activation_function", json!("mish"), "activation_function: expected relu"),
+        (
+            "activation_function",
+            json!("mish"),
+            "activation_function: invalid value: string \"mish\", expected one of the activations",
+        ),
         ("add_cross_attention", json!(true), "add_cross_attention: expected false"),
         ("tie_word_embeddings", json!(false), "no tensor lm_head.weight"),
         ("bos_token_id", json!("first"), "config.json"),

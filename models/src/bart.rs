@@ -3,11 +3,11 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Linear};
+use laneformer::{Activation, Context, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::config::{activation, check, check_model_type, from_value, heads, with_defaults};
+use crate::config::{activation, heads, only, read};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Transformer};
 use crate::run::project;
@@ -30,18 +30,14 @@ pub struct Config {
     pub encoder_ffn_dim: usize,
     pub decoder_ffn_dim: usize,
     pub max_position_embeddings: usize,
-    pub activation_function: String,
+    #[serde(deserialize_with = "activation")]
+    pub activation_function: Activation,
     pub scale_embedding: bool,
     pub decoder_start_token_id: u32,
-    pub normalize_before: bool,
-    pub tie_word_embeddings: bool,
 }
 
 fn defaults() -> Value {
-    json!({
-        "activation_function": "gelu", "scale_embedding": false, "decoder_start_token_id": 2,
-        "normalize_before": false, "tie_word_embeddings": true,
-    })
+    json!({ "activation_function": "gelu", "scale_embedding": false, "decoder_start_token_id": 2 })
 }
 
 const SELF_ATTENTION: Part = Part::SelfAttention(Attention::proj("self_attn", "self_attn_layer_norm"));
@@ -62,13 +58,10 @@ pub struct Bart {
 impl Bart {
     /// Packs the weights of a checkpoint, with or without `model.` before their names; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Bart> {
-        check_model_type(path, json, "bart")?;
-        let config: Config = from_value(path, with_defaults(Some(json), defaults()))?;
-        check(path, "normalize_before", config.normalize_before, !config.normalize_before, "false")?;
-        let is_tied = config.tie_word_embeddings;
-        check(path, "tie_word_embeddings", is_tied, is_tied, "true, one table")?;
-        let (d, vocab_size) = (config.d_model, config.vocab_size);
-        let act = activation(path, "activation_function", &config.activation_function)?;
+        only(path, json, &[("model_type", "bart".into()), ("normalize_before", false.into())])?;
+        only(path, json, &[("tie_word_embeddings", true.into())])?;
+        let config: Config = read(path, json, defaults())?;
+        let (d, vocab_size, act) = (config.d_model, config.vocab_size, config.activation_function);
         let w = checkpoint.root(&["model.", ""], "shared.weight");
         let shared = w.embedding("shared", vocab_size, d)?;
         let side = |name, parts: &[Part], (field, n_heads, d_ff, n)| {

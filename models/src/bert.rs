@@ -3,11 +3,12 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Graph, Linear, MatMut};
+use laneformer::{Activation, Context, Graph, Linear, MatMut};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::config::{activation, check, check_model_type, epsilon, from_value, heads, with_defaults};
+use crate::config::{self, activation, epsilon, heads, only};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::head;
@@ -24,33 +25,31 @@ pub struct Config {
     pub num_attention_heads: usize,
     pub intermediate_size: usize,
     pub max_position_embeddings: usize,
-    pub hidden_act: String,
+    #[serde(deserialize_with = "activation")]
+    pub hidden_act: Activation,
     pub type_vocab_size: usize,
     #[serde(deserialize_with = "epsilon")]
     pub layer_norm_eps: f32,
-    pub position_embedding_type: Option<String>,
-    pub is_decoder: bool,
 }
 
-pub(crate) fn defaults() -> Value {
-    json!({ "hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12, "is_decoder": false })
+/// A configuration that has BERT's in it.
+pub(crate) fn read<T: DeserializeOwned>(path: &Path, json: &Value) -> Result<T> {
+    only(path, json, &[("position_embedding_type", "absolute".into()), ("is_decoder", false.into())])?;
+    config::read(path, json, json!({ "hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12 }))
 }
 
 impl Config {
     /// From parsed JSON, which may name no other model; `path` is for messages.
     pub fn from_json(path: &Path, json: &Value) -> Result<Config> {
-        check_model_type(path, json, "bert")?;
-        from_value(path, with_defaults(Some(json), defaults()))
+        only(path, json, &[("model_type", "bert".into())])?;
+        read(path, json)
     }
 
-    /// What the layers have in common, if this crate can follow the configuration.
+    /// What the layers have in common.
     pub(crate) fn layers(&self, path: &Path) -> Result<LayerSpec> {
-        let act = activation(path, "hidden_act", &self.hidden_act)?;
+        let (d_ff, act, eps) = (self.intermediate_size, self.hidden_act, self.layer_norm_eps);
         let heads = heads(path, "num_attention_heads", self.hidden_size, self.num_attention_heads)?;
-        let positions = self.position_embedding_type.as_deref().unwrap_or("absolute");
-        check(path, "position_embedding_type", positions, positions == "absolute", "\"absolute\"")?;
-        check(path, "is_decoder", self.is_decoder, !self.is_decoder, "false")?;
-        Ok(LayerSpec::new(heads, self.intermediate_size, act, NormPlacement::Post, self.layer_norm_eps))
+        Ok(LayerSpec::new(heads, d_ff, act, NormPlacement::Post, eps))
     }
 
     /// LN(word + type + position)

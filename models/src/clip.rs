@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::attend::offsets;
-use crate::config::{activation, check, check_model_type, epsilon, from_value, heads, with_defaults};
+use crate::config::{activation, check, epsilon, from_value, heads, only, read, with_defaults};
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, Embeddings};
 use crate::encoder::{Attention, Decoding, LayerSpec, Layers, NormPlacement, Part, Transformer};
@@ -39,7 +39,8 @@ pub struct TowerConfig {
     pub intermediate_size: usize,
     pub num_hidden_layers: usize,
     pub num_attention_heads: usize,
-    pub hidden_act: String,
+    #[serde(deserialize_with = "activation")]
+    pub hidden_act: Activation,
     #[serde(deserialize_with = "epsilon")]
     pub layer_norm_eps: f32,
 }
@@ -86,7 +87,7 @@ fn vision_defaults() -> Value {
 
 impl Config {
     fn from_json(path: &Path, json: &Value) -> Result<Config> {
-        check_model_type(path, json, "clip")?;
+        only(path, json, &[("model_type", "clip".into())])?;
         let towers = json!({
             "text_config": with_defaults(json.get("text_config"), text_defaults()),
             "vision_config": with_defaults(json.get("vision_config"), vision_defaults()),
@@ -102,8 +103,8 @@ impl Config {
 impl TowerConfig {
     fn layers(&self, path: &Path) -> Result<LayerSpec> {
         let heads = heads(path, "num_attention_heads", self.hidden_size, self.num_attention_heads)?;
-        let act = activation(path, "hidden_act", &self.hidden_act)?;
-        Ok(LayerSpec::new(heads, self.intermediate_size, act, NormPlacement::Pre, self.layer_norm_eps))
+        let (d_ff, act, eps) = (self.intermediate_size, self.hidden_act, self.layer_norm_eps);
+        Ok(LayerSpec::new(heads, d_ff, act, NormPlacement::Pre, eps))
     }
 }
 
@@ -211,7 +212,7 @@ impl TextEncoder {
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<TextEncoder> {
         let is_alone = json.get("model_type").is_some_and(|model_type| model_type == "clip_text_model");
         let config = if is_alone {
-            from_value(path, with_defaults(Some(json), text_defaults()))?
+            read(path, json, text_defaults())?
         } else {
             Config::from_json(path, json)?.text_config
         };

@@ -56,7 +56,7 @@ pub fn model_type(dir: &Path) -> Result<Option<String>> {
     Ok(json.get("model_type").and_then(Value::as_str).map(String::from))
 }
 
-/// A configuration with defaults for what it does not have: what Hugging Face leaves out of a file is as its classes have it.
+/// A configuration, or none, with defaults for what it does not have.
 pub fn with_defaults(json: Option<&Value>, mut defaults: Value) -> Value {
     match (json, &mut defaults) {
         (None | Some(Value::Null), _) => defaults,
@@ -68,12 +68,19 @@ pub fn with_defaults(json: Option<&Value>, mut defaults: Value) -> Value {
     }
 }
 
-/// A configuration that names a model names this one.
-pub(crate) fn check_model_type(path: &Path, json: &Value, expected: &str) -> Result<()> {
-    match json.get("model_type").filter(|model_type| *model_type != expected) {
-        None => Ok(()),
-        Some(other) => Err(Error::config(path, "model_type", format!("{expected:?}"), other)),
-    }
+/// A model's configuration: what Hugging Face leaves out of a file is as its classes have it.
+pub(crate) fn read<T: DeserializeOwned>(path: &Path, json: &Value, defaults: Value) -> Result<T> {
+    from_value(path, with_defaults(Some(json), defaults))
+}
+
+/// Fields of which this crate follows one value. They may be absent or, where that is not the opposite, null.
+pub(crate) fn only(path: &Path, json: &Value, fields: &[(&'static str, Value)]) -> Result<()> {
+    fields.iter().try_for_each(|(field, followed)| match json.get(field) {
+        Some(other) if other != followed && (!other.is_null() || *followed == true) => {
+            Err(Error::config(path, field, followed.to_string(), other))
+        }
+        _ => Ok(()),
+    })
 }
 
 /// What has to hold of a field's value.
@@ -87,16 +94,20 @@ pub fn check(
     if holds { Ok(()) } else { Err(Error::config(path, field, expected, actual)) }
 }
 
-/// The activation that a configuration names.
-pub fn activation(path: &Path, field: &'static str, name: &str) -> Result<Activation> {
-    match name {
-        "relu" => Ok(Activation::Relu),
-        "gelu" => Ok(Activation::GeluErf),
-        "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
-        "quick_gelu" => Ok(Activation::QuickGelu),
-        "silu" | "swish" => Ok(Activation::Silu),
-        _ => Err(Error::config(path, field, "relu, gelu, gelu_new, quick_gelu or silu", name)),
-    }
+/// An activation by its name.
+pub(crate) fn activation<'de, D: Deserializer<'de>>(json: D) -> Result<Activation, D::Error> {
+    let name = String::deserialize(json)?;
+    Ok(match &name[..] {
+        "relu" => Activation::Relu,
+        "gelu" => Activation::GeluErf,
+        "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+        "quick_gelu" => Activation::QuickGelu,
+        "silu" | "swish" => Activation::Silu,
+        other => {
+            let known = "one of the activations relu, gelu, gelu_new, quick_gelu and silu";
+            return Err(D::Error::invalid_value(Unexpected::Str(other), &known));
+        }
+    })
 }
 
 /// The epsilon of a norm.

@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use std::f64::consts::TAU;
 use std::path::Path;
 
-use laneformer::{Graph, Inputs, Linear};
+use laneformer::{Activation, Graph, Inputs, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::config::{activation, check, from_value, heads, with_defaults};
+use crate::config::{activation, check, from_value, heads, only, with_defaults};
 use crate::conv::Images;
 use crate::embedding::Sinusoid;
 use crate::encoder::{Attention, LayerSpec, Layers, NormPlacement, Part};
@@ -27,8 +27,8 @@ pub struct Config {
     pub encoder_layers: usize,
     pub encoder_attention_heads: usize,
     pub encoder_ffn_dim: usize,
-    pub activation_function: String,
-    pub position_embedding_type: String,
+    #[serde(deserialize_with = "activation")]
+    pub activation_function: Activation,
     pub backbone_config: resnet::Config,
 }
 
@@ -51,19 +51,15 @@ pub struct Detr {
 impl Detr {
     /// Packs the weights of a checkpoint, with or without `model.` before their names; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Detr> {
+        only(path, json, &[("position_embedding_type", "sine".into())])?;
         let backbone = with_defaults(json.get("backbone_config"), resnet::defaults());
-        let json = with_defaults(
-            Some(json),
-            json!({ "activation_function": "relu", "position_embedding_type": "sine" }),
-        );
+        let json = with_defaults(Some(json), json!({ "activation_function": "relu" }));
         let config: Config =
             from_value(path, with_defaults(Some(&json!({ "backbone_config": backbone })), json))?;
-        let (d, positions) = (config.d_model, &config.position_embedding_type);
-        check(path, "position_embedding_type", positions, positions == "sine", "\"sine\"")?;
+        let (d, act) = (config.d_model, config.activation_function);
         let expected = "a multiple of 4, for sines and cosines of y and x";
         check(path, "d_model", d, d.is_multiple_of(4), expected)?;
         let heads = heads(path, "encoder_attention_heads", d, config.encoder_attention_heads)?;
-        let act = activation(path, "activation_function", &config.activation_function)?;
         let spec = LayerSpec::new(heads, config.encoder_ffn_dim, act, NormPlacement::Post, 1e-5);
         let w = checkpoint.root(&["", "model."], "input_projection.weight");
         let layers = spec.stack(&w.at("encoder.layers"), LAYER, config.encoder_layers)?;

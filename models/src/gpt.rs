@@ -7,7 +7,7 @@ use laneformer::{Activation, Context, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::config::{activation, check, check_model_type, epsilon, from_value, heads, with_defaults};
+use crate::config::{activation, epsilon, heads, only, read};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::run::project;
@@ -24,24 +24,23 @@ pub struct Config {
     pub n_head: usize,
     pub n_inner: Option<usize>,
     // By an alias: a default beside it would be the same field twice.
-    #[serde(alias = "afn", default = "gelu_new")]
-    pub activation_function: String,
+    #[serde(alias = "afn", default = "gelu_new", deserialize_with = "activation")]
+    pub activation_function: Activation,
     #[serde(deserialize_with = "epsilon")]
     pub layer_norm_epsilon: f32,
     pub scale_attn_weights: bool,
     pub scale_attn_by_inverse_layer_idx: bool,
-    pub add_cross_attention: bool,
     pub tie_word_embeddings: bool,
 }
 
-fn gelu_new() -> String {
-    "gelu_new".into()
+fn gelu_new() -> Activation {
+    Activation::GeluTanh
 }
 
 fn defaults() -> Value {
     json!({
         "layer_norm_epsilon": 1e-5, "scale_attn_weights": true, "scale_attn_by_inverse_layer_idx": false,
-        "add_cross_attention": false, "tie_word_embeddings": true,
+        "tie_word_embeddings": true,
     })
 }
 
@@ -69,20 +68,19 @@ impl Gpt {
     /// `model_type` tells the versions apart; none is GPT-2.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Gpt> {
         let is_first = json.get("model_type").is_some_and(|model_type| model_type == "openai-gpt");
-        let (field, tables, placement) = if is_first {
-            ("afn", ["tokens_embed", "positions_embed"], NormPlacement::Post)
+        let (model_type, tables, placement) = if is_first {
+            ("openai-gpt", ["tokens_embed", "positions_embed"], NormPlacement::Post)
         } else {
-            check_model_type(path, json, "gpt2")?;
-            ("activation_function", ["wte", "wpe"], NormPlacement::Pre)
+            ("gpt2", ["wte", "wpe"], NormPlacement::Pre)
         };
-        let config: Config = from_value(path, with_defaults(Some(json), defaults()))?;
+        only(path, json, &[("model_type", model_type.into()), ("add_cross_attention", false.into())])?;
+        let config: Config = read(path, json, defaults())?;
         let (d, eps) = (config.n_embd, config.layer_norm_epsilon);
         let mut heads = heads(path, "n_head", d, config.n_head)?;
-        check(path, "add_cross_attention", config.add_cross_attention, !config.add_cross_attention, "false")?;
-        let act = match config.activation_function.as_str() {
-            // GPT calls the tanh form so.
-            "gelu" if is_first => Activation::GeluTanh,
-            name => activation(path, field, name)?,
+        let act = match config.activation_function {
+            // GPT calls the tanh form `gelu`.
+            Activation::GeluErf if is_first => Activation::GeluTanh,
+            other => other,
         };
         let w = checkpoint.root(&["transformer.", ""], &format!("{}.weight", tables[0]));
         let words = w.embedding(tables[0], config.vocab_size, d)?;

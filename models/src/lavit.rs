@@ -9,7 +9,6 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::bert::{self, Bert, attention};
-use crate::config::{from_value, with_defaults};
 use crate::encoder::{Layers, Part};
 use crate::error::check_size;
 use crate::head::{self, Head};
@@ -104,7 +103,7 @@ pub struct Lavit {
 impl Lavit {
     /// Packs the weights of a checkpoint; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Lavit> {
-        let config: Config = from_value(path, with_defaults(Some(json), bert::defaults()))?;
+        let config: Config = bert::read(path, json)?;
         let (spec, d) = (config.bert.layers(path)?, config.bert.hidden_size);
         let w = Weights::new(checkpoint, "bert");
         let encoder = w.at("encoder");

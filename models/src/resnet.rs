@@ -27,7 +27,8 @@ pub struct Config {
     pub hidden_sizes: Vec<usize>,
     pub depths: Vec<usize>,
     pub layer_type: LayerType,
-    pub hidden_act: String,
+    #[serde(deserialize_with = "activation")]
+    pub hidden_act: Activation,
     pub downsample_in_first_stage: bool,
     pub downsample_in_bottleneck: bool,
 }
@@ -70,8 +71,7 @@ impl ResNet {
     pub fn load(path: &Path, w: &Weights<'_>, config: &Config) -> Result<ResNet> {
         let (n, sizes) = (config.depths.len(), config.hidden_sizes.len());
         check(path, "depths", n, n == sizes, format!("{sizes} numbers, as hidden_sizes has"))?;
-        let act = activation(path, "hidden_act", &config.hidden_act)?;
-        let function = match act {
+        let function = match config.hidden_act {
             Activation::GeluErf => Function::GeluErf,
             Activation::GeluTanh => Function::GeluTanh,
             Activation::QuickGelu => Function::QuickGelu,
@@ -90,7 +90,7 @@ impl ResNet {
                 channels = size;
             }
         }
-        Ok(ResNet { stem, blocks, activation: (act, function) })
+        Ok(ResNet { stem, blocks, activation: (config.hidden_act, function) })
     }
 
     /// The last feature map.

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::attend::{Block, Distances, Projections, Seen, keep_last, len_of_each, offsets, push_rows};
-use crate::config::{check, from_value, with_defaults};
+use crate::config::{check, only, read};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
 use crate::error::check_size;
@@ -34,21 +34,15 @@ pub struct Config {
     pub same_length: bool,
     pub pre_lnorm: bool,
     pub untie_r: bool,
-    pub attn_type: usize,
-    pub div_val: usize,
 }
 
 fn defaults() -> Value {
-    json!({
-        "clamp_len": 0, "same_length": false, "pre_lnorm": false, "untie_r": false, "attn_type": 0, "div_val": 1,
-    })
+    json!({ "clamp_len": 0, "same_length": false, "pre_lnorm": false, "untie_r": false })
 }
 
 impl Config {
     fn check(&self, path: &Path) -> Result<()> {
-        let Config { d_model, n_head, d_head, mem_len, attn_type, div_val, .. } = *self;
-        check(path, "attn_type", attn_type, attn_type == 0, "0, relative positions")?;
-        check(path, "div_val", div_val, div_val == 1, "1, one embedding table")?;
+        let Config { d_model, n_head, d_head, mem_len, .. } = *self;
         // Every token would see the last 0 tokens.
         check(path, "mem_len", mem_len, mem_len > 0 || !self.same_length, "a memory, with same_length")?;
         check(path, "d_model", d_model, d_model > 0 && d_model.is_multiple_of(2), "an even number")?;
@@ -105,7 +99,9 @@ impl Memory {
 impl TransformerXl {
     /// Packs the weights; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<TransformerXl> {
-        let config: Config = from_value(path, with_defaults(Some(json), defaults()))?;
+        // Relative positions, and one embedding table.
+        only(path, json, &[("attn_type", 0.into()), ("div_val", 1.into())])?;
+        let config: Config = read(path, json, defaults())?;
         config.check(path)?;
         let w = Weights::new(checkpoint, "");
         let tokens = w.embedding("word_emb.emb_layers.0", config.vocab_size, config.d_model)?;

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use laneformer::{Context, Linear};
+use laneformer::{Activation, Context, Linear};
 use serde::Deserialize;
 
 use crate::config::{activation, epsilon, heads};
@@ -23,7 +23,8 @@ pub struct Config {
     pub num_encoder_layers: usize,
     #[serde(default)]
     pub num_decoder_layers: usize,
-    pub activation: String,
+    #[serde(deserialize_with = "activation")]
+    pub activation: Activation,
     pub norm_first: bool,
     pub final_norm: bool,
     #[serde(deserialize_with = "epsilon")]
@@ -48,10 +49,9 @@ impl Vanilla {
     /// Packs the weights; `path` is for messages.
     pub fn load(path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<Vanilla> {
         let heads = heads(path, "nhead", config.d_model, config.nhead)?;
-        let activation = activation(path, "activation", &config.activation)?;
         let placement = if config.norm_first { NormPlacement::Pre } else { NormPlacement::Post };
-        let spec =
-            LayerSpec::new(heads, config.dim_feedforward, activation, placement, config.layer_norm_eps);
+        let (d_ff, eps) = (config.dim_feedforward, config.layer_norm_eps);
+        let spec = LayerSpec::new(heads, d_ff, config.activation, placement, eps);
         let w = Weights::new(checkpoint, "");
         let stack = |name, parts, n| spec.closed_stack(&w.at(name), parts, n, config.final_norm);
         let n_decoder = Some(config.num_decoder_layers).filter(|&n| n > 0);

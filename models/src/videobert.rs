@@ -8,7 +8,6 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::bert::{self, Bert};
-use crate::config::{from_value, with_defaults};
 use crate::error::{check_numbers, check_size};
 use crate::head::{Head, argmax};
 use crate::run::project;
@@ -42,7 +41,7 @@ pub struct VideoBert {
 impl VideoBert {
     /// Packs the weights of a checkpoint; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<VideoBert> {
-        let config: Config = from_value(path, with_defaults(Some(json), bert::defaults()))?;
+        let config: Config = bert::read(path, json)?;
         let (d, n, n_features) = (config.bert.hidden_size, config.num_centroids, config.video_feature_dim);
         let w = Weights::new(checkpoint, "");
         let mut bert = Bert::new(path, config.bert.clone(), checkpoint)?;

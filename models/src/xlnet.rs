@@ -5,13 +5,14 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use laneformer::{
-    Bits, Context, Graph, KeyStore, Linear, MatRef, PackedMatrix, Relative, RelativeTable, SegmentTerm, Terms,
+    Activation, Bits, Context, Graph, KeyStore, Linear, MatRef, PackedMatrix, Relative, RelativeTable,
+    SegmentTerm, Terms,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::attend::{Block, Distances, Projections, Seen, keep_last, len_of_each, offsets, push_rows};
-use crate::config::{activation, check, epsilon, from_value, heads, with_defaults};
+use crate::config::{activation, check, epsilon, heads, only, read};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
 use crate::error::check_size;
@@ -28,39 +29,39 @@ pub struct Config {
     pub n_head: usize,
     pub d_inner: usize,
     pub n_layer: usize,
-    pub ff_activation: String,
-    pub attn_type: String,
+    #[serde(deserialize_with = "activation")]
+    pub ff_activation: Activation,
+    pub attn_type: Directions,
     pub clamp_len: i64,
     pub same_length: bool,
-    pub bi_data: bool,
     pub mem_len: Option<usize>,
-    pub reuse_len: Option<usize>,
     #[serde(deserialize_with = "epsilon")]
     pub layer_norm_eps: f32,
-    pub tie_word_embeddings: bool,
+}
+
+/// What tokens see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Directions {
+    /// All of their sequence.
+    Bi,
+    /// What is before them.
+    Uni,
 }
 
 fn defaults() -> Value {
     json!({
-        "ff_activation": "gelu", "attn_type": "bi", "clamp_len": 0, "same_length": false, "bi_data": false,
-        "layer_norm_eps": 1e-12, "tie_word_embeddings": true,
+        "ff_activation": "gelu", "attn_type": "bi", "clamp_len": 0, "same_length": false, "layer_norm_eps": 1e-12,
     })
 }
 
 impl Config {
-    /// What the layers have in common, if this crate can follow the configuration.
+    /// What the layers have in common.
     fn layers(&self, path: &Path) -> Result<LayerSpec> {
-        let heads = heads(path, "n_head", self.d_model, self.n_head)?;
-        check(path, "d_model", self.d_model, self.d_model.is_multiple_of(2), "an even number")?;
-        let is_known = ["bi", "uni"].contains(&&self.attn_type[..]);
-        check(path, "attn_type", &self.attn_type, is_known, "bi or uni")?;
-        check(path, "bi_data", self.bi_data, !self.bi_data, "false")?;
-        let is_tied = self.tie_word_embeddings;
-        check(path, "tie_word_embeddings", is_tied, is_tied, "true, one table")?;
-        let reused = self.reuse_len.unwrap_or(0);
-        check(path, "reuse_len", reused, reused == 0, "null")?;
-        let act = activation(path, "ff_activation", &self.ff_activation)?;
-        Ok(LayerSpec::new(heads, self.d_inner, act, NormPlacement::Post, self.layer_norm_eps))
+        let Config { d_model, d_inner, ff_activation, layer_norm_eps, .. } = *self;
+        let heads = heads(path, "n_head", d_model, self.n_head)?;
+        check(path, "d_model", d_model, d_model.is_multiple_of(2), "an even number")?;
+        Ok(LayerSpec::new(heads, d_inner, ff_activation, NormPlacement::Post, layer_norm_eps))
     }
 }
 
@@ -136,7 +137,9 @@ struct Layer {
 impl XlNet {
     /// Packs the weights; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<XlNet> {
-        let config: Config = from_value(path, with_defaults(Some(json), defaults()))?;
+        only(path, json, &[("tie_word_embeddings", true.into()), ("bi_data", false.into())])?;
+        only(path, json, &[("reuse_len", 0.into())])?;
+        let config: Config = read(path, json, defaults())?;
         let spec = config.layers(path)?;
         let root = Weights::new(checkpoint, "");
         let w = root.at("transformer");
@@ -174,8 +177,8 @@ impl XlNet {
             None => Tables::Anew(self.distances(t, memory)?),
         };
         // In one direction only what comes before, with `same_length` as many keys for every query.
-        let graph = match (&self.config.attn_type[..], self.config.same_length) {
-            ("bi", _) => Graph::full(),
+        let graph = match (self.config.attn_type, self.config.same_length) {
+            (Directions::Bi, _) => Graph::full(),
             (_, false) => Graph::causal(),
             (_, true) => Graph::window(memory, 0),
         };

@@ -146,7 +146,11 @@ fn configurations_that_cannot_be_followed_are_refused() {
     let checkpoint = Checkpoint::open(&golden("bert-right-pad/weights.safetensors")).unwrap();
     for (field, value, expected) in [
         ("model_type", serde_json::json!("gpt2"), "model_type: expected \"bert\", got \"gpt2\""),
-        ("hidden_act", serde_json::json!("gelu_10"), "hidden_act: expected relu, gelu"),
+        (
+            "hidden_act",
+            serde_json::json!("gelu_10"),
+            "hidden_act: invalid value: string \"gelu_10\", expected one of the activations",
+        ),
         ("num_attention_heads", serde_json::json!(7), "num_attention_heads: expected a divisor of"),
         ("num_attention_heads", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
         ("hidden_size", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
