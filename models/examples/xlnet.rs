@@ -25,7 +25,10 @@ fn main() -> common::Result {
         targets: Some(&targets),
         ..Batch::default()
     };
-    let output = common::timed("both streams", || model.forward(&mut Scratch::default().with(ctx), &batch))?;
+    let mut scratch = Scratch::default();
+    let run = &mut scratch.with(ctx);
+    let positions = common::timed("positions", || model.positions(run, 512, 0))?;
+    let output = common::timed("both streams", || model.forward(run, &batch, &positions))?;
     common::show("content", &output.content, model.config.d_model);
     let logits = model.logits(ctx, &output.queries.unwrap_or_default())?;
     common::show("logits of the targets", &logits, model.config.vocab_size);

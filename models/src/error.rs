@@ -68,6 +68,11 @@ pub(crate) fn check_size(arg: &'static str, expected: usize, actual: usize) -> R
     if actual == expected { Ok(()) } else { Err(laneformer::Error::Size { arg, expected, actual }.into()) }
 }
 
+/// The library's error of a size that is too large.
+pub(crate) fn check_most(arg: &'static str, max: usize, actual: usize) -> Result<()> {
+    if actual <= max { Ok(()) } else { Err(laneformer::Error::TooLarge { arg, max, actual }.into()) }
+}
+
 /// [`Error::NotANumber`] if there is a NaN in `x`.
 pub fn check_numbers(what: &'static str, x: &[f32]) -> Result<()> {
     if x.iter().any(|x| x.is_nan()) { Err(Error::NotANumber(what)) } else { Ok(()) }

@@ -16,7 +16,7 @@ use crate::embedding::Embeddings;
 use crate::encoder::LayerSpec;
 use crate::error::check_size;
 use crate::head;
-use crate::ragged::keys;
+use crate::ragged::{Ragged, keys};
 use crate::run::rows;
 use crate::weights::linear;
 use crate::{Batch, Checkpoint, Result, Run, Weights};
@@ -116,11 +116,14 @@ impl Longformer {
         check_size("is_global", batch.ids.len(), is_global.len())?;
         let mut x = self.embeddings.forward(run.ctx, batch)?;
         let (columns, everything) = (keys(batch.offsets, is_global)?, batch.real(Graph::full())?);
-        let (d, n_heads) = (self.config.hidden_size, self.config.num_attention_heads);
-        let Globals { few, many } = Globals::new(&batch, is_global, d, n_heads);
+        let d = self.config.hidden_size;
+        let few: Vec<bool> =
+            batch.offsets.windows(2).map(|ends| self.has_few(&batch, is_global, ends)).collect();
+        let many = Ragged::choose(batch.offsets, |sequence, row| is_global[row] && !few[sequence]);
+        let few = Ragged::choose(batch.offsets, |sequence, row| is_global[row] && few[sequence]);
         // The rows of a layer as keys and values.
         let mut inputs = None;
-        if !few.rows.is_empty() {
+        if !few.is_empty() {
             inputs = Some(run.scratch.take_store(&Heads::new(1, d)?, batch.ids.len(), batch.offsets)?);
         }
         for layer in &self.layers {
@@ -131,21 +134,30 @@ impl Longformer {
             if let Some(inputs) = &mut inputs {
                 let all = rows(&x, d)?;
                 inputs.set(run.ctx, all, all, batch.offsets)?;
-                let seen = layer.attend_few(run, &few.gather(&x, d), &few.offsets, inputs, &everything)?;
-                few.scatter(&seen, d, &mut attended);
+                let seen = layer.attend_few(run, &few.gather(&x, d)?, few.offsets(), inputs, &everything)?;
+                few.scatter_into(&seen, d, &mut attended);
                 run.scratch.give(seen);
             }
-            if !many.rows.is_empty() {
-                let source = (&x[..], batch.offsets);
-                let seen =
-                    layer.global.attend_to(run, &many.gather(&x, d), &many.offsets, source, &everything)?;
-                many.scatter(&seen, d, &mut attended);
+            if !many.is_empty() {
+                let (rows, source) = (many.gather(&x, d)?, (&x[..], batch.offsets));
+                let seen = layer.global.attend_to(run, &rows, many.offsets(), source, &everything)?;
+                many.scatter_into(&seen, d, &mut attended);
                 run.scratch.give(seen);
             }
             layer.block.close(run, &mut x, attended)?;
         }
         inputs.into_iter().for_each(|inputs| run.scratch.give_store(inputs));
         Ok(x)
+    }
+
+    /// Whether the global rows of a sequence go by [`Layer::attend_few`]: the same way alone and in any batch.
+    fn has_few(&self, batch: &Batch<'_>, is_global: &[bool], ends: &[usize]) -> bool {
+        let (d, n_heads) = (self.config.hidden_size, self.config.num_attention_heads);
+        let (sequence, t) = (ends[0]..ends[1], ends[1] - ends[0]);
+        let n = is_global[sequence.clone()].iter().filter(|&&global| global).count();
+        let sees_some = batch.is_real.is_none_or(|is_real| is_real[sequence].contains(&true));
+        // Twice the multiply-adds of the few, as their products are smaller, against those of the projections and what they save.
+        sees_some && 2 * n * (d + n_heads * t) <= t * (d + n)
     }
 
     /// The pooler over the first token of every sequence, [sequences, hidden_size]; `None` without a pooler.
@@ -209,58 +221,6 @@ impl Layer {
         run.scratch.give(queries);
         run.scratch.give(sums);
         Ok(gathered)
-    }
-}
-
-/// The global rows of a batch, by the way that they go.
-#[derive(Default)]
-struct Globals {
-    /// [`Layer::attend_few`].
-    few: Chosen,
-    /// With keys and values of their own.
-    many: Chosen,
-}
-
-/// Some rows of a batch.
-#[derive(Default)]
-struct Chosen {
-    rows: Vec<usize>,
-    /// Where each sequence of the batch begins among them, and the end.
-    offsets: Vec<usize>,
-}
-
-impl Globals {
-    /// A sequence goes one way, the same alone and in any batch.
-    fn new(batch: &Batch<'_>, is_global: &[bool], d: usize, n_heads: usize) -> Globals {
-        let mut globals = Globals::default();
-        globals.few.offsets.push(0);
-        globals.many.offsets.push(0);
-        for ends in batch.offsets.windows(2) {
-            let (sequence, t) = (ends[0]..ends[1], ends[1] - ends[0]);
-            let rows: Vec<usize> = sequence.clone().filter(|&row| is_global[row]).collect();
-            let sees_some = batch.is_real.is_none_or(|is_real| is_real[sequence].contains(&true));
-            // Twice the multiply-adds of the few, as their products are smaller, against those of the projections and what they save.
-            let is_few = 2 * rows.len() * (d + n_heads * t) <= t * (d + rows.len());
-            let way = if is_few && sees_some { &mut globals.few } else { &mut globals.many };
-            way.rows.extend(rows);
-            globals.few.offsets.push(globals.few.rows.len());
-            globals.many.offsets.push(globals.many.rows.len());
-        }
-        globals
-    }
-}
-
-impl Chosen {
-    /// The rows of `x`, of `d` columns.
-    fn gather(&self, x: &[f32], d: usize) -> Vec<f32> {
-        self.rows.iter().flat_map(|&row| &x[row * d..][..d]).copied().collect()
-    }
-
-    /// Puts `seen` in their place in `x`.
-    fn scatter(&self, seen: &[f32], d: usize, x: &mut [f32]) {
-        for (seen, &row) in seen.chunks_exact(d).zip(&self.rows) {
-            x[row * d..][..d].copy_from_slice(seen);
-        }
     }
 }
 

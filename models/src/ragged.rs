@@ -24,10 +24,11 @@ impl Batch<'_> {
     }
 }
 
-/// Which entries of a padded batch [B, T] are real. Padding may be left, right or in the middle.
+/// Some entries of a batch as a batch of their own: as a rule those of a padded batch [B, T] that are real. Padding may be left, right or in
+/// the middle.
 #[derive(Clone, Debug)]
 pub struct Ragged {
-    /// Where each packed token stands in the padded batch, as `sequence * T + place`.
+    /// Where each packed token stands in the batch.
     places: Vec<usize>,
     /// The place in its sequence of each packed token: its position, where positions count the padding.
     positions: Vec<u32>,
@@ -39,12 +40,19 @@ pub struct Ragged {
 impl Ragged {
     /// A batch of `mask.len() / seq_len` sequences; `true` is a real token.
     pub fn from_mask(mask: &[bool], seq_len: usize) -> Ragged {
-        let mut ragged =
-            Ragged { places: vec![], positions: vec![], offsets: vec![0], padded_tokens: mask.len() };
-        for (b, sequence) in mask.chunks(seq_len.max(1)).enumerate() {
-            for place in (0..sequence.len()).filter(|&place| sequence[place]) {
-                ragged.places.push(b * seq_len + place);
-                ragged.positions.push(place as u32);
+        let seq_len = seq_len.max(1);
+        let ends = (0..=mask.len().div_ceil(seq_len)).map(|b| (b * seq_len).min(mask.len()));
+        Ragged::choose(&ends.collect::<Vec<_>>(), |_, place| mask[place])
+    }
+
+    /// The tokens of a packed batch that `is_chosen`, given the sequence and the token.
+    pub(crate) fn choose(offsets: &[usize], is_chosen: impl Fn(usize, usize) -> bool) -> Ragged {
+        let padded_tokens = offsets.last().copied().unwrap_or(0);
+        let mut ragged = Ragged { places: vec![], positions: vec![], offsets: vec![0], padded_tokens };
+        for (b, ends) in offsets.windows(2).enumerate() {
+            for place in (ends[0]..ends[1]).filter(|&place| is_chosen(b, place)) {
+                ragged.places.push(place);
+                ragged.positions.push((place - ends[0]) as u32);
             }
             ragged.offsets.push(ragged.places.len());
         }
@@ -78,6 +86,11 @@ impl Ragged {
     /// The place of each packed token in its padded sequence.
     pub fn positions(&self) -> &[u32] {
         &self.positions
+    }
+
+    /// Whether there is no packed token.
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
     }
 
     /// The rows of `padded` [B * T, d] that are real.

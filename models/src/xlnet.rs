@@ -15,7 +15,7 @@ use crate::attend::{Block, Distances, Projections, Seen, keep_last, len_of_each,
 use crate::config::{activation, check, epsilon, heads, only, read};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
-use crate::error::check_size;
+use crate::error::{check_most, check_size};
 use crate::run::project;
 use crate::weights::linear;
 use crate::{Checkpoint, Result, Run, Weights};
@@ -82,8 +82,6 @@ pub struct Batch<'a> {
     pub targets: Option<&'a [usize]>,
     /// The memory of each layer [sequences, M, d_model], of segment 0; none at first.
     pub mems: &'a [Vec<f32>],
-    /// Positions that reach as far as this batch, from [`XlNet::positions`] of this model; absent, each layer projects them for it alone.
-    pub positions: Option<&'a Positions>,
 }
 
 /// Positions relative to one another as each layer of a model sees them. They depend on the model and on lengths alone, so one serves all
@@ -94,12 +92,6 @@ pub struct Positions {
     /// Rows of memory and tokens.
     keys: usize,
     layers: Vec<RelativeTable>,
-}
-
-/// Where the layers have their positions from.
-enum Tables<'a> {
-    Kept(&'a [RelativeTable]),
-    Anew(Distances),
 }
 
 /// What the layers make of a batch.
@@ -152,30 +144,22 @@ impl XlNet {
 
     /// The positions of batches with up to `tokens` tokens in a sequence, and up to `memory` rows of memory before them.
     pub fn positions(&self, run: &mut Run<'_>, tokens: usize, memory: usize) -> Result<Positions> {
-        let distances = self.distances(tokens, memory)?;
+        len_of_each("tokens", tokens, 1)?;
+        // From the first token before the last key to the last after the first.
+        let n = memory.checked_add(tokens).and_then(|keys| keys.checked_add(tokens - 1));
+        let n = n.filter(|&n| i32::try_from(n).is_ok());
+        let n = n.ok_or(laneformer::Error::Overflow { arg: "tokens and memory" })?;
+        let distances = Distances::new(1 - tokens as isize, n, self.config.clamp_len, self.config.d_model);
         let table = |layer: &Layer| distances.project(run, &layer.r, self.config.n_head);
         let layers = self.layers.iter().map(table).collect::<Result<_>>()?;
         Ok(Positions { tokens, keys: memory + tokens, layers })
     }
 
-    /// From the first token before the last key to the last after the first.
-    fn distances(&self, tokens: usize, memory: usize) -> Result<Distances> {
-        len_of_each("tokens", tokens, 1)?;
-        let n = memory.checked_add(tokens).and_then(|keys| keys.checked_add(tokens - 1));
-        let n = n.filter(|&n| i32::try_from(n).is_ok());
-        let n = n.ok_or(laneformer::Error::Overflow { arg: "tokens and memory" })?;
-        Ok(Distances::new(1 - tokens as isize, n, self.config.clamp_len, self.config.d_model))
-    }
-
-    /// Runs the content stream and, if there are targets, the query stream.
-    pub fn forward(&self, run: &mut Run<'_>, batch: &Batch<'_>) -> Result<Output> {
-        let [t, memory] = self.sizes(batch)?;
+    /// Runs the content stream and, if there are targets, the query stream. `positions` reach as far as the batch.
+    pub fn forward(&self, run: &mut Run<'_>, batch: &Batch<'_>, positions: &Positions) -> Result<Output> {
+        let [t, memory] = self.sizes(batch, positions)?;
         let (n, d) = (batch.sequences, self.config.d_model);
         let key_offsets = offsets(n, memory + t);
-        let tables = match batch.positions {
-            Some(positions) => Tables::Kept(&positions.layers),
-            None => Tables::Anew(self.distances(t, memory)?),
-        };
         // In one direction only what comes before, with `same_length` as many keys for every query.
         let graph = match (self.config.attn_type, self.config.same_length) {
             (Directions::Bi, _) => Graph::full(),
@@ -190,19 +174,11 @@ impl XlNet {
         let mut h = self.tokens.gather(batch.ids, 1.0)?;
         let mut g = batch.targets.map(|targets| self.mask_emb.repeat(targets.len()));
         let mut mems = vec![];
-        for (i, layer) in self.layers.iter().enumerate() {
+        for (i, (layer, table)) in self.layers.iter().zip(&positions.layers).enumerate() {
             // Both streams read the content as it enters the layer.
             let mut source = batch.mems.get(i).cloned().unwrap_or_default();
             push_rows(&mut source, &h, n);
             let keys = layer.block.projections.keys(run, &source, &key_offsets)?;
-            let anew;
-            let table = match &tables {
-                Tables::Kept(tables) => &tables[i],
-                Tables::Anew(distances) => {
-                    anew = distances.project(run, &layer.r, self.config.n_head)?;
-                    &anew
-                }
-            };
             layer.advance(run, &mut h, &content, &keys, table)?;
             if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
                 layer.advance(run, g, targets, &keys, table)?;
@@ -220,35 +196,23 @@ impl XlNet {
     }
 
     /// Tokens of every sequence and rows of its memory, if everything fits.
-    fn sizes(&self, batch: &Batch<'_>) -> Result<[usize; 2]> {
-        let (n, tokens) = (batch.sequences, batch.ids.len());
+    fn sizes(&self, batch: &Batch<'_>, positions: &Positions) -> Result<[usize; 2]> {
+        let (n, tokens, layers) = (batch.sequences, batch.ids.len(), self.layers.len());
         let queries = len_of_each("tokens", tokens, n)?;
         let memory = batch.mems.first().map_or(0, Vec::len) / (n * self.config.d_model);
-        if !batch.mems.is_empty() {
-            check_size("mems.len()", self.layers.len(), batch.mems.len())?;
-        }
+        check_size("mems.len()", if batch.mems.is_empty() { 0 } else { layers }, batch.mems.len())?;
         for mems in batch.mems {
             check_size("mems", n * memory * self.config.d_model, mems.len())?;
         }
-        if let Some(positions) = batch.positions {
-            check_size("layers of the positions", self.layers.len(), positions.layers.len())?;
-            for (arg, actual, max) in [
-                ("tokens", queries, positions.tokens),
-                ("tokens and memory", memory + queries, positions.keys),
-            ] {
-                if actual > max {
-                    return Err(laneformer::Error::TooLarge { arg, max, actual }.into());
-                }
-            }
-        }
+        check_size("layers of the positions", layers, positions.layers.len())?;
+        check_most("tokens", positions.tokens, queries)?;
+        check_most("tokens and memory", positions.keys, memory + queries)?;
         check_size("is_real", tokens, batch.is_real.map_or(tokens, <[bool]>::len))?;
         check_size("segments", tokens, batch.segments.map_or(tokens, <[u32]>::len))?;
         check_size("is_hidden", tokens * queries, batch.is_hidden.map_or(tokens * queries, <[bool]>::len))?;
         if let Some(targets) = batch.targets {
             len_of_each("targets", targets.len(), n)?;
-            if let Some(&actual) = targets.iter().find(|&&target| target >= queries) {
-                return Err(laneformer::Error::TooLarge { arg: "target", max: queries - 1, actual }.into());
-            }
+            targets.iter().try_for_each(|&target| check_most("target", queries - 1, target))?;
         }
         Ok([queries, memory])
     }

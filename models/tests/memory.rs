@@ -72,18 +72,15 @@ fn positions_that_reach_further_give_the_same_bits() {
     for (attn_type, clamp_len) in [("bi", 0), ("bi", 5), ("uni", 0), ("uni", 60)] {
         let model = xlnet(attn_type, clamp_len, 2);
         let batch = xlnet_batch(&ids, &mems);
-        let anew = model.forward(run, &batch).unwrap();
-        for (tokens, memory) in [(70, 9), (71, 8), (200, 0), (200, 300)] {
+        let mut forward = |tokens, memory| {
             let positions = model.positions(run, tokens, memory).unwrap();
-            let kept = model.forward(run, &xlnet::Batch { positions: Some(&positions), ..batch }).unwrap();
-            assert_eq!(
-                kept.content, anew.content,
-                "{attn_type} {clamp_len}, {tokens} tokens behind {memory}"
-            );
-            assert_eq!(
-                kept.queries, anew.queries,
-                "{attn_type} {clamp_len}, {tokens} tokens behind {memory}"
-            );
+            let output = model.forward(run, &batch, &positions).unwrap();
+            (output.content, output.queries)
+        };
+        let exact = forward(70, 9);
+        for (tokens, memory) in [(71, 8), (200, 0), (200, 300)] {
+            let what = format!("{attn_type} {clamp_len}, {tokens} tokens behind {memory}");
+            assert_eq!(forward(tokens, memory), exact, "{what}");
         }
     }
 }
@@ -104,10 +101,7 @@ fn positions_that_do_not_reach_or_fit_are_refused() {
         (model.positions(run, usize::MAX / 2 + 1, 0), "tokens and memory"),
         (model.positions(run, 2, i32::MAX as usize), "tokens and memory"),
     ] {
-        let with = |positions| {
-            let batch = xlnet::Batch { positions: Some(&positions), ..xlnet_batch(&ids, &mems) };
-            model.forward(run, &batch).map(|_| ())
-        };
+        let with = |positions| model.forward(run, &xlnet_batch(&ids, &mems), &positions);
         let refused = positions.and_then(with).unwrap_err().to_string();
         assert!(refused.contains(expected), "{refused}, not {expected}");
     }

@@ -10,7 +10,7 @@ use crate::case::{Case, Outputs};
 
 pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = XlNet::load(case.path(), case.json(), case.weights())?;
-    let [sequences, _] = case.shape("input_ids")?;
+    let [sequences, seq_len] = case.shape("input_ids")?;
     let Config { n_layer, mem_len, .. } = model.config;
     let mask = |name| case.has(name).then(|| case.mask(name)).transpose();
     let (is_real, is_hidden) = (mask("attention_mask")?, mask("perm_mask")?);
@@ -27,9 +27,11 @@ pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         is_hidden: is_hidden.as_deref(),
         targets: targets.as_deref(),
         mems: &mems,
-        positions: None,
     };
-    let output = model.forward(&mut Scratch::default().with(ctx), &batch)?;
+    let mut scratch = Scratch::default();
+    let run = &mut scratch.with(ctx);
+    let positions = model.positions(run, seq_len, memory)?;
+    let output = model.forward(run, &batch, &positions)?;
 
     let mut outputs = Outputs::new();
     let mut last = output.content;

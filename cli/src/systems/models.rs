@@ -94,18 +94,20 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
             let mut placed = None;
             text(vocab_size, move |ctx, text, _, scratch| {
                 let (run, tokens) = (&mut scratch.with(ctx), text.ids.len());
-                if placed.as_ref().is_none_or(|(n, _)| *n != tokens) {
-                    placed = Some((tokens, model.positions(run, tokens, 0)?));
-                }
+                let positions = match placed.take() {
+                    Some((n, positions)) if n == tokens => positions,
+                    _ => model.positions(run, tokens, 0)?,
+                };
                 let segments: Vec<u32> = (0..tokens).map(|i| u32::from(i >= tokens / 2)).collect();
                 let batch = xlnet::Batch {
                     sequences: 1,
                     ids: &text.ids,
                     segments: Some(&segments),
-                    positions: placed.as_ref().map(|(_, positions)| positions),
                     ..xlnet::Batch::default()
                 };
-                Ok(model.forward(run, &batch)?.content)
+                let output = model.forward(run, &batch, &positions)?;
+                placed = Some((tokens, positions));
+                Ok(output.content)
             })
         }
         Kind::Clip => {
