@@ -184,28 +184,43 @@ pub(crate) fn len_of_each(arg: &'static str, total: usize, n: usize) -> Result<u
     Ok(total / n)
 }
 
-/// Puts rows behind those of each of `n` sequences: [n, M, cols] and [n, T, cols] to [n, M + T, cols].
-pub fn push_rows(rows: &mut Vec<f32>, x: &[f32], n: usize) {
-    let sequences = |x: &[f32]| x.len() / n.max(1);
-    let (m, t) = (sequences(rows), sequences(x));
-    rows.reserve_exact(x.len());
-    rows.resize(rows.len() + x.len(), 0.0);
-    // From the last, whose place nobody has; the first stays where it is.
-    for b in (0..n).rev() {
-        let start = b * (m + t);
-        if b > 0 {
-            rows.copy_within(b * m..(b + 1) * m, start);
-        }
-        rows[start + m..start + m + t].copy_from_slice(&x[b * t..(b + 1) * t]);
-    }
+/// Rows of some sequences, to which new ones come and of which the oldest go, while most stay where they are in memory.
+#[derive(Clone, Debug)]
+pub struct Rows {
+    sequences: Vec<Vec<f32>>,
+    /// Elements at the begin of each sequence that have gone.
+    gone: usize,
 }
 
-/// Leaves at most the last `len` rows of each of `n` sequences [n, T, cols].
-pub fn keep_last(rows: &mut Vec<f32>, n: usize, cols: usize, len: usize) {
-    let all = rows.len() / n.max(1);
-    let kept = all.min(len.saturating_mul(cols));
-    for b in 0..if kept < all { n } else { 0 } {
-        rows.copy_within((b + 1) * all - kept..(b + 1) * all, b * kept);
+impl Rows {
+    /// No rows yet of `n` sequences.
+    pub fn new(n: usize) -> Rows {
+        Rows { sequences: vec![vec![]; n], gone: 0 }
     }
-    rows.truncate(n * kept);
+
+    /// Puts rows [n, T, cols] behind those of their sequences.
+    pub fn push(&mut self, x: &[f32]) {
+        let len = x.len() / self.sequences.len().max(1);
+        // The others move when a quarter has gone: at most thrice in the life of a row, however few come at once.
+        let gone = if self.sequences.iter().any(|rows| 4 * self.gone >= rows.len()) { self.gone } else { 0 };
+        self.gone -= gone;
+        for (rows, x) in self.sequences.iter_mut().zip(x.chunks(len.max(1))) {
+            rows.drain(..gone);
+            rows.extend_from_slice(x);
+        }
+    }
+
+    /// Leaves at most the last `len` rows of `cols` columns.
+    pub fn keep_last(&mut self, len: usize, cols: usize) {
+        let all = self.sequences.first().map_or(0, Vec::len);
+        self.gone = self.gone.max(all.saturating_sub(len.saturating_mul(cols)));
+    }
+
+    /// The rows of all sequences, [n, len, cols].
+    pub fn packed(&self) -> Cow<'_, [f32]> {
+        match &self.sequences[..] {
+            [rows] => Cow::Borrowed(&rows[self.gone..]),
+            sequences => sequences.iter().flat_map(|rows| &rows[self.gone..]).copied().collect(),
+        }
+    }
 }

@@ -8,7 +8,7 @@ use laneformer::{Activation, Context, Graph, Heads, Linear, Relative, RelativeTa
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Distances, Projections, Seen, keep_last, len_of_each, offsets, push_rows};
+use crate::attend::{Block, Distances, Projections, Rows, Seen, len_of_each, offsets};
 use crate::config::{check, only, read};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
@@ -81,18 +81,17 @@ pub struct Memory {
     reach: usize,
 }
 
-/// Rows [sequences, len, columns].
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct LayerMemory {
-    inputs: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    inputs: Rows,
+    keys: Rows,
+    values: Rows,
 }
 
 impl Memory {
     /// The inputs that layer `i` remembers, [sequences, rows, d_model].
-    pub fn inputs(&self, i: usize) -> Option<&[f32]> {
-        self.layers.get(i).map(|layer| &layer.inputs[..])
+    pub fn inputs(&self, i: usize) -> Option<Cow<'_, [f32]>> {
+        self.layers.get(i).map(|layer| layer.inputs.packed())
     }
 }
 
@@ -112,7 +111,8 @@ impl TransformerXl {
 
     /// The memory before the first segment of `sequences` sequences.
     pub fn memory(&self, sequences: usize) -> Memory {
-        let layers = vec![LayerMemory::default(); self.layers.len()];
+        let [inputs, keys, values] = [(); 3].map(|()| Rows::new(sequences));
+        let layers = vec![LayerMemory { inputs, keys, values }; self.layers.len()];
         Memory { sequences, len: 0, layers, positions: vec![], reach: 0 }
     }
 
@@ -125,11 +125,12 @@ impl TransformerXl {
         for ((layer, memory), inputs) in self.layers.iter().zip(&mut memory.layers).zip(inputs) {
             check_size("memory", sequences * rows * d, inputs.len())?;
             let Projections { k, v, .. } = &layer.block.projections;
-            memory.inputs.extend_from_slice(inputs);
-            keep_last(&mut memory.inputs, sequences, d, mem_len);
-            let input = layer.block.input(ctx, &memory.inputs)?;
-            memory.keys = project(ctx, k, &input)?;
-            memory.values = project(ctx, v, &input)?;
+            memory.inputs.push(inputs);
+            memory.inputs.keep_last(mem_len, d);
+            let inputs = memory.inputs.packed();
+            let input = layer.block.input(ctx, &inputs)?;
+            memory.keys.push(&project(ctx, k, &input)?);
+            memory.values.push(&project(ctx, v, &input)?);
         }
         memory.len = rows.min(mem_len);
         Ok(memory)
@@ -150,23 +151,19 @@ impl TransformerXl {
             let projections = &layer.block.projections;
             let Projections { k, v, heads, .. } = projections;
             let input = layer.block.input(run.ctx, &x)?;
-            push_rows(&mut memory.keys, &project(run.ctx, k, &input)?, n);
-            push_rows(&mut memory.values, &project(run.ctx, v, &input)?, n);
-            let stored = projections.store(run, &memory.keys, &memory.values, &key_offsets)?;
+            memory.keys.push(&project(run.ctx, k, &input)?);
+            memory.values.push(&project(run.ctx, v, &input)?);
+            let (k, v) = (memory.keys.packed(), memory.values.packed());
+            let stored = projections.store(run, &k, &v, &key_offsets)?;
             let terms =
                 Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
             let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };
             let attended = projections.attend(run, &input, &seen)?;
             run.scratch.give_store(stored);
-            push_rows(&mut memory.inputs, &x, n);
-            let d_model = self.config.d_model;
-            for (rows, cols) in [
-                (&mut memory.inputs, d_model),
-                (&mut memory.keys, heads.key_cols()),
-                (&mut memory.values, heads.value_cols()),
-            ] {
-                keep_last(rows, n, cols, self.config.mem_len);
-            }
+            memory.inputs.push(&x);
+            memory.inputs.keep_last(self.config.mem_len, self.config.d_model);
+            memory.keys.keep_last(self.config.mem_len, heads.key_cols());
+            memory.values.keep_last(self.config.mem_len, heads.value_cols());
             layer.block.close(run, &mut x, attended)?;
         }
         memory.len = keys.min(self.config.mem_len);

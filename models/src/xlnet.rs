@@ -11,7 +11,7 @@ use laneformer::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Distances, Projections, Seen, keep_last, len_of_each, offsets, push_rows};
+use crate::attend::{Block, Distances, Projections, Rows, Seen, len_of_each, offsets};
 use crate::config::{activation, check, epsilon, heads, only, read};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
@@ -176,16 +176,17 @@ impl XlNet {
         let mut mems = vec![];
         for (i, (layer, table)) in self.layers.iter().zip(&positions.layers).enumerate() {
             // Both streams read the content as it enters the layer.
-            let mut source = batch.mems.get(i).cloned().unwrap_or_default();
-            push_rows(&mut source, &h, n);
-            let keys = layer.block.projections.keys(run, &source, &key_offsets)?;
+            let mut source = Rows::new(n);
+            source.push(batch.mems.get(i).map_or(&[], Vec::as_slice));
+            source.push(&h);
+            let keys = layer.block.projections.keys(run, &source.packed(), &key_offsets)?;
             layer.advance(run, &mut h, &content, &keys, table)?;
             if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
                 layer.advance(run, g, targets, &keys, table)?;
             }
             run.scratch.give_store(keys);
-            keep_last(&mut source, n, d, mem_len);
-            mems.push(source);
+            source.keep_last(mem_len, d);
+            mems.push(source.packed().into_owned());
         }
         Ok(Output { content: h, queries: g, mems })
     }

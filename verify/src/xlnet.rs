@@ -2,7 +2,7 @@
 
 use laneformer::Context;
 use laneformer_models::Scratch;
-use laneformer_models::attend::{keep_last, push_rows};
+use laneformer_models::attend::Rows;
 use laneformer_models::xlnet::{Batch, Config, XlNet};
 
 use crate::Result;
@@ -46,11 +46,12 @@ pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     }
     if let Some(is_real) = is_real {
         let is_real: Vec<_> = is_real.iter().map(|&real| f32::from(u8::from(real))).collect();
-        let mut mask = vec![1.0; sequences * memory];
-        push_rows(&mut mask, &is_real, sequences);
+        let mut mask = Rows::new(sequences);
+        mask.push(&vec![1.0; sequences * memory]);
+        mask.push(&is_real);
         let mem_len = mem_len.filter(|&len| len > 0).unwrap_or(usize::MAX);
-        keep_last(&mut mask, sequences, 1, mem_len);
-        outputs.insert("mems_mask".into(), mask);
+        mask.keep_last(mem_len, 1);
+        outputs.insert("mems_mask".into(), mask.packed().into_owned());
     }
     Ok(outputs)
 }
