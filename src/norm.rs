@@ -1,10 +1,11 @@
 //! The norms of a layer and where they stand around a sub-layer.
 
 use crate::batchnorm::Affine;
+use crate::context::Context;
 use crate::error::{Error, check_dim, check_size};
-use crate::layernorm::layernorm_rows;
+use crate::layernorm::{layernorm, layernorm_rows};
 use crate::linear::padded_stride;
-use crate::rmsnorm::rmsnorm_rows;
+use crate::rmsnorm::{rmsnorm, rmsnorm_rows};
 use crate::simd::Simd;
 use crate::view::{MatMut, MatRef};
 
@@ -41,6 +42,31 @@ impl Norm {
         }
     }
 
+    /// Normalises rows in place, as [`layernorm`](crate::layernorm()), [`rmsnorm`](crate::rmsnorm()) or [`Affine::apply`] does: the norm behind the
+    /// embeddings, or the one that closes a pre-norm stack.
+    ///
+    /// # Shapes
+    /// `x`: `[rows, channels]`, any row stride.
+    ///
+    /// # Errors
+    /// [`Error::Size`] if a row, or the bias, has another length than there are channels.
+    ///
+    /// ```
+    /// use laneformer::{Context, MatMut, Norm};
+    /// let norm = Norm::RmsNorm { gain: vec![1.0, 2.0], eps: 0.0 };
+    /// let mut x = [3.0, -3.0];
+    /// norm.apply(Context::serial(), MatMut::contiguous(&mut x, 1, 2)?)?;
+    /// assert_eq!(x, [1.0, -2.0]);
+    /// # Ok::<(), laneformer::Error>(())
+    /// ```
+    pub fn apply(&self, ctx: Context<'_>, x: MatMut<'_>) -> Result<(), Error> {
+        match self {
+            Norm::LayerNorm { gain, bias, eps } => layernorm(ctx, x, gain, bias.as_deref(), *eps),
+            Norm::RmsNorm { gain, eps } => rmsnorm(ctx, x, gain, *eps),
+            Norm::BatchNorm(affine) => affine.apply(ctx, x),
+        }
+    }
+
     pub(crate) fn check(&self, d_model: usize) -> Result<(), Error> {
         check_dim("d_model", d_model)?;
         check_size("norm gain.len()", d_model, self.channels())?;
@@ -51,7 +77,7 @@ impl Norm {
     }
 
     /// Normalises each row in place.
-    pub(crate) fn apply<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
+    pub(crate) fn normalise<S: Simd>(&self, s: S, x: &mut MatMut<'_>) {
         s.vectorize(
             #[inline(always)]
             || self.rows(s, None, x),
@@ -59,7 +85,7 @@ impl Norm {
     }
 
     /// Writes the normalised rows of `source` to `x`.
-    fn apply_into<S: Simd>(&self, s: S, source: MatRef<'_>, x: &mut MatMut<'_>) {
+    fn normalise_into<S: Simd>(&self, s: S, source: MatRef<'_>, x: &mut MatMut<'_>) {
         s.vectorize(
             #[inline(always)]
             || self.rows(s, Some(source), x),
@@ -159,6 +185,6 @@ pub(crate) fn normalised<'a, S: Simd>(
     let Some(norm) = norm else { return x };
     let stride = padded_stride(x.cols());
     let mut rows = MatMut::scratch(scratch, x.rows(), x.cols(), stride);
-    norm.apply_into(s, x, &mut rows);
+    norm.normalise_into(s, x, &mut rows);
     rows.into_ref()
 }

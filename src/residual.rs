@@ -31,13 +31,13 @@ pub(crate) fn close_rows<S: Simd>(
     match placement {
         Placement::Post { norm, alpha } => {
             write(Residual::Out(*alpha), x);
-            norm.apply(s, x);
+            norm.normalise(s, x);
         }
         Placement::Pre { .. } | Placement::Plain => write(Residual::Out(1.0), x),
         Placement::Sandwich { after, .. } => {
             let mut branch = MatMut::scratch(branch, x.rows(), x.cols(), padded_stride(x.cols()));
             write(Residual::None, &mut branch);
-            after.apply(s, &mut branch);
+            after.normalise(s, &mut branch);
             let zero = s.splat(0.0);
             for i in 0..x.rows() {
                 for (x, y) in x.row_mut(i).chunks_mut(LANES).zip(branch.row(i).chunks(LANES)) {
@@ -108,7 +108,7 @@ pub(crate) fn close_phase<S: Simd>(
             x,
             (rows, d_model),
             #[inline(always)]
-            |_, _, mut x, _| norm.apply(s, &mut x),
+            |_, _, mut x, _| norm.normalise(s, &mut x),
         );
     }
 }

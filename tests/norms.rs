@@ -9,8 +9,8 @@ use common::sizes::{COLS, ROWS};
 use common::{on_every_isa, serial};
 use laneformer::reference as r;
 use laneformer::{
-    Affine, BatchStats, Context, Isa, MatMut, MatRef, batchnorm_train, layernorm, layernorm_into, rmsnorm,
-    rmsnorm_into,
+    Affine, BatchStats, Context, Isa, MatMut, MatRef, Norm, batchnorm_train, layernorm, layernorm_into,
+    rmsnorm, rmsnorm_into,
 };
 
 const EPS: f32 = 1e-5;
@@ -82,6 +82,30 @@ on_every_isa! {
                     let limit = |_, e: f64| (1e-6 * e.abs() + 1e-6) * slack(isa);
                     assert_within(&actual, &expected, limit, &format!("[{rows}, {cols}]"));
                 }
+            }
+        }
+    }
+
+    fn a_norm_with_its_weights_is_the_function(isa) {
+        let mut rng = Rng::new(12);
+        for &cols in COLS {
+            let (x, gain, bias) = (rng.vec(3 * cols, 3.0), rng.vec(cols, 1.5), rng.vec(cols, 1.0));
+            let affine = Affine::new(gain.clone(), bias.clone()).unwrap();
+            let mut scaled = Guarded::new(3, cols, &x);
+            affine.apply(serial(isa), scaled.view_mut()).unwrap();
+            let layer = |bias: Option<&Vec<f32>>| Norm::LayerNorm { gain: gain.clone(), bias: bias.cloned(), eps: EPS };
+            for (norm, expected) in [
+                (layer(Some(&bias)), run_layernorm(isa, &x, &gain, Some(&bias), EPS)),
+                (layer(None), run_layernorm(isa, &x, &gain, None, EPS)),
+                (Norm::RmsNorm { gain: gain.clone(), eps: EPS }, run_rmsnorm(isa, &x, &gain, EPS)),
+                (Norm::BatchNorm(affine), scaled.values()),
+            ] {
+                let mut y = Guarded::new(3, cols, &x);
+                norm.apply(serial(isa), y.view_mut()).unwrap();
+                assert_bits(&y.values(), &expected, &format!("{cols} columns"));
+                let mut wide = vec![0.0; cols + 1];
+                let wide = MatMut::contiguous(&mut wide, 1, cols + 1).unwrap();
+                assert!(norm.apply(serial(isa), wide).is_err());
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::{Batch, Error, Result};
 pub struct Embedding {
     name: &'static str,
     table: Arc<Vec<f32>>,
-    d: usize,
+    pub(crate) d: usize,
 }
 
 impl Embedding {

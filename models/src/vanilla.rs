@@ -101,15 +101,12 @@ impl Vocabulary {
     }
 
     fn embed(&self, table: &Embedding, ids: &[u32], positions: &[u32]) -> Result<Vec<f32>> {
-        table.check(ids)?;
         check_size("positions", ids.len(), positions.len())?;
-        let row = |(&id, &position)| {
-            let row = table.row(id);
-            let scale = (row.len() as f32).sqrt();
-            let column =
-                move |(c, e): (usize, &f32)| e.mul_add(scale, self.sinusoid.at(position, c, row.len()));
-            row.iter().enumerate().map(column)
-        };
-        Ok(ids.iter().zip(positions).flat_map(row).collect())
+        let d = table.d;
+        let mut x = table.gather(ids, (d as f32).sqrt())?;
+        for (i, x) in x.iter_mut().enumerate() {
+            *x += self.sinusoid.at(positions[i / d], i % d, d);
+        }
+        Ok(x)
     }
 }

@@ -4,7 +4,7 @@ use std::array;
 use std::borrow::Cow;
 use std::fmt::Display;
 
-use laneformer::{Affine, Context, Linear, MatMut, MatRef, Norm, PackedMatrix, layernorm, rmsnorm};
+use laneformer::{Affine, Context, Linear, MatMut, MatRef, Norm, PackedMatrix};
 use serde::Deserialize;
 
 use crate::embedding::Embedding;
@@ -159,13 +159,5 @@ pub fn linear(
 /// Applies a norm that stands outside a layer, behind the embeddings or at the end of a pre-norm stack, to rows one behind the other.
 pub fn normalize(ctx: Context<'_>, norm: &Norm, x: &mut [f32]) -> Result<()> {
     let d = norm.channels();
-    let rows = x.len().checked_div(d).unwrap_or(0);
-    let x = MatMut::contiguous(x, rows, d)?;
-    match norm {
-        Norm::LayerNorm { gain, bias, eps } => layernorm(ctx, x, gain, bias.as_deref(), *eps)?,
-        Norm::RmsNorm { gain, eps } => rmsnorm(ctx, x, gain, *eps)?,
-        Norm::BatchNorm(affine) => affine.apply(ctx, x)?,
-        _ => return Err(Error::NotBuilt("a norm of this kind outside a layer".into())),
-    }
-    Ok(())
+    Ok(norm.apply(ctx, MatMut::contiguous(x, x.len().checked_div(d).unwrap_or(0), d)?)?)
 }
