@@ -210,7 +210,7 @@ fn directories_and_arguments_that_do_not_fit_are_refused() {
             "vision_config",
             "hidden_act",
             json!("mish"),
-            "vision_config: invalid value: string \"mish\", expected one of the activations",
+            "vision_config.hidden_act: invalid value: string \"mish\", expected one of the activations",
         ),
         ("vision_config", "image_size", json!(25), "position_embedding.weight: expected shape [26, 50]"),
         ("text_config", "num_attention_heads", json!(0), "num_attention_heads: expected a divisor of"),

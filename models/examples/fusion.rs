@@ -3,7 +3,7 @@
 mod common;
 
 use laneformer_models::Scratch;
-use laneformer_models::fusion::{Config, Fusion, Stream};
+use laneformer_models::fusion::{Fusion, Stream};
 use serde_json::json;
 
 fn main() -> common::Result {
@@ -12,10 +12,9 @@ fn main() -> common::Result {
         "fusion": "mbt", "fusion_layer": 8, "num_bottlenecks": 4, "d_model": 768, "num_heads": 12, "d_ff": 3072,
         "num_layers": 12, "norm_placement": "pre", "eps": 1e-6, "activation": "gelu_new",
     }))?;
-    let config: Config = serde_json::from_value(config)?;
     let fusion = common::timed("load", || Fusion::load(&path, &config, &checkpoint))?;
 
-    let d = config.layers.d_model;
+    let d = fusion.config.layers.d_model;
     let mut video = Stream { x: common::features(784, d)?, offsets: vec![0, 784] };
     let mut sound = Stream { x: common::features(400, d)?, offsets: vec![0, 400] };
     let bottleneck = common::timed("fuse", || {

@@ -149,14 +149,19 @@ pub struct Distances {
 }
 
 impl Distances {
-    /// The distances `first..first + n`, clamped to `-clamp..=clamp` if `clamp` is positive, in `d` columns.
-    pub fn new(first: isize, n: usize, clamp: i64, d: usize) -> Distances {
+    /// The distances `first..first + n`, clamped to `-clamp..=clamp` if `clamp` is positive, in `d` columns. More than there is memory for
+    /// are the library's [`Overflow`](laneformer::Error::Overflow).
+    pub fn new(first: isize, n: usize, clamp: i64, d: usize) -> Result<Distances> {
         let distance = |i: usize| {
             let distance = first as i64 + i as i64;
             (if clamp > 0 { distance.clamp(-clamp, clamp) } else { distance }) as i32
         };
+        let overflow = laneformer::Error::Overflow { arg: "distances" };
+        let mut sinusoids = vec![];
+        sinusoids.try_reserve_exact(n.checked_mul(d).ok_or(overflow)?).map_err(|_| overflow)?;
         let row = |i: usize| (0..d).map(move |c| Sinusoid::Halves.at(distance(i), c, d));
-        Distances { first, sinusoids: (0..n).flat_map(row).collect() }
+        sinusoids.extend((0..n).flat_map(row));
+        Ok(Distances { first, sinusoids })
     }
 
     /// The distances as a layer sees them.
@@ -170,7 +175,7 @@ impl Distances {
 
 /// Where each of `n` sequences of the same length begins, and the end.
 pub fn offsets(n: usize, len: usize) -> Vec<usize> {
-    (0..=n).map(|sequence| sequence * len).collect()
+    (0..=n).map(|sequence| sequence.saturating_mul(len)).collect()
 }
 
 /// The length of each of `n` sequences of the same length, with `total` tokens.
@@ -198,15 +203,20 @@ impl Rows {
         Rows { sequences: vec![vec![]; n], gone: 0 }
     }
 
-    /// Puts rows [n, T, cols] behind those of their sequences.
+    /// Puts rows [n, T, cols] behind those of their sequences; of what does not divide by n the rest is left out.
     pub fn push(&mut self, x: &[f32]) {
         let len = x.len() / self.sequences.len().max(1);
         // The others move when a quarter has gone: at most thrice in the life of a row, however few come at once.
-        let gone = if self.sequences.iter().any(|rows| 4 * self.gone >= rows.len()) { self.gone } else { 0 };
+        let moves = self.sequences.iter().any(|rows| 4 * self.gone >= rows.len());
+        let gone = if moves { self.gone } else { 0 };
         self.gone -= gone;
-        for (rows, x) in self.sequences.iter_mut().zip(x.chunks(len.max(1))) {
+        for (b, rows) in self.sequences.iter_mut().enumerate() {
             rows.drain(..gone);
-            rows.extend_from_slice(x);
+            // Not to twice of what there is: memories are long.
+            if rows.capacity() < rows.len() + len {
+                rows.reserve_exact(len.max(rows.len() / 4));
+            }
+            rows.extend_from_slice(&x[b * len..(b + 1) * len]);
         }
     }
 
@@ -216,11 +226,66 @@ impl Rows {
         self.gone = self.gone.max(all.saturating_sub(len.saturating_mul(cols)));
     }
 
+    /// The rows of all sequences, [n, len, cols]: where they are, or if there are several in `buffer`.
+    pub fn packed<'a>(&'a self, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        if let [rows] = &self.sequences[..] {
+            return &rows[self.gone..];
+        }
+        buffer.clear();
+        self.sequences.iter().for_each(|rows| buffer.extend_from_slice(&rows[self.gone..]));
+        buffer
+    }
+
     /// The rows of all sequences, [n, len, cols].
-    pub fn packed(&self) -> Cow<'_, [f32]> {
-        match &self.sequences[..] {
-            [rows] => Cow::Borrowed(&rows[self.gone..]),
-            sequences => sequences.iter().flat_map(|rows| &rows[self.gone..]).copied().collect(),
+    pub fn into_packed(mut self) -> Vec<f32> {
+        if let [rows] = &mut self.sequences[..] {
+            rows.drain(..self.gone);
+            return mem::take(rows);
+        }
+        let mut packed = vec![];
+        self.packed(&mut packed);
+        packed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against rows in a plain vector, for sequences of which row `i` is `100 * sequence + i`, three times.
+    #[test]
+    fn rows_come_and_the_oldest_go() {
+        for n in [0, 1, 2, 3] {
+            let (mut rows, mut first, mut end) = (Rows::new(n), 0, 0);
+            for (come, kept) in [
+                (0, 9),
+                (4, 9),
+                (8, 9),
+                (0, 9),
+                (1, 9),
+                (1, 9),
+                (0, 8),
+                (1, 8),
+                (30, 8),
+                (1, 8),
+                (2, 0),
+                (0, 0),
+                (1, 5),
+            ] {
+                let range = |first: usize, end: usize| -> Vec<f32> {
+                    let of = |b: usize| (first..end).flat_map(move |i| [(100 * b + i) as f32; 3]);
+                    (0..n).flat_map(of).collect()
+                };
+                rows.push(&range(end, end + come));
+                end += come;
+                rows.keep_last(kept, 3);
+                first = first.max(end - kept.min(end));
+                let expected = range(first, end);
+                assert_eq!(rows.packed(&mut vec![7.0; 5]), expected, "{n} sequences, {first} to {end}");
+                assert_eq!(rows.clone().into_packed(), expected);
+                let capacity = rows.sequences.iter().map(Vec::capacity).max().unwrap_or(0);
+                assert!(capacity <= 3 * (2 * 9 + 30), "{capacity}");
+            }
         }
     }
 }

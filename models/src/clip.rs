@@ -85,6 +85,14 @@ fn vision_defaults() -> Value {
     })
 }
 
+/// As parts of other configurations these would not say which of their fields is wrong.
+#[derive(Deserialize)]
+#[allow(dead_code, reason = "they are read for their errors")]
+struct Towers {
+    text_config: TowerConfig,
+    vision_config: TowerConfig,
+}
+
 impl Config {
     fn from_json(path: &Path, json: &Value) -> Result<Config> {
         only(path, json, &[("model_type", "clip".into())])?;
@@ -92,6 +100,7 @@ impl Config {
             "text_config": with_defaults(json.get("text_config"), text_defaults()),
             "vision_config": with_defaults(json.get("vision_config"), vision_defaults()),
         });
+        from_value::<Towers>(path, towers.clone())?;
         let all = with_defaults(Some(json), json!({ "projection_dim": 512 }));
         let mut config: Config = from_value(path, with_defaults(Some(&towers), all))?;
         // Beside a vision tower the texts' own field is not used.

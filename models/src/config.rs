@@ -73,7 +73,8 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path, json: &Value, defaults: Val
     from_value(path, with_defaults(Some(json), defaults))
 }
 
-/// Fields of which this crate follows one value. They may be absent or, where that is not the opposite, null.
+/// Fields of which this crate follows one value. They may be absent, or null: Python's `None`, which also counts as false, so null is refused
+/// where the value is true.
 pub(crate) fn only(path: &Path, json: &Value, fields: &[(&'static str, Value)]) -> Result<()> {
     fields.iter().try_for_each(|(field, followed)| match json.get(field) {
         Some(other) if other != followed && (!other.is_null() || *followed == true) => {

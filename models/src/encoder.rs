@@ -26,7 +26,7 @@ pub struct Config {
     pub num_layers: usize,
     #[serde(default)]
     pub norm: NormKind,
-    pub norm_placement: NormPlacement,
+    pub norm_placement: String,
     #[serde(alias = "layer_norm_eps", deserialize_with = "epsilon")]
     pub eps: f32,
     #[serde(deserialize_with = "activation")]
@@ -39,15 +39,20 @@ pub struct Config {
 impl Config {
     /// What its layers have in common; `path` is for messages.
     pub fn layers(&self, path: &Path) -> Result<LayerSpec> {
-        let alpha = match self.norm_placement {
-            NormPlacement::DeepNorm => {
-                self.alpha.ok_or_else(|| Error::config(path, "alpha", "a number", "none"))?
+        let placement = match (self.norm_placement.as_str(), self.alpha) {
+            ("post", _) => NormPlacement::Post,
+            ("pre", _) => NormPlacement::Pre,
+            ("sandwich", _) => NormPlacement::Sandwich,
+            ("deepnorm", Some(alpha)) => NormPlacement::DeepNorm(alpha),
+            ("deepnorm", None) => return Err(Error::config(path, "alpha", "a number", "none")),
+            (other, _) => {
+                let known = "post, pre, sandwich or deepnorm";
+                return Err(Error::config(path, "norm_placement", known, other));
             }
-            _ => 1.0,
         };
         let heads = heads(path, "num_heads", self.d_model, self.num_heads)?;
-        let spec = LayerSpec::new(heads, self.d_ff, self.activation, self.norm_placement, self.eps);
-        Ok(LayerSpec { norm: self.norm, alpha, ..spec })
+        let spec = LayerSpec::new(heads, self.d_ff, self.activation, placement, self.eps);
+        Ok(LayerSpec { norm: self.norm, ..spec })
     }
 
     /// The layers `layers.N` of a checkpoint and, if asked for, the closing `norm`; `path` is for messages.
@@ -58,8 +63,7 @@ impl Config {
 }
 
 /// Where the norms stand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum NormPlacement {
     /// x = norm(x + f(x))
     Post,
@@ -68,7 +72,7 @@ pub enum NormPlacement {
     /// x = x + norm_out(f(norm(x)))
     Sandwich,
     /// x = norm(alpha x + f(x))
-    DeepNorm,
+    DeepNorm(f32),
 }
 
 /// A sub-layer by the names of its tensors.
@@ -128,8 +132,6 @@ pub struct LayerSpec {
     pub activation: Activation,
     pub norm: NormKind,
     pub placement: NormPlacement,
-    /// Of [`NormPlacement::DeepNorm`], 1 for the others.
-    pub alpha: f32,
     pub eps: f32,
 }
 
@@ -143,7 +145,7 @@ impl LayerSpec {
         eps: f32,
     ) -> LayerSpec {
         let (d_model, norm) = (heads.query_cols(), NormKind::LayerNorm);
-        LayerSpec { d_model, heads, d_ff, activation, norm, placement, alpha: 1.0, eps }
+        LayerSpec { d_model, heads, d_ff, activation, norm, placement, eps }
     }
 
     /// The layers `0` to `n - 1` here.
@@ -214,7 +216,8 @@ impl LayerSpec {
     pub(crate) fn placement(&self, w: &Weights<'_>, name: &str) -> Result<Placement> {
         let norm = self.norm(&w.at(name))?;
         Ok(match self.placement {
-            NormPlacement::Post | NormPlacement::DeepNorm => Placement::Post { norm, alpha: self.alpha },
+            NormPlacement::Post => Placement::post(norm),
+            NormPlacement::DeepNorm(alpha) => Placement::Post { norm, alpha },
             NormPlacement::Pre => Placement::pre(norm),
             NormPlacement::Sandwich => {
                 Placement::Sandwich { before: norm, after: self.norm(&w.at(format_args!("{name}_out")))? }

@@ -6,8 +6,10 @@ use std::path::Path;
 
 use laneformer::{Graph, Inputs, Norm};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::attend::offsets;
+use crate::config::from_value;
 use crate::embedding::Embedding;
 use crate::encoder::{self, Attention, ENCODER, LayerSpec, Layers, NormPlacement, Part};
 use crate::error::check_size;
@@ -40,10 +42,11 @@ pub struct Stream {
 /// A fusion of two streams.
 #[derive(Debug)]
 pub struct Fusion {
+    /// The configuration.
+    pub config: Config,
     steps: Vec<Step>,
     /// The bottleneck tokens that every sequence begins with, where streams meet in such.
     bottleneck: Option<Vec<f32>>,
-    d_model: usize,
 }
 
 /// What happens to the streams; C(a, b) is their concatenation, sequence by sequence.
@@ -81,7 +84,10 @@ const CROSS: &[Part] = &[
 
 impl Fusion {
     /// Packs the weights; `path` is for messages.
-    pub fn load(path: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<Fusion> {
+    pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Fusion> {
+        // As a part of the other it would not say which of its fields is wrong.
+        from_value::<encoder::Config>(path, json.clone())?;
+        let config: Config = from_value(path, json.clone())?;
         let (spec, n, d) = (config.layers.layers(path)?, config.layers.num_layers, config.layers.d_model);
         let w = Weights::new(checkpoint, "");
         let is_pre = spec.placement == NormPlacement::Pre;
@@ -132,13 +138,13 @@ impl Fusion {
                 return Err(Error::config(path, "fusion", known, other));
             }
         };
-        Ok(Fusion { steps, bottleneck, d_model: d })
+        Ok(Fusion { config, steps, bottleneck })
     }
 
     /// Runs over two streams of as many sequences, in place. Summation makes `a` the fused stream and leaves `b` alone; its
     /// streams have the same lengths. The bottleneck tokens [sequences, n, d_model] of `mbt` are returned.
     pub fn forward(&self, run: &mut Run<'_>, a: &mut Stream, b: &mut Stream) -> Result<Option<Vec<f32>>> {
-        let d = self.d_model;
+        let d = self.config.layers.d_model;
         check_size("sequences of b", a.offsets.len(), b.offsets.len())?;
         for (arg, stream) in [("a", &*a), ("b", &*b)] {
             let elements = stream.offsets.last().map_or(0, |tokens| tokens.saturating_mul(d));

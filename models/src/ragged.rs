@@ -34,7 +34,7 @@ pub struct Ragged {
     positions: Vec<u32>,
     /// Where each sequence begins among the packed tokens, and the end.
     offsets: Vec<usize>,
-    padded_tokens: usize,
+    all_tokens: usize,
 }
 
 impl Ragged {
@@ -47,8 +47,8 @@ impl Ragged {
 
     /// The tokens of a packed batch that `is_chosen`, given the sequence and the token.
     pub(crate) fn choose(offsets: &[usize], is_chosen: impl Fn(usize, usize) -> bool) -> Ragged {
-        let padded_tokens = offsets.last().copied().unwrap_or(0);
-        let mut ragged = Ragged { places: vec![], positions: vec![], offsets: vec![0], padded_tokens };
+        let all_tokens = offsets.last().copied().unwrap_or(0);
+        let mut ragged = Ragged { places: vec![], positions: vec![], offsets: vec![0], all_tokens };
         for (b, ends) in offsets.windows(2).enumerate() {
             for place in (ends[0]..ends[1]).filter(|&place| is_chosen(b, place)) {
                 ragged.places.push(place);
@@ -93,15 +93,15 @@ impl Ragged {
         self.places.is_empty()
     }
 
-    /// The rows of `padded` [B * T, d] that are real.
+    /// The chosen rows of `padded` [B * T, d].
     pub fn gather<T: Copy>(&self, padded: &[T], d: usize) -> Result<Vec<T>> {
-        check_size("padded", self.padded_tokens * d, padded.len())?;
+        check_size("padded", self.all_tokens * d, padded.len())?;
         Ok(self.places.iter().flat_map(|&place| &padded[place * d..][..d]).copied().collect())
     }
 
     /// The packed rows at their places in [B * T, d], zeros elsewhere.
     pub fn scatter(&self, packed: &[f32], d: usize) -> Vec<f32> {
-        let mut padded = vec![0.0; self.padded_tokens * d];
+        let mut padded = vec![0.0; self.all_tokens * d];
         self.scatter_into(packed, d, &mut padded);
         padded
     }

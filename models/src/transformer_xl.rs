@@ -90,8 +90,8 @@ struct LayerMemory {
 
 impl Memory {
     /// The inputs that layer `i` remembers, [sequences, rows, d_model].
-    pub fn inputs(&self, i: usize) -> Option<Cow<'_, [f32]>> {
-        self.layers.get(i).map(|layer| layer.inputs.packed())
+    pub fn inputs(&self, i: usize) -> Option<Vec<f32>> {
+        self.layers.get(i).map(|layer| layer.inputs.clone().into_packed())
     }
 }
 
@@ -121,14 +121,13 @@ impl TransformerXl {
         check_size("memory layers", self.layers.len(), inputs.len())?;
         let (d, mem_len) = (self.config.d_model, self.config.mem_len);
         let rows = len_of_each("memory", inputs.first().map_or(0, Vec::len) / d, sequences)?;
-        let mut memory = self.memory(sequences);
+        let (mut memory, mut buffer) = (self.memory(sequences), vec![]);
         for ((layer, memory), inputs) in self.layers.iter().zip(&mut memory.layers).zip(inputs) {
             check_size("memory", sequences * rows * d, inputs.len())?;
             let Projections { k, v, .. } = &layer.block.projections;
             memory.inputs.push(inputs);
             memory.inputs.keep_last(mem_len, d);
-            let inputs = memory.inputs.packed();
-            let input = layer.block.input(ctx, &inputs)?;
+            let input = layer.block.input(ctx, memory.inputs.packed(&mut buffer))?;
             memory.keys.push(&project(ctx, k, &input)?);
             memory.values.push(&project(ctx, v, &input)?);
         }
@@ -146,6 +145,7 @@ impl TransformerXl {
         let graph = self.graph(memory.len, queries);
         let (offsets, key_offsets) = (offsets(n, queries), offsets(n, keys));
 
+        let (mut of_keys, mut of_values) = (vec![], vec![]);
         let mut x = self.tokens.gather(ids, (self.config.d_model as f32).sqrt())?;
         for ((layer, memory), table) in self.layers.iter().zip(&mut memory.layers).zip(&memory.positions) {
             let projections = &layer.block.projections;
@@ -153,8 +153,8 @@ impl TransformerXl {
             let input = layer.block.input(run.ctx, &x)?;
             memory.keys.push(&project(run.ctx, k, &input)?);
             memory.values.push(&project(run.ctx, v, &input)?);
-            let (k, v) = (memory.keys.packed(), memory.values.packed());
-            let stored = projections.store(run, &k, &v, &key_offsets)?;
+            let (k, v) = (memory.keys.packed(&mut of_keys), memory.values.packed(&mut of_values));
+            let stored = projections.store(run, k, v, &key_offsets)?;
             let terms =
                 Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
             let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };
@@ -188,7 +188,7 @@ impl TransformerXl {
     fn reach(&self, run: &mut Run<'_>, keys: usize, queries: usize, memory: &mut Memory) -> Result<()> {
         if keys > memory.reach {
             let reach = (2 * keys).min(self.config.mem_len.saturating_add(queries));
-            let distances = Distances::new(0, reach, self.config.clamp_len, self.config.d_model);
+            let distances = Distances::new(0, reach, self.config.clamp_len, self.config.d_model)?;
             let table = |layer: &Layer| distances.project(run, &layer.r, self.config.n_head);
             memory.positions = self.layers.iter().map(table).collect::<Result<_>>()?;
             memory.reach = reach;

@@ -149,7 +149,7 @@ impl XlNet {
         let n = memory.checked_add(tokens).and_then(|keys| keys.checked_add(tokens - 1));
         let n = n.filter(|&n| i32::try_from(n).is_ok());
         let n = n.ok_or(laneformer::Error::Overflow { arg: "tokens and memory" })?;
-        let distances = Distances::new(1 - tokens as isize, n, self.config.clamp_len, self.config.d_model);
+        let distances = Distances::new(1 - tokens as isize, n, self.config.clamp_len, self.config.d_model)?;
         let table = |layer: &Layer| distances.project(run, &layer.r, self.config.n_head);
         let layers = self.layers.iter().map(table).collect::<Result<_>>()?;
         Ok(Positions { tokens, keys: memory + tokens, layers })
@@ -173,20 +173,20 @@ impl XlNet {
 
         let mut h = self.tokens.gather(batch.ids, 1.0)?;
         let mut g = batch.targets.map(|targets| self.mask_emb.repeat(targets.len()));
-        let mut mems = vec![];
+        let (mut mems, mut buffer) = (vec![], vec![]);
         for (i, (layer, table)) in self.layers.iter().zip(&positions.layers).enumerate() {
             // Both streams read the content as it enters the layer.
             let mut source = Rows::new(n);
             source.push(batch.mems.get(i).map_or(&[], Vec::as_slice));
             source.push(&h);
-            let keys = layer.block.projections.keys(run, &source.packed(), &key_offsets)?;
+            let keys = layer.block.projections.keys(run, source.packed(&mut buffer), &key_offsets)?;
             layer.advance(run, &mut h, &content, &keys, table)?;
             if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
                 layer.advance(run, g, targets, &keys, table)?;
             }
             run.scratch.give_store(keys);
             source.keep_last(mem_len, d);
-            mems.push(source.packed().into_owned());
+            mems.push(source.into_packed());
         }
         Ok(Output { content: h, queries: g, mems })
     }

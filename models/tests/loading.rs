@@ -9,6 +9,7 @@ use laneformer_models::ragged::Ragged;
 use laneformer_models::{Batch, Checkpoint, Error, Result, Scratch, Weights};
 use safetensors::tensor::{SafeTensors, TensorView};
 use safetensors::{Dtype, serialize};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// A file of the golden cases.
@@ -103,12 +104,12 @@ fn missing_tensors_and_other_shapes_are_named() {
     assert!(error.contains("model.safetensors: no tensor b.weight"), "{error}");
 }
 
-fn config() -> serde_json::Value {
+fn config() -> Value {
     let case = std::fs::read(golden("bert-right-pad/case.json")).unwrap();
-    serde_json::from_slice::<serde_json::Value>(&case).unwrap()["config"].clone()
+    serde_json::from_slice::<Value>(&case).unwrap()["config"].clone()
 }
 
-fn load(config: serde_json::Value, checkpoint: &Checkpoint) -> Result<Bert> {
+fn load(config: Value, checkpoint: &Checkpoint) -> Result<Bert> {
     Bert::load(Path::new("config.json"), &config, checkpoint)
 }
 
@@ -145,35 +146,31 @@ fn names_with_a_prefix_and_old_names_of_norms_load() {
 fn configurations_that_cannot_be_followed_are_refused() {
     let checkpoint = Checkpoint::open(&golden("bert-right-pad/weights.safetensors")).unwrap();
     for (field, value, expected) in [
-        ("model_type", serde_json::json!("gpt2"), "model_type: expected \"bert\", got \"gpt2\""),
+        ("model_type", json!("gpt2"), "model_type: expected \"bert\", got \"gpt2\""),
         (
             "hidden_act",
-            serde_json::json!("gelu_10"),
+            json!("gelu_10"),
             "hidden_act: invalid value: string \"gelu_10\", expected one of the activations",
         ),
-        ("num_attention_heads", serde_json::json!(7), "num_attention_heads: expected a divisor of"),
-        ("num_attention_heads", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
-        ("hidden_size", serde_json::json!(0), "num_attention_heads: expected a divisor of"),
-        ("hidden_size", serde_json::json!(-1), "config.json: hidden_size: invalid value"),
-        ("hidden_size", serde_json::Value::Null, "config.json: hidden_size: invalid type: null"),
-        ("position_embedding_type", serde_json::json!("relative_key"), "position_embedding_type: expected"),
-        ("is_decoder", serde_json::json!(true), "is_decoder: expected false, got true"),
-        (
-            "vocab_size",
-            serde_json::json!(61),
-            "embeddings.word_embeddings.weight: expected shape [61, 60], got [60, 60]",
-        ),
+        ("num_attention_heads", json!(7), "num_attention_heads: expected a divisor of"),
+        ("num_attention_heads", json!(0), "num_attention_heads: expected a divisor of"),
+        ("hidden_size", json!(0), "num_attention_heads: expected a divisor of"),
+        ("hidden_size", json!(-1), "config.json: hidden_size: invalid value"),
+        ("hidden_size", Value::Null, "config.json: hidden_size: invalid type: null"),
+        ("position_embedding_type", json!("relative_key"), "position_embedding_type: expected"),
+        ("is_decoder", json!(true), "is_decoder: expected false, got true"),
+        ("vocab_size", json!(61), "embeddings.word_embeddings.weight: expected shape [61, 60], got [60, 60]"),
         (
             "num_hidden_layers",
-            serde_json::json!(1),
+            json!(1),
             "tensor encoder.layer.1.attention.output.LayerNorm.bias, but the configuration has 1 such layers",
         ),
         (
             "layer_norm_eps",
-            serde_json::json!(-1e-5),
+            json!(-1e-5),
             "config.json: layer_norm_eps: invalid value: floating point `-0.00001`, expected a finite",
         ),
-        ("num_hidden_layers", serde_json::json!(3), "no tensor encoder.layer.2.attention.self.query.weight"),
+        ("num_hidden_layers", json!(3), "no tensor encoder.layer.2.attention.self.query.weight"),
     ] {
         let mut config = config();
         config[field] = value;

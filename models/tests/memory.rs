@@ -22,15 +22,15 @@ fn model(pre_lnorm: bool) -> TransformerXl {
 #[test]
 fn a_memory_of_inputs_is_the_one_that_grew() {
     let ctx = Context::serial();
-    for model in [model(false), model(true)] {
-        let mut scratch = Scratch::default();
-        let mut grown = model.memory(SEQUENCES);
+    for (n, pre_lnorm) in [(1, false), (SEQUENCES, false), (SEQUENCES, true)] {
+        let (model, mut scratch) = (model(pre_lnorm), Scratch::default());
+        let mut grown = model.memory(n);
         // Fewer rows than the memory holds, then more, and a few at a time, so that some have gone and not yet others moved.
         for len in [4, 8, 1, 1, 2, 1, 1, 1, 1, 3, 5, 1, 1, 30, 1, 2] {
-            let ids: Vec<u32> = (0..(SEQUENCES * len) as u32).map(|i| i % 50).collect();
+            let ids: Vec<u32> = (0..(n * len) as u32).map(|i| i % 50).collect();
             model.forward(&mut scratch.with(ctx), &ids, &mut grown).unwrap();
-            let inputs: Vec<Vec<f32>> = (0..3).map(|i| grown.inputs(i).unwrap().to_vec()).collect();
-            let mut given = model.memory_of(ctx, &inputs, SEQUENCES).unwrap();
+            let inputs: Vec<Vec<f32>> = (0..3).map(|i| grown.inputs(i).unwrap()).collect();
+            let mut given = model.memory_of(ctx, &inputs, n).unwrap();
             let next = [7, 8, 9, 10];
             let got = model.forward(&mut scratch.with(ctx), &next, &mut given).unwrap();
             assert_eq!(got, model.forward(&mut scratch.with(ctx), &next, &mut grown).unwrap());

@@ -119,16 +119,12 @@ impl Generator {
     /// The tokens of a prompt. An empty one is the token with which texts begin, or else that with which they end, or else
     /// [`Error::EmptyPrompt`]; one of more tokens than the model has positions is [`Error::TooLong`].
     pub fn prompt(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids = self.tokenizer.encode(text)?.ids;
-        if ids.is_empty() {
-            ids.extend(self.special.bos_token_id.or(self.special.eos().first().copied()));
+        let mut tokens = self.tokenizer.encode(text)?;
+        if tokens.is_empty() {
+            let first = self.special.bos_token_id.or(self.special.eos().first().copied());
+            tokens.ids.push(first.ok_or(Error::EmptyPrompt)?);
         }
-        let (tokens, positions) = (ids.len(), self.positions());
-        match tokens {
-            0 => Err(Error::EmptyPrompt),
-            _ if tokens > positions => Err(Error::TooLong { tokens, positions }),
-            _ => Ok(ids),
-        }
+        Ok(tokens.within(self.positions())?.ids)
     }
 
     /// The beginning of a generation of up to `max_tokens` tokens. BART reads the prompt here; GPT does so with the first

@@ -1,11 +1,38 @@
 //! Text in and out of laneformer's models: a tokenizer, sentence embeddings, and texts written token by token.
 //!
-//! It is apart from the models because of its dependencies: the tokenizer brings more crates than all else together, and an engine
-//! has one already.
+//! It is apart from the models because of its dependencies: the tokenizer brings as many crates as all of the rest, and an inference engine
+//! has its own.
 //!
 //! - [`tokens`]: `tokenizer.json`, texts to tokens and back.
 //! - [`sentence`]: a sentence's embedding, by BERT, Longformer or CLIP.
 //! - [`generate`]: what GPT, GPT-2 and BART write.
+//!
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use laneformer::{Context, Isa, Rayon};
+//! use laneformer_text::generate::{Generator, Sampler};
+//! use laneformer_text::sentence::{Buffers, SentenceEncoder};
+//!
+//! let ctx = Context::new(Isa::best(), &Rayon);
+//! let encoder = SentenceEncoder::open(Path::new("all-MiniLM-L6-v2"))?;
+//! let sentences = [encoder.tokenize("One sentence.")?, encoder.tokenize("And another.")?];
+//! let embeddings = encoder.embed(ctx, &sentences, &mut Buffers::default())?;
+//! assert_eq!(embeddings.len(), 2 * encoder.dim());
+//!
+//! let generator = Generator::open(Path::new("gpt2"))?;
+//! let (mut sampler, mut decoder) = (Sampler::greedy(), generator.decoder());
+//! let mut text = generator.begin(ctx, &generator.prompt("Once upon a time")?, 32)?;
+//! while let Some(token) = text.next(ctx, &mut sampler)? {
+//!     print!("{}", decoder(token)?.unwrap_or_default());
+//! }
+//! # Ok::<(), laneformer_text::Error>(())
+//! ```
+//!
+//! # Errors
+//! Nothing panics on bad input. Opening fails with the file and what of it is missing or disagrees, as loading a model does
+//! ([`laneformer_models`]); a text fails with its number of tokens where the model has fewer positions ([`Error::TooLong`]). Functions name only
+//! what they add to this.
 
 #![forbid(unsafe_code)]
 

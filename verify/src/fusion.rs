@@ -2,16 +2,15 @@
 
 use laneformer::Context;
 use laneformer_models::Scratch;
-use laneformer_models::fusion::{Config, Fusion, Stream};
+use laneformer_models::fusion::{Fusion, Stream};
 
 use crate::Result;
 use crate::case::{Case, Outputs};
 
 pub(crate) fn fusion(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
-    let config: Config = case.config()?;
-    let d = config.layers.d_model;
-    let fusion = Fusion::load(case.path(), &config, case.weights())?;
-    let is_sum = config.fusion == "early_sum";
+    let fusion = Fusion::load(case.path(), case.json(), case.weights())?;
+    let d = fusion.config.layers.d_model;
+    let is_sum = fusion.config.fusion == "early_sum";
     // A sum is of tokens at the same places: those that are real in `a`.
     let (tokens_a, tokens_b) =
         (case.ragged("mask_a")?, case.ragged(if is_sum { "mask_a" } else { "mask_b" })?);

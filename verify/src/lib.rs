@@ -1,6 +1,18 @@
 //! Golden cases: inputs, weights and float64 outputs of an independent implementation, run through the models.
 //!
-//! A case is a directory with `case.json`, `weights.safetensors` and `io.safetensors` (tensors `in.*` and `out.*`).
+//! A case is a directory with `case.json`, `weights.safetensors` and `io.safetensors` (tensors `in.*` and `out.*`); `tests/golden` has some, and a
+//! generator of more.
+//!
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use laneformer::Context;
+//!
+//! for verdict in laneformer_verify::verify(Context::serial(), Path::new("tests/golden/bert-right-pad"))? {
+//!     println!("{}: {:?}, limit {:e}", verdict.output, verdict.outcome, verdict.limit);
+//! }
+//! # Ok::<(), laneformer_verify::Error>(())
+//! ```
 
 #![forbid(unsafe_code)]
 

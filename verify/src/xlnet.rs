@@ -10,7 +10,8 @@ use crate::case::{Case, Outputs};
 
 pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = XlNet::load(case.path(), case.json(), case.weights())?;
-    let [sequences, seq_len] = case.shape("input_ids")?;
+    let [sequences, _] = case.shape("input_ids")?;
+    let ids = case.indices("input_ids")?;
     let Config { n_layer, mem_len, .. } = model.config;
     let mask = |name| case.has(name).then(|| case.mask(name)).transpose();
     let (is_real, is_hidden) = (mask("attention_mask")?, mask("perm_mask")?);
@@ -18,10 +19,12 @@ pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let targets = case.has("target_mapping").then(|| targets(case)).transpose()?;
     let layers = if case.has("mems.0") { n_layer } else { 0 };
     let mems = (0..layers).map(|i| case.f32(&format!("mems.{i}"))).collect::<Result<Vec<_>>>()?;
-    let memory = if case.has("mems.0") { case.shape::<3>("mems.0")?[1] } else { 0 };
+    // Not by their shapes, which may have zeros beside large numbers.
+    let of_each = |len: usize, cols: usize| len.checked_div(sequences.saturating_mul(cols)).unwrap_or(0);
+    let memory = of_each(mems.first().map_or(0, Vec::len), model.config.d_model);
     let batch = Batch {
         sequences,
-        ids: &case.indices("input_ids")?,
+        ids: &ids,
         is_real: is_real.as_deref(),
         segments: segments.as_deref(),
         is_hidden: is_hidden.as_deref(),
@@ -30,7 +33,7 @@ pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     };
     let mut scratch = Scratch::default();
     let run = &mut scratch.with(ctx);
-    let positions = model.positions(run, seq_len, memory)?;
+    let positions = model.positions(run, of_each(ids.len(), 1), memory)?;
     let output = model.forward(run, &batch, &positions)?;
 
     let mut outputs = Outputs::new();
@@ -51,7 +54,7 @@ pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         mask.push(&is_real);
         let mem_len = mem_len.filter(|&len| len > 0).unwrap_or(usize::MAX);
         mask.keep_last(mem_len, 1);
-        outputs.insert("mems_mask".into(), mask.packed().into_owned());
+        outputs.insert("mems_mask".into(), mask.into_packed());
     }
     Ok(outputs)
 }

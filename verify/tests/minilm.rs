@@ -3,7 +3,6 @@
 //! The model is not in the repository: `scripts/fetch-minilm.sh DIR` gets it, `LANEFORMER_MINILM=DIR` names it here.
 //! Without it the tests are shown as ignored; with `REQUIRE_MINILM=1` they fail.
 
-#[path = "../../verify/tests/common/mod.rs"]
 mod common;
 
 use std::path::Path;
