@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::mem;
+use std::ops::Range;
 
 use laneformer::{
     Context, Epilogue, Graph, Heads, Inputs, KeyStore, Layer, Linear, MatMut, Placement, QueryRows,
@@ -141,36 +142,31 @@ impl Block {
     }
 }
 
-/// Distances of a query after a key as sinusoids, sines before cosines; each layer has its own projection of them.
-#[derive(Debug)]
-pub struct Distances {
-    first: isize,
-    sinusoids: Vec<f32>,
-}
-
-impl Distances {
-    /// The distances `first..first + n`, clamped to `-clamp..=clamp` if `clamp` is positive, in `d` columns. More than there is memory for
-    /// are the library's [`Overflow`](laneformer::Error::Overflow).
-    pub fn new(first: isize, n: usize, clamp: i64, d: usize) -> Result<Distances> {
-        let distance = |i: usize| {
-            let distance = first as i64 + i as i64;
-            (if clamp > 0 { distance.clamp(-clamp, clamp) } else { distance }) as i32
-        };
-        let overflow = laneformer::Error::Overflow { arg: "distances" };
-        let mut sinusoids = vec![];
-        sinusoids.try_reserve_exact(n.checked_mul(d).ok_or(overflow)?).map_err(|_| overflow)?;
-        let row = |i: usize| (0..d).map(move |c| Sinusoid::Halves.at(distance(i), c, d));
-        sinusoids.extend((0..n).flat_map(row));
-        Ok(Distances { first, sinusoids })
+/// Distances of a query after a key as each layer sees them: sinusoids, sines before cosines, times its `r`. They are clamped to
+/// `-clamp..=clamp` if `clamp` is positive. A table that cannot be allocated is the library's [`Overflow`](laneformer::Error::Overflow).
+pub fn positions<'a>(
+    run: &mut Run<'_>,
+    layers: impl Iterator<Item = &'a Linear>,
+    n_heads: usize,
+    distances: Range<isize>,
+    clamp: i64,
+) -> Result<Vec<RelativeTable>> {
+    let mut layers = layers.peekable();
+    let d = layers.peek().map_or(0, |r| r.in_features());
+    let overflow = laneformer::Error::Overflow { arg: "distances" };
+    let mut sinusoids = vec![];
+    sinusoids.try_reserve_exact(distances.len().checked_mul(d).ok_or(overflow)?).map_err(|_| overflow)?;
+    for distance in distances.clone().map(|distance| distance as i64) {
+        let distance = (if clamp > 0 { distance.clamp(-clamp, clamp) } else { distance }) as i32;
+        sinusoids.extend((0..d).map(|c| Sinusoid::Halves.at(distance, c, d)));
     }
-
-    /// The distances as a layer sees them.
-    pub fn project(&self, run: &mut Run<'_>, r: &Linear, n_heads: usize) -> Result<RelativeTable> {
-        let projected = run.project(r, &self.sinusoids, &Epilogue::NONE)?;
-        let table = RelativeTable::new(rows(&projected, r.out_features())?, self.first, n_heads)?;
+    let table = |r: &Linear| {
+        let projected = run.project(r, &sinusoids, &Epilogue::NONE)?;
+        let table = RelativeTable::new(rows(&projected, r.out_features())?, distances.start, n_heads)?;
         run.scratch.give(projected);
         Ok(table)
-    }
+    };
+    layers.map(table).collect()
 }
 
 /// Where each of `n` sequences of the same length begins, and the end.
@@ -193,7 +189,7 @@ pub(crate) fn len_of_each(arg: &'static str, total: usize, n: usize) -> Result<u
 #[derive(Clone, Debug)]
 pub struct Rows {
     sequences: Vec<Vec<f32>>,
-    /// Elements at the begin of each sequence that have gone.
+    /// Elements at the beginning of each sequence that have gone.
     gone: usize,
 }
 
@@ -203,7 +199,7 @@ impl Rows {
         Rows { sequences: vec![vec![]; n], gone: 0 }
     }
 
-    /// Puts rows [n, T, cols] behind those of their sequences; of what does not divide by n the rest is left out.
+    /// Puts rows [n, T, cols] behind those of their sequences; a remainder that does not divide by n is left out.
     pub fn push(&mut self, x: &[f32]) {
         let len = x.len() / self.sequences.len().max(1);
         // The others move when a quarter has gone: at most thrice in the life of a row, however few come at once.
@@ -212,7 +208,7 @@ impl Rows {
         self.gone -= gone;
         for (b, rows) in self.sequences.iter_mut().enumerate() {
             rows.drain(..gone);
-            // Not to twice of what there is: memories are long.
+            // By a quarter, not to double: memories are long.
             if rows.capacity() < rows.len() + len {
                 rows.reserve_exact(len.max(rows.len() / 4));
             }
@@ -226,7 +222,7 @@ impl Rows {
         self.gone = self.gone.max(all.saturating_sub(len.saturating_mul(cols)));
     }
 
-    /// The rows of all sequences, [n, len, cols]: where they are, or if there are several in `buffer`.
+    /// The rows of all sequences, [n, len, cols]: in place for one sequence, else copied into `buffer`.
     pub fn packed<'a>(&'a self, buffer: &'a mut Vec<f32>) -> &'a [f32] {
         if let [rows] = &self.sequences[..] {
             return &rows[self.gone..];
@@ -235,45 +231,23 @@ impl Rows {
         self.sequences.iter().for_each(|rows| buffer.extend_from_slice(&rows[self.gone..]));
         buffer
     }
-
-    /// The rows of all sequences, [n, len, cols].
-    pub fn into_packed(mut self) -> Vec<f32> {
-        if let [rows] = &mut self.sequences[..] {
-            rows.drain(..self.gone);
-            return mem::take(rows);
-        }
-        let mut packed = vec![];
-        self.packed(&mut packed);
-        packed
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Against rows in a plain vector, for sequences of which row `i` is `100 * sequence + i`, three times.
+    /// Row `i` of sequence `b` is `1000 b + i` in three columns; expected is the range of rows that are left.
     #[test]
     fn rows_come_and_the_oldest_go() {
         for n in [0, 1, 2, 3] {
             let (mut rows, mut first, mut end) = (Rows::new(n), 0, 0);
-            for (come, kept) in [
-                (0, 9),
-                (4, 9),
-                (8, 9),
-                (0, 9),
-                (1, 9),
-                (1, 9),
-                (0, 8),
-                (1, 8),
-                (30, 8),
-                (1, 8),
-                (2, 0),
-                (0, 0),
-                (1, 5),
-            ] {
+            let steps =
+                [(0, 9), (4, 9), (8, 9), (0, 9), (1, 9), (0, 8), (1, 8), (30, 8), (1, 8), (2, 0), (0, 0)];
+            // What has gone is given back: in the end the capacity is that of few rows, and of the 30 that once came.
+            for (come, kept) in steps.into_iter().chain([(1, 9); 100]) {
                 let range = |first: usize, end: usize| -> Vec<f32> {
-                    let of = |b: usize| (first..end).flat_map(move |i| [(100 * b + i) as f32; 3]);
+                    let of = |b: usize| (first..end).flat_map(move |i| [(1000 * b + i) as f32; 3]);
                     (0..n).flat_map(of).collect()
                 };
                 rows.push(&range(end, end + come));
@@ -282,7 +256,6 @@ mod tests {
                 first = first.max(end - kept.min(end));
                 let expected = range(first, end);
                 assert_eq!(rows.packed(&mut vec![7.0; 5]), expected, "{n} sequences, {first} to {end}");
-                assert_eq!(rows.clone().into_packed(), expected);
                 let capacity = rows.sequences.iter().map(Vec::capacity).max().unwrap_or(0);
                 assert!(capacity <= 3 * (2 * 9 + 30), "{capacity}");
             }

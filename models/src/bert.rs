@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::config::{activation, epsilon, from_value, heads, only, with_defaults};
+use crate::config::{activation, epsilon, from_parts, heads, only, with_defaults};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::head;
@@ -37,9 +37,7 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path, json: &Value) -> Result<T> 
     only(path, json, &[("position_embedding_type", "absolute".into()), ("is_decoder", false.into())])?;
     let defaults = json!({ "hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12 });
     let json = with_defaults(Some(json), defaults);
-    // As a part of another configuration it would not say which of its fields is wrong.
-    from_value::<Config>(path, json.clone())?;
-    from_value(path, json)
+    from_parts::<Config, T>(path, json)
 }
 
 impl Config {

@@ -1,6 +1,7 @@
 //! CLIP (Radford et al. 2021, <https://arxiv.org/abs/2103.00020>): a pre-norm encoder over the patches of an image, a causal
 //! one over a text, and their embeddings in one space, where a text is a class and its embedding the classifier's row.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use laneformer::{Activation, Context, Linear, MatMut, Norm, softmax};
@@ -8,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::attend::offsets;
-use crate::config::{activation, check, epsilon, from_value, heads, only, read, with_defaults};
+use crate::config::{activation, check, epsilon, from_parts, from_value, heads, only, with_defaults};
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, Embeddings};
 use crate::encoder::{Attention, Decoding, LayerSpec, Layers, NormPlacement, Part, Transformer};
@@ -85,14 +86,6 @@ fn vision_defaults() -> Value {
     })
 }
 
-/// As parts of other configurations these would not say which of their fields is wrong.
-#[derive(Deserialize)]
-#[allow(dead_code, reason = "they are read for their errors")]
-struct Towers {
-    text_config: TowerConfig,
-    vision_config: TowerConfig,
-}
-
 impl Config {
     fn from_json(path: &Path, json: &Value) -> Result<Config> {
         only(path, json, &[("model_type", "clip".into())])?;
@@ -100,7 +93,8 @@ impl Config {
             "text_config": with_defaults(json.get("text_config"), text_defaults()),
             "vision_config": with_defaults(json.get("vision_config"), vision_defaults()),
         });
-        from_value::<Towers>(path, towers.clone())?;
+        // As parts of the others they would not say which of their fields is wrong.
+        from_value::<HashMap<String, TowerConfig>>(path, towers.clone())?;
         let all = with_defaults(Some(json), json!({ "projection_dim": 512 }));
         let mut config: Config = from_value(path, with_defaults(Some(&towers), all))?;
         // Beside a vision tower the texts' own field is not used.
@@ -221,7 +215,7 @@ impl TextEncoder {
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<TextEncoder> {
         let is_alone = json.get("model_type").is_some_and(|model_type| model_type == "clip_text_model");
         let config = if is_alone {
-            read(path, json, text_defaults())?
+            from_parts::<TowerConfig, _>(path, with_defaults(Some(json), text_defaults()))?
         } else {
             Config::from_json(path, json)?.text_config
         };

@@ -29,6 +29,12 @@ pub fn from_value<T: DeserializeOwned>(path: &Path, json: Value) -> Result<T> {
     from_json(path, json)
 }
 
+/// As [`from_value`], of a configuration that has `Part` flattened into it: alone, the part says which of its fields is wrong.
+pub(crate) fn from_parts<Part: DeserializeOwned, T: DeserializeOwned>(path: &Path, json: Value) -> Result<T> {
+    from_value::<Part>(path, json.clone())?;
+    from_value(path, json)
+}
+
 fn from_json<'a, T: DeserializeOwned>(
     path: &Path,
     json: impl Deserializer<'a, Error = serde_json::Error>,
@@ -73,8 +79,7 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path, json: &Value, defaults: Val
     from_value(path, with_defaults(Some(json), defaults))
 }
 
-/// Fields of which this crate follows one value. They may be absent, or null: Python's `None`, which also counts as false, so null is refused
-/// where the value is true.
+/// Fields of which this crate follows one value. They may be absent, or null (Python's `None`) unless that value is true: `None` counts as false.
 pub(crate) fn only(path: &Path, json: &Value, fields: &[(&'static str, Value)]) -> Result<()> {
     fields.iter().try_for_each(|(field, followed)| match json.get(field) {
         Some(other) if other != followed && (!other.is_null() || *followed == true) => {

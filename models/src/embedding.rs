@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use laneformer::{Context, Linear, Norm};
 
-use crate::error::check_size;
+use crate::error::{check_indices, check_size};
 use crate::weights::{linear, normalize};
-use crate::{Batch, Error, Result};
+use crate::{Batch, Result};
 
 /// A table of vectors, one per index; clones share it.
 #[derive(Clone, Debug)]
@@ -39,11 +39,7 @@ impl Embedding {
 
     /// Every index is a row of the table.
     pub fn check(&self, indices: &[u32]) -> Result<()> {
-        let rows = self.rows();
-        match indices.iter().position(|&index| index as usize >= rows) {
-            None => Ok(()),
-            Some(at) => Err(Error::Index { table: self.name, index: indices[at], at, rows }),
-        }
+        check_indices(self.name, self.rows(), indices)
     }
 
     /// The vector of an index, which is [checked](Embedding::check).

@@ -73,6 +73,14 @@ pub(crate) fn check_most(arg: &'static str, max: usize, actual: usize) -> Result
     if actual <= max { Ok(()) } else { Err(laneformer::Error::TooLarge { arg, max, actual }.into()) }
 }
 
+/// [`Error::Index`] if an index is outside of a table.
+pub(crate) fn check_indices(table: &'static str, rows: usize, indices: &[u32]) -> Result<()> {
+    match indices.iter().position(|&index| index as usize >= rows) {
+        None => Ok(()),
+        Some(at) => Err(Error::Index { table, index: indices[at], at, rows }),
+    }
+}
+
 /// [`Error::NotANumber`] if there is a NaN in `x`.
 pub fn check_numbers(what: &'static str, x: &[f32]) -> Result<()> {
     if x.iter().any(|x| x.is_nan()) { Err(Error::NotANumber(what)) } else { Ok(()) }

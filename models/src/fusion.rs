@@ -85,18 +85,14 @@ const CROSS: &[Part] = &[
 impl Fusion {
     /// Packs the weights; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Fusion> {
-        // As a part of the other it would not say which of its fields is wrong.
-        from_value::<encoder::Config>(path, json.clone())?;
-        let config: Config = from_value(path, json.clone())?;
+        // By itself: as a part of the other it would not say which of its fields is wrong, and would not get the `alpha` of its norms.
+        let layers = from_value(path, json.clone())?;
+        let config = Config { layers, ..from_value(path, json.clone())? };
         let (spec, n, d) = (config.layers.layers(path)?, config.layers.num_layers, config.layers.d_model);
         let w = Weights::new(checkpoint, "");
         let is_pre = spec.placement == NormPlacement::Pre;
         let tf = |name| spec.closed_stack(&w.at(name), ENCODER, n, is_pre);
         let cross = |name| w.at(name).at("layers").layers(n, |_, w| Cross::load(&w, &spec, is_pre));
-        let crosses = || {
-            let pairs = cross("cross_a")?.into_iter().zip(cross("cross_b")?);
-            Ok::<_, Error>(pairs.map(|(a, b)| Step::Cross(a, b)).collect::<Vec<_>>())
-        };
         let mut bottleneck = None;
         let steps = match config.fusion.as_str() {
             "early_sum" => {
@@ -113,10 +109,12 @@ impl Fusion {
             "hier_one_to_multi" => {
                 vec![Step::Together(tf("tf")?), Step::A(tf("tf_a")?), Step::B(tf("tf_b")?)]
             }
-            "cross" => crosses()?,
-            "cross_concat" => {
-                let mut steps = crosses()?;
-                steps.push(Step::Together(tf("tf")?));
+            fusion @ ("cross" | "cross_concat") => {
+                let pairs = cross("cross_a")?.into_iter().zip(cross("cross_b")?);
+                let mut steps: Vec<_> = pairs.map(|(a, b)| Step::Cross(a, b)).collect();
+                if fusion == "cross_concat" {
+                    steps.push(Step::Together(tf("tf")?));
+                }
                 steps
             }
             "mbt" => {

@@ -8,7 +8,7 @@ use laneformer::{Activation, Context, Graph, Heads, Linear, Relative, RelativeTa
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Distances, Projections, Rows, Seen, len_of_each, offsets};
+use crate::attend::{Block, Projections, Rows, Seen, len_of_each, offsets, positions};
 use crate::config::{check, only, read};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
@@ -91,7 +91,7 @@ struct LayerMemory {
 impl Memory {
     /// The inputs that layer `i` remembers, [sequences, rows, d_model].
     pub fn inputs(&self, i: usize) -> Option<Vec<f32>> {
-        self.layers.get(i).map(|layer| layer.inputs.clone().into_packed())
+        self.layers.get(i).map(|layer| layer.inputs.packed(&mut vec![]).to_vec())
     }
 }
 
@@ -188,9 +188,8 @@ impl TransformerXl {
     fn reach(&self, run: &mut Run<'_>, keys: usize, queries: usize, memory: &mut Memory) -> Result<()> {
         if keys > memory.reach {
             let reach = (2 * keys).min(self.config.mem_len.saturating_add(queries));
-            let distances = Distances::new(0, reach, self.config.clamp_len, self.config.d_model)?;
-            let table = |layer: &Layer| distances.project(run, &layer.r, self.config.n_head);
-            memory.positions = self.layers.iter().map(table).collect::<Result<_>>()?;
+            let (r, distances) = (self.layers.iter().map(|layer| &layer.r), 0..reach as isize);
+            memory.positions = positions(run, r, self.config.n_head, distances, self.config.clamp_len)?;
             memory.reach = reach;
         }
         Ok(())

@@ -8,11 +8,11 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::bert::{self, Bert};
-use crate::error::{check_numbers, check_size};
+use crate::error::{check_indices, check_numbers, check_size};
 use crate::head::{Head, argmax};
 use crate::run::project;
 use crate::weights::linear;
-use crate::{Checkpoint, Error, Result, Weights};
+use crate::{Checkpoint, Result, Weights};
 
 /// BERT's configuration, and what the video adds to it.
 #[derive(Clone, Debug, Deserialize)]
@@ -77,14 +77,9 @@ impl VideoBert {
         masked: &[bool],
     ) -> Result<(Vec<u32>, Vec<u32>)> {
         let words = self.config.bert.vocab_size;
-        if let Some(at) = text.iter().position(|&id| id as usize >= words) {
-            return Err(Error::Index { table: "word_embeddings", index: text[at], at, rows: words });
-        }
+        check_indices("word_embeddings", words, text)?;
+        check_indices("centroids", self.config.num_centroids, video_ids)?;
         check_size("masked", video_ids.len(), masked.len())?;
-        let rows = self.config.num_centroids;
-        if let Some(at) = video_ids.iter().position(|&id| id as usize >= rows) {
-            return Err(Error::Index { table: "centroids", index: video_ids[at], at, rows });
-        }
         let clip = |(&id, &masked): (&u32, &bool)| {
             if masked { self.config.mask_token_id } else { words as u32 + id }
         };

@@ -11,7 +11,7 @@ use laneformer::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Distances, Projections, Rows, Seen, len_of_each, offsets};
+use crate::attend::{Block, Projections, Rows, Seen, len_of_each, offsets, positions};
 use crate::config::{activation, check, epsilon, heads, only, read};
 use crate::embedding::Embedding;
 use crate::encoder::{LayerSpec, NormPlacement};
@@ -149,9 +149,9 @@ impl XlNet {
         let n = memory.checked_add(tokens).and_then(|keys| keys.checked_add(tokens - 1));
         let n = n.filter(|&n| i32::try_from(n).is_ok());
         let n = n.ok_or(laneformer::Error::Overflow { arg: "tokens and memory" })?;
-        let distances = Distances::new(1 - tokens as isize, n, self.config.clamp_len, self.config.d_model)?;
-        let table = |layer: &Layer| distances.project(run, &layer.r, self.config.n_head);
-        let layers = self.layers.iter().map(table).collect::<Result<_>>()?;
+        let distances = 1 - tokens as isize..n as isize + 1 - tokens as isize;
+        let r = self.layers.iter().map(|layer| &layer.r);
+        let layers = positions(run, r, self.config.n_head, distances, self.config.clamp_len)?;
         Ok(Positions { tokens, keys: memory + tokens, layers })
     }
 
@@ -186,7 +186,7 @@ impl XlNet {
             }
             run.scratch.give_store(keys);
             source.keep_last(mem_len, d);
-            mems.push(source.into_packed());
+            mems.push(source.packed(&mut buffer).to_vec());
         }
         Ok(Output { content: h, queries: g, mems })
     }

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use laneformer_models::bart::Bart;
 use laneformer_models::bert::Bert;
-use laneformer_models::clip::Clip;
+use laneformer_models::clip::{Clip, TextEncoder};
 use laneformer_models::detr::Detr;
 use laneformer_models::fusion::Fusion;
 use laneformer_models::gpt::Gpt;
+use laneformer_models::lavit::Lavit;
 use laneformer_models::longformer::Longformer;
 use laneformer_models::transformer_xl::TransformerXl;
 use laneformer_models::videobert::VideoBert;
@@ -15,15 +16,19 @@ use laneformer_models::xlnet::XlNet;
 use laneformer_models::{Checkpoint, Result};
 use serde_json::{Value, json};
 
-/// A model by its loader, with a small configuration.
-type Small = (fn(&Value) -> Result<()>, Value);
+/// A loader, with a small configuration.
+type Small = (Box<dyn Fn(&Value) -> Result<()>>, Value);
+
+fn small<M: 'static>(load: fn(&Path, &Value, &Checkpoint) -> Result<M>, config: Value) -> Small {
+    (Box::new(move |json| load(Path::new("c"), json, &Checkpoint::random(1)).map(drop)), config)
+}
 
 fn bert() -> Small {
     let config = json!({
         "vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 4,
         "max_position_embeddings": 8,
     });
-    (|json| Bert::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), config)
+    small(Bert::load, config)
 }
 
 fn with(mut config: Value, fields: Value) -> Value {
@@ -33,12 +38,12 @@ fn with(mut config: Value, fields: Value) -> Value {
 
 fn videobert() -> Small {
     let video = json!({ "num_centroids": 5, "video_feature_dim": 4, "sep_token_id": 1, "mask_token_id": 2 });
-    (|json| VideoBert::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), with(bert().1, video))
+    small(VideoBert::load, with(bert().1, video))
 }
 
 fn longformer() -> Small {
     let config = with(bert().1, json!({ "attention_window": 2 }));
-    (|json| Longformer::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), config)
+    small(Longformer::load, config)
 }
 
 fn bart() -> Small {
@@ -46,24 +51,24 @@ fn bart() -> Small {
         "vocab_size": 9, "d_model": 4, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 4, "decoder_ffn_dim": 4, "max_position_embeddings": 8,
     });
-    (|json| Bart::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), config)
+    small(Bart::load, config)
 }
 
 fn gpt() -> Small {
     let config = json!({ "vocab_size": 9, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 2 });
-    (|json| Gpt::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), config)
+    small(Gpt::load, config)
 }
 
 fn transformer_xl() -> Small {
     let config = json!({
         "vocab_size": 9, "d_model": 4, "n_head": 2, "d_head": 2, "d_inner": 4, "n_layer": 1, "mem_len": 4,
     });
-    (|json| TransformerXl::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), config)
+    small(TransformerXl::load, config)
 }
 
 fn xlnet() -> Small {
     let config = json!({ "vocab_size": 9, "d_model": 4, "n_head": 2, "d_inner": 4, "n_layer": 1 });
-    (|json| XlNet::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), config)
+    small(XlNet::load, config)
 }
 
 fn detr() -> Small {
@@ -71,7 +76,7 @@ fn detr() -> Small {
         "d_model": 4, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 4,
         "backbone_config": { "embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic" },
     });
-    (|json| Detr::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), config)
+    small(Detr::load, config)
 }
 
 fn clip() -> Small {
@@ -80,7 +85,22 @@ fn clip() -> Small {
     let text = with(tower.clone(), json!({ "vocab_size": 9, "max_position_embeddings": 8 }));
     let vision = with(tower, json!({ "image_size": 4, "patch_size": 2 }));
     let config = json!({ "text_config": text, "vision_config": vision, "projection_dim": 4 });
-    (|json| Clip::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), config)
+    small(Clip::load, config)
+}
+
+fn clip_text() -> Small {
+    small(
+        TextEncoder::load,
+        with(clip().1["text_config"].clone(), json!({ "model_type": "clip_text_model" })),
+    )
+}
+
+fn lavit() -> Small {
+    let streams = json!({
+        "a_layers": 1, "v_layers": 1, "x_layers": 1, "audio_encoder": "mono", "audio_feat_dim": 3, "visual_feat_dim": 3,
+        "visual_coord_dim": 2, "num_answers": 5,
+    });
+    small(Lavit::load, with(bert().1, streams))
 }
 
 fn fusion() -> Small {
@@ -88,11 +108,11 @@ fn fusion() -> Small {
         "fusion": "cross", "d_model": 4, "num_heads": 2, "d_ff": 4, "num_layers": 1, "norm_placement": "post",
         "eps": 1e-5, "activation": "relu",
     });
-    (|json| Fusion::load(Path::new("c"), json, &Checkpoint::random(1)).map(drop), config)
+    small(Fusion::load, config)
 }
 
-/// Of options that have other values elsewhere the one that is followed, no value, and null where that is no other, are as if they were not
-/// there; another value is refused by its name.
+/// An option of which one value is followed loads with that value, without the field, and with null unless null means the other; any other
+/// value is refused by the field's name.
 #[test]
 fn options_with_one_value_are_checked() {
     for ((load, config), field, followed, other, null_is_fine) in [
@@ -137,6 +157,10 @@ fn a_wrong_choice_is_named_by_its_field() {
             "c: hidden_act: invalid value: string \"mish\", expected one of",
         ),
         (longformer(), "layer_norm_eps", json!(-1), "c: layer_norm_eps: invalid value"),
+        (lavit(), "layer_norm_eps", json!(-1), "c: layer_norm_eps: invalid value"),
+        (lavit(), "audio_encoder", json!("quad"), "c: audio_encoder: expected mono, stereo"),
+        (clip_text(), "hidden_act", json!("mish"), "c: hidden_act: invalid value: string \"mish\""),
+        (fusion(), "norm_placement", json!("deepnorm"), "c: alpha: expected a number, got none"),
         (clip(), "vision_config", vision, "c: vision_config.hidden_act: invalid value: string \"mish\""),
         (fusion(), "activation", json!("mish"), "c: activation: invalid value: string \"mish\""),
         (
@@ -152,4 +176,11 @@ fn a_wrong_choice_is_named_by_its_field() {
         let error = load(&with(config, json!({ field: value }))).unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error}, not {expected}");
     }
+}
+
+/// The `alpha` of DeepNorm reaches the layers of a fusion, too.
+#[test]
+fn a_fusion_can_have_deepnorm() {
+    let (load, config) = fusion();
+    load(&with(config, json!({ "norm_placement": "deepnorm", "alpha": 2.0 }))).unwrap();
 }

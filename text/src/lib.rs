@@ -1,7 +1,7 @@
 //! Text in and out of laneformer's models: a tokenizer, sentence embeddings, and texts written token by token.
 //!
 //! It is apart from the models because of its dependencies: the tokenizer brings as many crates as all of the rest, and an inference engine
-//! has its own.
+//! has a tokenizer of its own.
 //!
 //! - [`tokens`]: `tokenizer.json`, texts to tokens and back.
 //! - [`sentence`]: a sentence's embedding, by BERT, Longformer or CLIP.
@@ -31,7 +31,8 @@
 //!
 //! # Errors
 //! Nothing panics on bad input. Opening fails with the file and what of it is missing or disagrees, as loading a model does
-//! ([`laneformer_models`]); a text fails with its number of tokens where the model has fewer positions ([`Error::TooLong`]). Functions name only
+//! ([`laneformer_models`]); a text that is not cut off fails with its number of tokens where the model has fewer positions
+//! ([`Error::TooLong`]). Functions name only
 //! what they add to this.
 
 #![forbid(unsafe_code)]

@@ -19,7 +19,7 @@ pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let targets = case.has("target_mapping").then(|| targets(case)).transpose()?;
     let layers = if case.has("mems.0") { n_layer } else { 0 };
     let mems = (0..layers).map(|i| case.f32(&format!("mems.{i}"))).collect::<Result<Vec<_>>>()?;
-    // Not by their shapes, which may have zeros beside large numbers.
+    // Not from their shapes: one with a 0 in it may have any number beside it.
     let of_each = |len: usize, cols: usize| len.checked_div(sequences.saturating_mul(cols)).unwrap_or(0);
     let memory = of_each(mems.first().map_or(0, Vec::len), model.config.d_model);
     let batch = Batch {
@@ -54,7 +54,7 @@ pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         mask.push(&is_real);
         let mem_len = mem_len.filter(|&len| len > 0).unwrap_or(usize::MAX);
         mask.keep_last(mem_len, 1);
-        outputs.insert("mems_mask".into(), mask.into_packed());
+        outputs.insert("mems_mask".into(), mask.packed(&mut vec![]).to_vec());
     }
     Ok(outputs)
 }
