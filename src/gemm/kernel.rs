@@ -68,13 +68,13 @@ pub(crate) fn product<S: Simd>(
     let reads_narrow = streams && rows == 1 && to_l2;
     let fetches_stream = streams && !reads_narrow && to_l2 && is_short(rows, nv);
     let mut ahead = next.into_iter().flat_map(|lines| lines.chunks((k * next_step).max(1)));
-    let mut col = 0;
-    while col < cols {
-        let vectors = ((cols - col) / LANES).min(nv);
-        let mut row = 0;
-        // Balanced: 7 rows are 4 + 3, not 6 + 1, which would leave a tile bound by its loads.
-        for tiles_left in (1..=row_tiles).rev() {
-            let height = (rows - row).div_ceil(tiles_left);
+    let mut row = 0;
+    // Balanced: 7 rows are 4 + 3, not 6 + 1, which would leave a tile bound by its loads.
+    for tiles_left in (1..=row_tiles).rev() {
+        let height = (rows - row).div_ceil(tiles_left);
+        let mut col = 0;
+        while col < cols {
+            let vectors = ((cols - col) / LANES).min(nv);
             // SAFETY: the tile of `height` rows from `row` and `vectors` vectors from `col` is inside the matrices, whose
             // extents were checked above.
             let (a, b, c) = unsafe { (a.add(row * a_stride), b.add(col), c.add(row * c_stride + col)) };
@@ -94,9 +94,9 @@ pub(crate) fn product<S: Simd>(
                     pick(s, height, vectors, &tile);
                 }
             }
-            row += height;
+            col += vectors * LANES;
         }
-        col += vectors * LANES;
+        row += height;
     }
 }
 
