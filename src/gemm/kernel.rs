@@ -61,13 +61,20 @@ pub(crate) fn product<S: Simd>(
     let next = if streams { <[&[f32]; 2]>::default() } else { next };
     // Spread evenly, but a line per step at most.
     let steps = row_tiles * col_tiles * k;
-    let next_step = if lines < steps { (lines * LANES).div_ceil(steps) } else { LANES };
+    let every = if fetches_at_each_step::<S>() || 2 * lines > steps {
+        1
+    } else if 4 * lines > steps {
+        2
+    } else {
+        4
+    };
+    let next_step = if lines < steps { (every * lines * LANES).div_ceil(steps) } else { LANES };
     let to_l2 = waits_for_few_lines();
     // With loads of whole lines one row asks for so many that L1 has no room left for what the hardware foresees. With halves it reads memory 4 to 5 %
     // faster, and the caches as fast.
     let reads_narrow = streams && rows == 1 && to_l2;
     let fetches_stream = streams && !reads_narrow && to_l2 && is_short(rows, nv);
-    let mut ahead = next.into_iter().flat_map(|lines| lines.chunks((k * next_step).max(1)));
+    let mut ahead = next.into_iter().flat_map(|lines| lines.chunks((k.div_ceil(every) * next_step).max(1)));
     let mut row = 0;
     // Balanced: 7 rows are 4 + 3, not 6 + 1, which would leave a tile bound by its loads.
     for tiles_left in (1..=row_tiles).rev() {
@@ -78,13 +85,13 @@ pub(crate) fn product<S: Simd>(
             // SAFETY: the tile of `height` rows from `row` and `vectors` vectors from `col` is inside the matrices, whose
             // extents were checked above.
             let (a, b, c) = unsafe { (a.add(row * a_stride), b.add(col), c.add(row * c_stride + col)) };
-            let (line, step) = match ahead.next() {
-                Some(lines) => (lines.as_ptr(), next_step),
-                None if fetches_stream => (b.wrapping_add(STREAM_AHEAD), b_stride),
+            let (line, step, every) = match ahead.next() {
+                Some(lines) => (lines.as_ptr(), next_step, every),
+                None if fetches_stream => (b.wrapping_add(STREAM_AHEAD), b_stride, 1),
                 // Nothing left to fetch: a line that is there. An unmapped address would cost a page walk at every step.
-                None => (a, 0),
+                None => (a, 0, 4),
             };
-            let ahead = Ahead { line, step, to_l2 };
+            let ahead = Ahead { line, step, every, to_l2 };
             let tile = Tile { k, a, a_stride, b, b_stride, c, c_stride, start, ahead };
             // SAFETY: as above.
             unsafe {
@@ -107,6 +114,12 @@ const STREAM_AHEAD: usize = 8192 / size_of::<f32>();
 /// Whether the steps of a tile are so short that lines fetched at each of them are more than L1 waits for at a time.
 const fn is_short(mr: usize, nv: usize) -> bool {
     mr * nv <= 16
+}
+
+/// Whether tiles are so large that one more load at each step is nothing. In six cycles of AVX2 there is hardly room to ask for the same line
+/// again: at every fourth step, where lines are few enough, products are 1 to 1.5 % faster.
+const fn fetches_at_each_step<S: Simd>() -> bool {
+    S::NV > 1
 }
 
 /// Rows and vectors of a tall tile.
@@ -162,11 +175,12 @@ struct Tile {
     ahead: Ahead,
 }
 
-/// What a tile fetches for those after it: a line at each step, if the step is not 0.
+/// What a tile fetches for those after it: `step` elements further at every `every`-th step of K, a power of two; nothing new if `step` is 0.
 #[derive(Clone, Copy)]
 struct Ahead {
     line: *const f32,
     step: usize,
+    every: usize,
     /// If steps are short: the lines are more than L1 waits for at a time.
     to_l2: bool,
 }
@@ -213,7 +227,7 @@ unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
                 }
             }
         }
-        for _ in 0..k {
+        for i in 0..k {
             let mut step = [s.splat(0.0); NV];
             for (j, v) in step.iter_mut().enumerate() {
                 *v = s.load_ptr(b.add(j * LANES));
@@ -226,12 +240,14 @@ unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
             }
             a = a.add(1);
             b = b.wrapping_add(b_stride);
-            if to_l2 {
-                s.prefetch_to_l2(ahead.line);
-            } else {
-                s.prefetch(ahead.line);
+            if fetches_at_each_step::<S>() || i & (ahead.every - 1) == 0 {
+                if to_l2 {
+                    s.prefetch_to_l2(ahead.line);
+                } else {
+                    s.prefetch(ahead.line);
+                }
+                ahead.line = ahead.line.wrapping_add(ahead.step);
             }
-            ahead.line = ahead.line.wrapping_add(ahead.step);
         }
         for (i, row) in acc.iter().enumerate() {
             for (j, &v) in row.iter().enumerate() {
