@@ -234,15 +234,15 @@ unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
         }
         let groups = if ahead.every == GROUP { k / GROUP } else { 0 };
         for _ in 0..groups {
-            for _ in 0..GROUP {
-                step(s, &mut acc, (a, a_stride), b);
-                (a, b) = (a.add(1), b.wrapping_add(b_stride));
-            }
+            // Not a loop: the compiler must not keep one, which would keep the accumulators in memory.
+            step(s, &mut acc, (&mut a, a_stride), (&mut b, b_stride));
+            step(s, &mut acc, (&mut a, a_stride), (&mut b, b_stride));
+            step(s, &mut acc, (&mut a, a_stride), (&mut b, b_stride));
+            step(s, &mut acc, (&mut a, a_stride), (&mut b, b_stride));
             ahead.fetch(s, to_l2);
         }
         for _ in groups * GROUP..k {
-            step(s, &mut acc, (a, a_stride), b);
-            (a, b) = (a.add(1), b.wrapping_add(b_stride));
+            step(s, &mut acc, (&mut a, a_stride), (&mut b, b_stride));
             ahead.fetch(s, to_l2);
         }
         for (i, row) in acc.iter().enumerate() {
@@ -255,7 +255,7 @@ unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
     }
 }
 
-/// One step of K.
+/// One step of K, from `a` and `b` to the next.
 ///
 /// # Safety
 /// `MR` elements at `a`, a stride apart, and `NV` vectors at `b` are valid.
@@ -263,20 +263,22 @@ unsafe fn run<S: Simd, const MR: usize, const NV: usize>(s: S, tile: &Tile) {
 unsafe fn step<S: Simd, const MR: usize, const NV: usize>(
     s: S,
     acc: &mut [[S::V; NV]; MR],
-    (a, a_stride): (*const f32, usize),
-    b: *const f32,
+    (a, a_stride): (&mut *const f32, usize),
+    (b, b_stride): (&mut *const f32, usize),
 ) {
-    let mut step = [s.splat(0.0); NV];
+    let mut panel = [s.splat(0.0); NV];
     // SAFETY: the caller's promise.
     unsafe {
-        for (j, v) in step.iter_mut().enumerate() {
+        for (j, v) in panel.iter_mut().enumerate() {
             *v = s.load_ptr(b.add(j * LANES));
         }
         for (i, row) in acc.iter_mut().enumerate() {
             let x = s.splat(*a.add(i * a_stride));
-            for (v, y) in row.iter_mut().zip(step) {
+            for (v, y) in row.iter_mut().zip(panel) {
                 *v = x.mul_add(y, *v);
             }
         }
+        *a = a.add(1);
     }
+    *b = b.wrapping_add(b_stride);
 }
