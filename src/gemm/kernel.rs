@@ -4,7 +4,8 @@
 //! multiply-adds against 10 loads, so the multipliers are the bound as long as the panel streams from L2
 //! (256 bytes in 24 cycles on Zen 4, in 12 on Zen 5). Rows of A are read in place: six of them cannot fill an 8-way L1 set
 //! even when they are 4 KiB apart. A broadcast is used NV times, so folding it into the multiply-adds
-//! (`{1to16}`) would only cost load slots.
+//! (`{1to16}`) would only cost load slots. Where tiles are narrower than the panel (6 x 1 on AVX2: 12 multiply-adds against 8 loads in
+//! six cycles), the rows of a tile pass through all of it before the next do, and stay in L1 meanwhile.
 
 #![allow(
     unsafe_code,
