@@ -1,6 +1,5 @@
 //! `laneformer classify`: which of some labels fits an image best, by CLIP.
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -14,6 +13,7 @@ use laneformer_models::{Error, Scratch};
 use laneformer_text::tokens::{Packed, TextTokenizer};
 use serde::Serialize;
 
+use crate::input;
 use crate::pixels::Preprocessor;
 use crate::runtime::RuntimeArgs;
 
@@ -62,7 +62,7 @@ pub fn run(args: ClassifyArgs) -> anyhow::Result<()> {
     ensure!(args.template.contains("{}"), "--template: no {{}} for the label in {:?}", args.template);
     for image in &args.images {
         // Better now than behind the results of others.
-        File::open(image).with_context(|| image.display().to_string())?;
+        input::open(image)?;
     }
     let model = open(&args.model)?;
     let preprocessor = Preprocessor::open(&args.model, model.config.vision_config.image_size)?;
@@ -102,8 +102,13 @@ fn embed_texts(
     texts: impl Iterator<Item = String>,
 ) -> anyhow::Result<Vec<f32>> {
     let positions = model.text.config.max_position_embeddings;
-    let tokens =
-        |text: String| tokenizer.encode(&text)?.within(positions).with_context(|| format!("{text:?}"));
+    let tokens = |text: &str| {
+        let tokens = tokenizer.encode(text)?.within(positions)?;
+        model.text.decoder.embeddings.check(&tokens.ids, &tokens.type_ids)?;
+        anyhow::ensure!(!tokens.is_empty(), laneformer_text::Error::NoTokens);
+        Ok(tokens)
+    };
+    let tokens = |text: String| tokens(&text).with_context(|| format!("{text:?}"));
     let mut packed = Packed::default();
     packed.set(&texts.map(tokens).collect::<anyhow::Result<Vec<_>>>()?);
     let states = model.text.states(&mut Scratch::default().with(ctx), packed.batch())?;

@@ -21,6 +21,8 @@ pub fn draw(path: &Path, size: (u32, u32), picture: impl FnOnce(&Area<'_>) -> Re
         picture(&area)?;
         area.present().map_err(failed)?;
     }
+    // XML has no place for them, not even escaped.
+    svg.retain(|c| !c.is_control() || c == '\n');
     write_whole(path, svg.as_bytes())
 }
 

@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use laneformer_text::generate::{Generator, Sampler};
 
+use crate::note;
 use crate::runtime::RuntimeArgs;
 
 const NOTES: &str = "\
@@ -63,7 +64,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     writeln!(out).context("standard output")?;
 
     if generation.is_full() {
-        eprintln!("note: the model has no more than {} positions", generator.positions());
+        note(format_args!("note: the model has no more than {} positions", generator.positions()));
     }
     report("prefill", prompt.len(), prefill);
     // The first came with the prompt.
@@ -72,5 +73,5 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
 }
 
 fn report(what: &str, tokens: usize, seconds: f64) {
-    eprintln!("{what}: {tokens} tokens in {seconds:.2} s: {:.1} tokens/s", tokens as f64 / seconds);
+    note(format_args!("{what}: {tokens} tokens in {seconds:.2} s: {:.1} tokens/s", tokens as f64 / seconds));
 }

@@ -1,13 +1,16 @@
 //! Sentences, one per line.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
 
 /// Large enough to fill many batches at one go.
 const BUFFER_BYTES: usize = 1 << 20;
+
+/// Some editors begin a file with it; it is no part of the text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// The lines of a file or of standard input.
 pub struct Lines {
@@ -28,8 +31,7 @@ impl Lines {
             None => ("standard input".into(), None, Box::new(io::stdin())),
             Some(path) => {
                 let name = path.display().to_string();
-                let file = File::open(path).with_context(|| name.clone())?;
-                let metadata = file.metadata().with_context(|| name.clone())?;
+                let (file, metadata) = open(path)?;
                 (name, metadata.is_file().then_some(metadata.len()), Box::new(file))
             }
         };
@@ -51,6 +53,9 @@ impl Lines {
         }
         self.bytes += bytes as u64;
         self.count += 1;
+        if self.count == 1 && line.starts_with(BYTE_ORDER_MARK) {
+            line.drain(..BYTE_ORDER_MARK.len());
+        }
         if line.ends_with(b"\n") {
             line.pop();
             if line.ends_with(b"\r") {
@@ -72,6 +77,19 @@ impl Lines {
 
     /// The last line, for messages.
     pub fn place(&self) -> String {
-        format!("{}: line {}", self.name, self.count)
+        self.place_of(self.count)
     }
+
+    /// The same of a line before it.
+    pub fn place_of(&self, line: usize) -> String {
+        format!("{}: line {line}", self.name)
+    }
+}
+
+/// A file that can be read, which a directory cannot.
+pub fn open(path: &Path) -> anyhow::Result<(File, Metadata)> {
+    let file = File::open(path).and_then(|file| Ok((file.metadata()?, file)));
+    let (metadata, file) = file.with_context(|| path.display().to_string())?;
+    ensure!(!metadata.is_dir(), "{}: {}", path.display(), io::Error::from(io::ErrorKind::IsADirectory));
+    Ok((file, metadata))
 }

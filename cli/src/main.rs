@@ -15,7 +15,9 @@ mod runtime;
 mod systems;
 mod verify;
 
-use std::io;
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::panic;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -51,6 +53,7 @@ enum Command {
 const BAD_INPUT: u8 = 2;
 
 fn main() -> ExitCode {
+    silence_tokenizer();
     let result = match Cli::parse().command {
         Command::Info(args) => info::run(args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(args),
@@ -65,9 +68,35 @@ fn main() -> ExitCode {
         if is_broken_pipe(&error) {
             return ExitCode::SUCCESS; // The reader has seen enough, as `head` does.
         }
-        eprintln!("laneformer: {error:#}");
+        note(format_args!("laneformer: {}", message(&error)));
         ExitCode::from(BAD_INPUT)
     })
+}
+
+/// A line on standard error; if nobody can read it, it is lost, and nothing else.
+pub fn note(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// The whole chain, without causes that the message before them has said already.
+fn message(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| match cause.to_string() {
+        cause if text.is_empty() => cause,
+        cause if text.ends_with(&cause) => text,
+        cause => format!("{text}: {cause}"),
+    })
+}
+
+/// A panic of the tokenizer over a malformed file comes back as an error that names the file: one message is enough.
+fn silence_tokenizer() {
+    let print = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        let is_tokenizer =
+            |file: &str| ["tokenizers-", "spm_precompiled-"].iter().any(|name| file.contains(name));
+        if !info.location().is_some_and(|place| is_tokenizer(place.file())) {
+            print(info);
+        }
+    }));
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

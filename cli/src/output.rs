@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, is_separator};
 
 use anyhow::Context as _;
 use safetensors::Dtype;
@@ -57,12 +57,15 @@ pub fn check_writable(path: &Path) -> anyhow::Result<()> {
 }
 
 fn create(path: &Path) -> io::Result<Beside> {
-    let place = if path.is_symlink() { fs::canonicalize(path)? } else { path.into() };
-    match fs::metadata(&place) {
+    match fs::metadata(path) {
         Ok(there) if there.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
         Ok(there) if !there.is_file() => return Err(io::Error::other("not a file")),
         _ => {}
     }
+    if path.as_os_str().as_encoded_bytes().last().is_some_and(|&last| is_separator(last.into())) {
+        return Err(io::Error::other("the name of a directory"));
+    }
+    let place = if path.is_symlink() { fs::canonicalize(path)? } else { path.into() };
     let dir = place.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
     // The usual mode of a new file, less the umask, instead of a private one.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, anyhow, bail, ensure};
 use image::imageops::{FilterType, resize, rotate90, rotate270};
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
-use laneformer_models::config::read_json;
+use laneformer_models::config::read_object;
 use laneformer_models::conv::Images;
 use serde::Deserialize;
 
@@ -47,6 +47,14 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// What the model is given for a pixel of a channel.
+    fn value(&self, pixel: u8, channel: usize) -> f32 {
+        let value = (f64::from(pixel) * if self.do_rescale { self.rescale_factor } else { 1.0 }) as f32;
+        if self.do_normalize { (value - self.image_mean[channel]) / self.image_std[channel] } else { value }
+    }
+}
+
 /// A number is the shortest edge where images are resized, and both where they are cropped.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(untagged, expecting = "expected a number, or a shortest_edge, or a height and a width")]
@@ -54,6 +62,16 @@ enum Size {
     Number(u32),
     Shortest { shortest_edge: u32 },
     Both { height: u32, width: u32 },
+}
+
+impl Size {
+    fn is_possible(self) -> bool {
+        let edges = match self {
+            Size::Number(edge) | Size::Shortest { shortest_edge: edge } => [edge; 2],
+            Size::Both { height, width } => [height, width],
+        };
+        edges.iter().all(|edge| (1..=8192).contains(edge))
+    }
 }
 
 /// Names of filters in `resample`, as Pillow numbers them.
@@ -71,7 +89,7 @@ impl Preprocessor {
     /// Reads the `preprocessor_config.json` of a directory.
     pub fn open(dir: &Path, side: usize) -> anyhow::Result<Preprocessor> {
         let path = dir.join("preprocessor_config.json");
-        let config: Config = read_json(&path)?;
+        let config: Config = read_object(&path)?;
         let field = |name: &str, expected: &str| format!("{}: {name}: expected {expected}", path.display());
         ensure!(
             [BILINEAR, BICUBIC].contains(&config.resample),
@@ -86,6 +104,17 @@ impl Preprocessor {
             config.image_std.iter().all(|&std| std != 0.0),
             "{}, got 0",
             field("image_std", "numbers other than 0")
+        );
+        for (name, is_used, size) in
+            [("size", config.do_resize, config.size), ("crop_size", config.do_center_crop, config.crop_size)]
+        {
+            ensure!(!is_used || size.is_possible(), field(name, "edges of 1 to 8192 pixels"));
+        }
+        // Each value lies between those of black and of white.
+        let values = [0, 255].map(|pixel| [0, 1, 2].map(|channel| config.value(pixel, channel)));
+        ensure!(
+            values.as_flattened().iter().all(|value| value.is_finite()),
+            field("rescale_factor, image_mean, image_std", "numbers that make finite pixels")
         );
         let side = side.try_into().map_err(|_| anyhow!("image_size: {side} is too large"))?;
         Ok(Preprocessor { path, config, side })
@@ -134,14 +163,12 @@ impl Preprocessor {
 
     /// The middle of the image, with black around it where it is smaller: [channels, side, side].
     fn planes(&self, image: &RgbImage) -> Vec<f32> {
-        let Config { do_rescale, rescale_factor, do_normalize, image_mean, image_std, .. } = self.config;
         let [width, height, side] = [image.width(), image.height(), self.side].map(i64::from);
         let (left, top) = ((width - side).div_euclid(2), (height - side).div_euclid(2));
         let value = |channel: usize, x: i64, y: i64| {
             let is_inside = (0..width).contains(&x) && (0..height).contains(&y);
-            let value = if is_inside { image.get_pixel(x as u32, y as u32)[channel] } else { 0 };
-            let value = (f64::from(value) * if do_rescale { rescale_factor } else { 1.0 }) as f32;
-            if do_normalize { (value - image_mean[channel]) / image_std[channel] } else { value }
+            let pixel = if is_inside { image.get_pixel(x as u32, y as u32)[channel] } else { 0 };
+            self.config.value(pixel, channel)
         };
         let row = |channel, y| (left..left + side).map(move |x| value(channel, x, y));
         (0..3).flat_map(|channel| (top..top + side).flat_map(move |y| row(channel, y))).collect()

@@ -4,11 +4,15 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::anyhow;
+use anyhow::{Context as _, anyhow};
 use laneformer_verify::{Outcome, Verdict, verify};
 use walkdir::WalkDir;
 
+use crate::note;
 use crate::runtime::RuntimeArgs;
+
+/// Where the lines go, for messages.
+const OUT: &str = "standard output";
 
 /// Arguments of `verify`.
 #[derive(clap::Args)]
@@ -31,19 +35,19 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
             Ok(verdicts) => verdicts,
             Err(error) => {
                 failed += 1;
-                writeln!(out, "FAIL  {}  -  {error}", name(case))?;
+                writeln!(out, "FAIL  {}  -  {error}", name(case)).context(OUT)?;
                 continue;
             }
         };
         for verdict in verdicts {
             *if verdict.passed() { &mut passed } else { &mut failed } += 1;
-            print(&mut out, &verdict)?;
+            print(&mut out, &verdict).context(OUT)?;
         }
     }
     if cases.is_empty() {
-        eprintln!("laneformer: no case.json found");
+        note("laneformer: no case.json found");
     }
-    writeln!(out, "{passed} passed, {failed} failed")?;
+    writeln!(out, "{passed} passed, {failed} failed").context(OUT)?;
     Ok(if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -184,14 +184,18 @@ fn directories_and_arguments_that_do_not_fit_are_refused() {
     );
     let foreign = Model::of("clip-quick-gelu", "clip", 50);
     foreign.write_json("preprocessor_config.json", &json!({ "size": 20, "crop_size": 20 }));
-    refused(&foreign, &["--labels", "w44"], &["token_embedding: index 44 at token 1"]);
+    let expected = "\"w38 w44 w39\": token_embedding: index 44 at token 1";
+    refused(&foreign, &["--labels", "w1,w44"], &[expected]);
 
     for (field, value, expected) in [
         ("crop_size", json!(24), "gives 24 x 24 pixels, but the model takes 20 x 20"),
         ("do_center_crop", json!(false), "gives 40 x 20 pixels, but the model takes 20 x 20"),
         ("resample", json!(1), "resample: expected 2 (bilinear) or 3 (bicubic), got 1"),
         ("size", json!({ "longest_edge": 20 }), "preprocessor_config.json"),
-        ("size", json!(0), "a.png: cannot resize 40 x 20 pixels to 0 x 0"),
+        ("size", json!(0), "preprocessor_config.json: size: expected edges of 1 to 8192 pixels"),
+        ("crop_size", json!(8193), "preprocessor_config.json: crop_size: expected edges"),
+        ("image_mean", json!([1e39, 0.0, 0.0]), "image_mean"),
+        ("rescale_factor", json!(1e300), "expected numbers that make finite pixels"),
     ] {
         let model = clip();
         model.set("preprocessor_config.json", field, value);

@@ -186,6 +186,67 @@ fn another_architecture_is_refused() {
     assert_eq!(status, 0, "{stderr}");
 }
 
+#[test]
+fn poolings_that_are_not_followed_are_refused() {
+    for (field, value) in [
+        ("pooling_mode_mean_tokens", json!(false)),
+        ("pooling_mode_cls_token", json!("true")),
+        ("pooling_mode_max_tokens", json!(1)),
+    ] {
+        let model = Model::new();
+        model.write_json("modules.json", &json!([{ "type": "Pooling", "path": "pooling" }]));
+        refused(&model, &["pooling/config.json", "No such file"]);
+        fs::create_dir(model.path().join("pooling")).unwrap();
+        model.write_json("pooling/config.json", &json!({ field: value }));
+        refused(
+            &model,
+            &["pooling/config.json: pooling mode: expected pooling_mode_mean_tokens alone", field],
+        );
+    }
+    let model = Model::new();
+    for (name, value, expected) in [
+        ("config_sentence_transformers.json", json!({ "default_prompt_name": 5 }), "default_prompt_name"),
+        ("config_sentence_transformers.json", json!({ "default_prompt_name": "x" }), "got x"),
+        ("sentence_bert_config.json", json!([]), "expected a map"),
+    ] {
+        model.write_json(name, &value);
+        refused(&model, &[name, expected]);
+        fs::remove_file(model.path().join(name)).unwrap();
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn links_that_lead_nowhere_are_no_absent_files() {
+    for name in ["sentence_bert_config.json", "modules.json", "config_sentence_transformers.json"] {
+        let model = Model::new();
+        let path = model.path().join(name);
+        let _ = fs::remove_file(&path);
+        std::os::unix::fs::symlink(model.path().join("nowhere"), path).unwrap();
+        refused(&model, &[name, "No such file"]);
+    }
+}
+
+/// The tokenizer panics over some of these.
+#[test]
+fn malformed_tokenizers_are_named() {
+    for (field, value) in [
+        (
+            "post_processor",
+            json!({ "type": "TemplateProcessing", "single": "[X] $A", "pair": "$A $B", "special_tokens": {} }),
+        ),
+        ("normalizer", json!({ "type": "Precompiled", "precompiled_charsmap": "" })),
+        ("pre_tokenizer", json!({ "type": "FixedLength", "length": 0 })),
+        ("model", json!({ "type": "BPE", "vocab": { "w": 0, "1": 1 }, "merges": ["w 1"] })),
+    ] {
+        let model = Model::new();
+        model.set("tokenizer.json", field, value);
+        let (status, stdout, stderr) = parts(&laneformer(&["embed", "--model", model.arg()], b"w1\n"));
+        assert_eq!((status, stdout.as_str()), (2, ""), "{field}: {stderr}");
+        assert!(stderr.contains("tokenizer.json: ") && !stderr.contains("panicked"), "{field}: {stderr}");
+    }
+}
+
 /// Directories of newer versions of sentence-transformers have the length in the configuration of the tokenizer.
 #[test]
 fn the_tokenizer_says_where_sentences_are_cut_off() {
@@ -217,7 +278,9 @@ fn links_lead_to_what_is_written_and_what_is_read_is_not_overwritten() {
     let socket = model.path().join("socket");
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     assert!(link.is_symlink() && fs::read(&file).unwrap() != b"before");
-    for output in [input.clone(), model.path().join("model.safetensors"), socket] {
+    let [weights, config, tokenizer] =
+        ["model.safetensors", "config.json", "tokenizer.json"].map(|name| model.path().join(name));
+    for output in [input.clone(), weights, config, tokenizer, socket, model.path().join("new.st/")] {
         let (status, _, stderr) = embed(&output);
         assert_eq!(status, 2, "{stderr}");
         assert!(stderr.contains(output.to_str().unwrap()), "{stderr}");
@@ -361,6 +424,60 @@ fn longformer_embeds_with_its_windows_alone() {
     let (status, _, stderr) = parts(&laneformer(&args, words(vec![5; 79]).as_bytes()));
     assert_eq!(status, 2);
     assert!(stderr.contains("line 1: 79 tokens, but the model has 78 positions"), "{stderr}");
+    model.set("config.json", "pad_token_id", json!(79));
+    refused(&model, &["config.json: pad_token_id: expected less than the positions but one, got 79"]);
+}
+
+#[test]
+fn a_sentence_without_an_embedding_is_named_and_those_before_it_are_written() {
+    let model = Model::new();
+    // The row of `w7`, token 10.
+    model.lose_elements("embeddings.word_embeddings.weight", 10 * 96..11 * 96);
+    let (status, stdout, stderr) =
+        parts(&laneformer(&["embed", "--model", model.arg()], b"w1\nw2\nw7\nw3\n"));
+    assert_eq!(status, 2, "{stderr}");
+    assert!(stderr.contains("standard input: line 3: an embedding: not a number"), "{stderr}");
+    let expected = parts(&laneformer(&["embed", "--model", model.arg()], b"w1\nw2\n")).1;
+    assert_eq!((stdout.lines().count(), stdout), (2, expected));
+
+    let clip = Model::of("clip-quick-gelu", "clip", 40);
+    let (status, stdout, stderr) = parts(&laneformer(&["embed", "--model", clip.arg()], b"w1\n\nw3\n"));
+    assert_eq!((status, stdout.lines().count()), (2, 1), "{stderr}");
+    assert!(stderr.contains("line 2: no tokens"), "{stderr}");
+}
+
+#[test]
+fn nothing_written_is_no_reason_to_replace_a_file() {
+    let model = Model::new();
+    let [input, output] = ["in.txt", "out.st"].map(|name| model.path().join(name));
+    fs::write(&input, b"\xff\nw1\n").unwrap();
+    fs::write(&output, "before").unwrap();
+    for input in [&input, model.path()] {
+        let args = ["embed", "--model", model.arg(), "--input", input.to_str().unwrap(), "--output"];
+        let (status, _, stderr) = parts(&laneformer(&[&args[..], &[output.to_str().unwrap()]].concat(), b""));
+        assert_eq!(status, 2, "{stderr}");
+        assert!(stderr.contains(input.to_str().unwrap()), "{stderr}");
+        assert_eq!(fs::read(&output).unwrap(), b"before");
+    }
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_the_first_line() {
+    let model = Model::new();
+    let run = |input: &[u8]| parts(&laneformer(&["embed", "--model", model.arg()], input)).1;
+    assert_eq!(run(b"\xef\xbb\xbfw1\nw2\n"), run(b"w1\nw2\n"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn messages_that_nobody_reads_change_nothing() {
+    let model = Model::new();
+    for (dir, status) in [(model.arg(), 0), ("nowhere", 2)] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_laneformer"));
+        command.args(["embed", "--model", dir]).stdin(std::process::Stdio::null()).stderr(full);
+        assert_eq!(command.output().unwrap().status.code(), Some(status));
+    }
 }
 
 #[test]

@@ -180,6 +180,12 @@ fn an_empty_prompt_is_the_first_token() {
     model.set("config.json", "bos_token_id", json!(null));
     model.set("config.json", "eos_token_id", json!([9, 0]));
     assert_eq!(text(&model, "", &["--max-tokens", "4"]), text(&model, "w9", &["--max-tokens", "4"]));
+    for (field, other) in [("bos_token_id", "eos_token_id"), ("eos_token_id", "bos_token_id")] {
+        model.set("config.json", field, json!(5000));
+        model.set("config.json", other, json!(null));
+        let expected = format!("config.json: {field}: expected a token below 50, got 5000");
+        refused(&["generate", "--model", model.arg(), "--prompt", ""], &["--prompt: ", &expected]);
+    }
     model.set("config.json", "eos_token_id", json!(null));
     let empty = "the prompt is empty, and the model has no bos_token_id or eos_token_id";
     refused(&["generate", "--model", model.arg(), "--prompt", ""], &[empty]);
@@ -240,7 +246,10 @@ fn directories_that_do_not_fit_are_refused() {
 #[test]
 fn tokens_and_arguments_that_make_no_sense_are_refused() {
     let model = Model::of("gpt2-full", "gpt2", 60);
-    refused(&["generate", "--model", model.arg(), "--prompt", "w1 w50"], &["wte: index 50 at token 1"]);
+    refused(
+        &["generate", "--model", model.arg(), "--prompt", "w1 w50"],
+        &["--prompt: wte: index 50 at token 1"],
+    );
     for (args, expected) in [
         (&["--max-tokens", "0"][..], "--max-tokens"),
         (&["--top-k", "0"], "--top-k"),

@@ -88,7 +88,7 @@ fn pictures_stay_small() {
 #[test]
 fn titles_and_names_are_text() {
     let dir = tempfile::tempdir().expect("a directory");
-    let (svg, _) = draw(dir.path(), &["full", "--title", "a <b> & \"c\""]);
+    let (svg, _) = draw(dir.path(), &["full", "--title", "a\u{1} <b> & \"c\""]);
     assert!(svg.contains("a &lt;b&gt; &amp; ") && !svg.contains("<b>"), "{svg}");
     let (svg, _) = draw(dir.path(), &["groups", "--groups", "text:9,image:9", "--table", "image>text"]);
     assert!(svg.contains("text\n") && svg.contains("image\n"), "{svg}");

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -194,7 +195,10 @@ fn elements<T: AnyBitPattern + NoUninit>(bytes: &[u8]) -> Cow<'_, [T]> {
 }
 
 #[allow(unsafe_code, reason = "the one memory map")]
-fn map(file: &File) -> std::io::Result<Mmap> {
+fn map(file: &File) -> io::Result<Mmap> {
+    if file.metadata()?.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
     // SAFETY: the map is read-only and private to `Checkpoint`. As with every map of a file, nobody may shorten or
     // rewrite the file in place while it is open; writers of checkpoints replace files by renaming, as this one does.
     unsafe { Mmap::map(file) }

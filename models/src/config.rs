@@ -1,5 +1,6 @@
 //! Configuration files in the terms of Hugging Face.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use laneformer::{Activation, Heads};
@@ -19,9 +20,16 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     Ok(read)
 }
 
-/// As [`read_json`], but `None` if there is no such file.
-pub fn read_json_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    if path.exists() { read_json(path).map(Some) } else { Ok(None) }
+/// As [`read_json`], of an object: a list of a struct's fields is none.
+pub fn read_object<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let fields: serde_json::Map<String, Value> = read_json(path)?;
+    from_value(path, fields.into())
+}
+
+/// What a file says; `None` if there is none. A link that leads nowhere is one.
+pub fn if_there<T>(path: &Path, read: impl FnOnce(&Path) -> Result<T>) -> Result<Option<T>> {
+    let is_absent = path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    if is_absent { Ok(None) } else { read(path).map(Some) }
 }
 
 /// What parsed JSON says; `path` is for messages, which name the field.

@@ -32,7 +32,7 @@ pub enum Error {
     /// A token, type or position is outside its embedding table; `at` says which of the batch.
     #[error("{table}: index {index} at token {at} is outside the table of {rows} rows")]
     Index { table: &'static str, index: u32, at: usize, rows: usize },
-    #[error("{0}: not a number; the weights are not all finite, or too large for f32")]
+    #[error("{0}: not a number; the weights are not all finite, too large for f32, or zero")]
     NotANumber(&'static str),
     /// A part of the survey that this version does not have.
     #[error("not built yet: {0}")]

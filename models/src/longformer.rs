@@ -84,6 +84,8 @@ impl Longformer {
         let spec = config.layers(path)?;
         let reach = reach(path, config.num_hidden_layers, attention_window)?;
         let w = checkpoint.root(&["", "longformer."], "embeddings.word_embeddings.weight");
+        let has_positions = (pad_token_id as usize).saturating_add(1) < config.max_position_embeddings;
+        check(path, "pad_token_id", pad_token_id, has_positions, "less than the positions but one")?;
         Ok(Longformer {
             embeddings: config.embeddings(&w.at("embeddings"))?,
             layers: w.at("encoder.layer").layers(reach.len(), |i, w| Layer::load(&w, &spec, reach[i]))?,

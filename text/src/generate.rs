@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use laneformer::{Context, Linear, MatMut, softmax};
 use laneformer_models::bart::Bart;
 use laneformer_models::config::{
-    check, from_value, model_type, open, read_json, read_json_if_there, with_defaults,
+    check, from_value, if_there, model_type, open, read_json, read_object, with_defaults,
 };
 use laneformer_models::encoder::{Decoding, Transformer};
 use laneformer_models::error::check_numbers;
@@ -43,6 +43,9 @@ enum Model {
 /// Tokens with a meaning to the generation: those of `generation_config.json`, or of `config.json` if there is no such file.
 #[derive(Debug, Deserialize)]
 struct Special {
+    /// The file that they are from.
+    #[serde(skip)]
+    path: PathBuf,
     bos_token_id: Option<u32>,
     eos_token_id: Option<OneOrMany>,
     decoder_start_token_id: Option<u32>,
@@ -57,11 +60,10 @@ enum OneOrMany {
 }
 
 impl Special {
-    /// With the file that they are from.
-    fn open(dir: &Path) -> Result<(PathBuf, Special)> {
+    fn open(dir: &Path) -> Result<Special> {
         let path = dir.join("generation_config.json");
-        if let Some(special) = read_json_if_there(&path)? {
-            return Ok((path, special));
+        if let Some(special) = if_there(&path, read_object)? {
+            return Ok(Special { path, ..special });
         }
         let path = dir.join("config.json");
         let config: Value = read_json(&path)?;
@@ -71,19 +73,25 @@ impl Special {
             _ => json!({}),
         };
         let special = from_value(&path, with_defaults(Some(&config), defaults))?;
-        Ok((path, special))
+        Ok(Special { path, ..special })
     }
 
-    /// What the decoder is given without being asked are tokens.
-    fn check(&self, path: &Path, vocab_size: usize) -> Result<()> {
-        for (field, id) in [
-            ("decoder_start_token_id", self.decoder_start_token_id),
-            ("forced_bos_token_id", self.forced_bos_token_id),
-        ] {
-            let id = id.unwrap_or(0);
-            check(path, field, id, (id as usize) < vocab_size, format!("a token below {vocab_size}"))?;
-        }
-        Ok(())
+    /// What the model is given without being asked has to be a token.
+    fn check(&self, field: &'static str, id: u32, vocab_size: usize) -> Result<()> {
+        let is_token = (id as usize) < vocab_size;
+        Ok(check(&self.path, field, id, is_token, format!("a token below {vocab_size}"))?)
+    }
+
+    /// With what the prompt begins if it is empty.
+    fn first(&self) -> Option<(&'static str, u32)> {
+        let eos = || self.eos().first().map(|&id| ("eos_token_id", id));
+        self.bos_token_id.map(|id| ("bos_token_id", id)).or_else(eos)
+    }
+
+    /// With what a decoder begins that has an encoder.
+    fn start(&self) -> Option<(&'static str, u32)> {
+        let bos = || self.bos_token_id.map(|id| ("bos_token_id", id));
+        self.decoder_start_token_id.map(|id| ("decoder_start_token_id", id)).or_else(bos)
     }
 
     fn eos(&self) -> &[u32] {
@@ -108,10 +116,13 @@ impl Generator {
                 return Err(ModelError::config(&path, "model_type", served, actual).into());
             }
         };
-        let ((path, special), tokenizer) = (Special::open(dir)?, TextTokenizer::open(dir)?);
+        let (special, tokenizer) = (Special::open(dir)?, TextTokenizer::open(dir)?);
         let model = load(dir)?;
         if let Model::Bart(bart) = &model {
-            special.check(&path, bart.config.vocab_size)?;
+            let forced = special.forced_bos_token_id.map(|id| ("forced_bos_token_id", id));
+            for (field, id) in special.start().into_iter().chain(forced) {
+                special.check(field, id, bart.config.vocab_size)?;
+            }
         }
         Ok(Generator { model, tokenizer, special })
     }
@@ -120,11 +131,18 @@ impl Generator {
     /// [`Error::EmptyPrompt`]; one of more tokens than the model has positions is [`Error::TooLong`].
     pub fn prompt(&self, text: &str) -> Result<Vec<u32>> {
         let mut tokens = self.tokenizer.encode(text)?;
+        let embeddings = match &self.model {
+            Model::Gpt(gpt) => &gpt.decoder.embeddings,
+            Model::Bart(bart) => &bart.encoder.embeddings,
+        };
         if tokens.is_empty() {
-            let first = self.special.bos_token_id.or(self.special.eos().first().copied());
-            tokens.ids.push(first.ok_or(Error::EmptyPrompt)?);
+            let (field, id) = self.special.first().ok_or(Error::EmptyPrompt)?;
+            self.special.check(field, id, embeddings.words.rows())?;
+            tokens.ids.push(id);
         }
-        Ok(tokens.within(self.positions())?.ids)
+        let ids = tokens.within(self.positions())?.ids;
+        embeddings.check(&ids, &[])?;
+        Ok(ids)
     }
 
     /// The beginning of a generation of up to `max_tokens` tokens. BART reads the prompt here; GPT does so with the first
@@ -140,7 +158,7 @@ impl Generator {
             offsets = [0, prompt.len()];
             let batch = Batch { ids: prompt, positions: &positions, offsets: &offsets, ..Batch::default() };
             memory = bart.encoder.encode(&mut Scratch::default().with(ctx), batch)?;
-            let start = self.special.decoder_start_token_id.or(self.special.bos_token_id);
+            let start = self.special.start().map(|(_, id)| id);
             next = vec![start.unwrap_or(bart.config.decoder_start_token_id)];
             forced = self.special.forced_bos_token_id;
         }

@@ -57,6 +57,9 @@ pub enum Error {
     /// Special tokens are counted.
     #[error("{tokens} tokens, but the model has {positions} positions")]
     TooLong { tokens: usize, positions: usize },
+    /// What CLIP embeds is the state of a token.
+    #[error("no tokens, not even special ones")]
+    NoTokens,
     #[error("the prompt is empty, and the model has no bos_token_id or eos_token_id to begin with")]
     EmptyPrompt,
     /// What the model says: of its directory, or of what it was given.

@@ -2,21 +2,22 @@
 //! <https://arxiv.org/abs/1908.10084>): tokens, BERT or Longformer, the mean over all tokens, divided by its length; or the
 //! text embedding of CLIP.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use laneformer::Context;
 use laneformer_models::bert::Bert;
 use laneformer_models::clip::TextEncoder;
-use laneformer_models::config::{check, model_type, open, read_json_if_there};
+use laneformer_models::config::{check, if_there, model_type, open, read_json, read_object};
 use laneformer_models::error::check_numbers;
 use laneformer_models::longformer::Longformer;
 use laneformer_models::{Batch, Error as ModelError, Scratch};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::Result;
 pub use crate::tokens::Tokens;
 use crate::tokens::{Packed, TextTokenizer};
+use crate::{Error, Result};
 
 /// `sentence_bert_config.json`.
 #[derive(Debug, Default, Deserialize)]
@@ -67,7 +68,7 @@ impl SentenceEncoder {
         check_modules(dir)?;
         check_prompt(dir)?;
         let path = dir.join("sentence_bert_config.json");
-        let mut config: SentenceConfig = read_json_if_there(&path)?.unwrap_or_default();
+        let mut config: SentenceConfig = if_there(&path, read_object)?.unwrap_or_default();
         let (mut tokenizer, model) = (TextTokenizer::open(dir)?, load(dir)?);
         if config.max_seq_length.is_none() {
             config.max_seq_length = match model {
@@ -107,7 +108,10 @@ impl SentenceEncoder {
             Model::Clip(clip) => &clip.decoder.embeddings,
         };
         embeddings.check(&tokens.ids, &tokens.type_ids)?;
-        Ok(tokens)
+        match &self.model {
+            Model::Clip(_) if tokens.is_empty() => Err(Error::NoTokens),
+            _ => Ok(tokens),
+        }
     }
 
     /// The embeddings of a batch of sentences, [sentences, dim], each of length 1. The batch is packed, so sentences of
@@ -172,7 +176,7 @@ fn unit_mean(rows: &[f32], d: usize) -> Vec<f32> {
 
 /// Where newer directories say at what length sentences are cut off. Tokenizers without a limit have a very large one.
 fn model_max_length(dir: &Path) -> Result<Option<usize>, ModelError> {
-    let config: Option<Value> = read_json_if_there(&dir.join("tokenizer_config.json"))?;
+    let config: Option<Value> = if_there(&dir.join("tokenizer_config.json"), read_object)?;
     Ok(config
         .and_then(|config| config["model_max_length"].as_u64())
         .and_then(|max| usize::try_from(max).ok()))
@@ -180,11 +184,17 @@ fn model_max_length(dir: &Path) -> Result<Option<usize>, ModelError> {
 
 /// A prompt that stands before all sentences is not for a model that gets them as they are.
 fn check_prompt(dir: &Path) -> Result<(), ModelError> {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Config {
+        default_prompt_name: Option<String>,
+        prompts: HashMap<String, String>,
+    }
     let path = dir.join("config_sentence_transformers.json");
-    let config: Value = read_json_if_there(&path)?.unwrap_or_default();
-    let name = config["default_prompt_name"].as_str().unwrap_or_default();
-    let prompt = config["prompts"][name].as_str().unwrap_or_default();
-    check(&path, "default_prompt_name", name, prompt.is_empty(), "null, or the name of an empty prompt")
+    let Config { default_prompt_name, prompts } = if_there(&path, read_object)?.unwrap_or_default();
+    let Some(name) = default_prompt_name else { return Ok(()) };
+    let is_empty = prompts.get(&name).is_some_and(String::is_empty);
+    check(&path, "default_prompt_name", name, is_empty, "null, or the name of an empty prompt")
 }
 
 /// `modules.json` and the pooling's configuration, if they are there, describe what is computed here: other poolings
@@ -197,7 +207,7 @@ fn check_modules(dir: &Path) -> Result<(), ModelError> {
         path: PathBuf,
     }
     let path = dir.join("modules.json");
-    let modules: Vec<Module> = read_json_if_there(&path)?.unwrap_or_default();
+    let modules: Vec<Module> = if_there(&path, read_json)?.unwrap_or_default();
     for module in modules {
         match module.kind.rsplit('.').next() {
             Some("Transformer" | "Normalize") => {}
@@ -216,15 +226,16 @@ fn check_modules(dir: &Path) -> Result<(), ModelError> {
 }
 
 fn check_pooling(path: &Path) -> Result<(), ModelError> {
-    let pooling: serde_json::Map<String, Value> = read_json_if_there(path)?.unwrap_or_default();
+    let pooling: serde_json::Map<String, Value> = read_json(path)?;
     // One field in newer directories, a name or a list of names.
     let mode = pooling.get("pooling_mode").cloned().unwrap_or(json!("mean"));
     check(path, "pooling_mode", &mode, mode == json!("mean") || mode == json!(["mean"]), "\"mean\"")?;
-    let others = pooling.iter().filter(|(mode, on)| {
-        mode.starts_with("pooling_mode_") && *mode != "pooling_mode_mean_tokens" && **on == true
+    let other = pooling.iter().find(|(mode, on)| {
+        let is_followed = if *mode == "pooling_mode_mean_tokens" { **on == true } else { **on == false };
+        mode.starts_with("pooling_mode_") && !is_followed
     });
-    match others.map(|(mode, _)| mode).next() {
-        None => Ok(()),
-        Some(mode) => Err(ModelError::config(path, "pooling mode", "pooling_mode_mean_tokens alone", mode)),
-    }
+    let expected = "pooling_mode_mean_tokens alone";
+    other.map_or(Ok(()), |(mode, on)| {
+        Err(ModelError::config(path, "pooling mode", expected, format!("{mode}: {on}")))
+    })
 }

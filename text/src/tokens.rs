@@ -1,10 +1,12 @@
 //! `tokenizer.json`: texts to tokens and back, and batches of them.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use laneformer_models::Batch;
 use laneformer_models::Error as ModelError;
-use tokenizers::{PostProcessor, Tokenizer, TruncationParams};
+use tokenizers::{ModelWrapper, PostProcessor, Tokenizer, TruncationParams};
 
 use crate::{Error, Result};
 
@@ -46,12 +48,17 @@ pub struct TextTokenizer {
 
 impl TextTokenizer {
     /// Reads `tokenizer.json`. The file's own truncation and padding belong to whoever wrote it, not to the model: texts
-    /// are as long as they are.
+    /// are as long as they are. Dropout belongs to training: a text has the same tokens each time.
     pub fn open(dir: &Path) -> Result<TextTokenizer> {
         let path = dir.join("tokenizer.json");
         let text = std::fs::read(&path).map_err(ModelError::io(&path))?;
-        let mut tokenizer = Tokenizer::from_bytes(text).map_err(error(&path))?;
-        tokenizer.with_padding(None).with_truncation(None).map_err(error(&path))?;
+        let mut tokenizer = guard(&path, || Tokenizer::from_bytes(text))?;
+        guard(&path, || tokenizer.with_padding(None).with_truncation(None).map(drop))?;
+        if let ModelWrapper::BPE(bpe) = tokenizer.get_model() {
+            let mut bpe = bpe.clone();
+            bpe.dropout = None;
+            tokenizer.with_model(bpe);
+        }
         Ok(TextTokenizer { tokenizer, path })
     }
 
@@ -71,7 +78,7 @@ impl TextTokenizer {
 
     /// The tokens of a text, with the special ones.
     pub fn encode(&self, text: &str) -> Result<Tokens> {
-        let encoding = self.tokenizer.encode_fast(text, true).map_err(error(&self.path))?;
+        let encoding = guard(&self.path, || self.tokenizer.encode_fast(text, true))?;
         Ok(Tokens {
             ids: encoding.get_ids().into(),
             type_ids: encoding.get_type_ids().into(),
@@ -83,12 +90,23 @@ impl TextTokenizer {
     /// one that completes it adds all of it. Special tokens have no text.
     pub fn decoder(&self) -> impl FnMut(u32) -> Result<Option<String>> + '_ {
         let mut stream = self.tokenizer.decode_stream(true);
-        move |id| stream.step(id).map_err(error(&self.path))
+        move |id| guard(&self.path, || stream.step(id))
     }
 }
 
-fn error(path: &Path) -> impl FnOnce(tokenizers::Error) -> Error + '_ {
-    move |error| Error::Tokenizer { path: path.into(), message: error.to_string() }
+/// What a call of the tokenizer gives. It panics where a file that it has read does not hold what its parts ask for.
+fn guard<T>(path: &Path, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    let message = match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(value)) => return Ok(value),
+        Ok(Err(error)) => error.to_string(),
+        Err(panic) => format!("malformed: {}", reason(&*panic)),
+    };
+    Err(Error::Tokenizer { path: path.into(), message })
+}
+
+fn reason(panic: &(dyn Any + Send)) -> &str {
+    let formatted = panic.downcast_ref::<String>().map(String::as_str);
+    formatted.or(panic.downcast_ref::<&str>().copied()).unwrap_or("unknown")
 }
 
 /// A [`Batch`] of texts, with memory that is used again.

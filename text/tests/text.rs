@@ -55,3 +55,34 @@ fn texts_are_tokens_and_back() {
     let text: String = decoded(&tokens.ids).into_iter().flatten().collect();
     assert_eq!(text, "aé😀");
 }
+
+#[test]
+fn texts_have_the_same_tokens_each_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let model =
+        json!({ "type": "BPE", "dropout": 0.5, "vocab": { "a": 0, "b": 1, "ab": 2 }, "merges": ["a b"] });
+    fs::write(dir.path().join("tokenizer.json"), json!({ "version": "1.0", "model": model }).to_string())
+        .unwrap();
+    let tokenizer = TextTokenizer::open(dir.path()).unwrap();
+    // One word after another: the tokenizer remembers those that it has seen.
+    for words in 1..50 {
+        assert_eq!(tokenizer.encode(&"ab".repeat(words)).unwrap().ids, vec![2; words]);
+    }
+}
+
+#[test]
+fn a_decoder_that_panics_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = json!({
+        "version": "1.0",
+        "decoder": { "type": "Sequence", "decoders": [
+            { "type": "Replace", "pattern": { "String": "a" }, "content": "é" },
+            { "type": "Strip", "content": "é", "start": 1, "stop": 1 },
+        ] },
+        "model": { "type": "BPE", "vocab": { "a": 0 }, "merges": [] },
+    });
+    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let tokenizer = TextTokenizer::open(dir.path()).unwrap();
+    let error = tokenizer.decoder()(0).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json: malformed: "), "{error}");
+}

@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::bench::measure::{Deviation, Timing};
 use crate::bench::roof::Roof;
 use crate::bench::rows::{Bound, Cost};
+use crate::note;
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -153,7 +154,9 @@ impl<R: Serialize> Output<R> {
             Err(Deviation { max_err, limit }) => {
                 self.wrong += 1;
                 self.progress.suspend(|| {
-                    eprintln!("laneformer: {name}: wrong: max error {max_err:.3e}, limit {limit:.3e}");
+                    note(format_args!(
+                        "laneformer: {name}: wrong: max error {max_err:.3e}, limit {limit:.3e}"
+                    ));
                 });
             }
         }

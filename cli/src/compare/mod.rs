@@ -26,6 +26,7 @@ use crate::bench::roof::Roof;
 use crate::compare::contest::{Line, Rounds, contest};
 use crate::compare::peers::Handover;
 use crate::compare::report::{Report, Roofs};
+use crate::note;
 use crate::output::{check_writable, write_whole};
 use crate::runtime::{Runtime, all_threads, thread_count};
 
@@ -115,7 +116,7 @@ pub fn run(args: CompareArgs) -> Result<ExitCode> {
     }
     let python = peers::install();
     if let Err(error) = &python {
-        eprintln!("laneformer: no Python peers: {error:#}");
+        note(format_args!("laneformer: no Python peers: {error:#}"));
     }
     let handover = Handover::new()?;
     if args.build_cost {
@@ -150,7 +151,7 @@ fn finish(report: &Report, args: &CompareArgs) -> Result<ExitCode> {
         let page = args.page();
         let images: Vec<String> = report.pictures(&args.images())?;
         write_whole(&page, report.markdown(&images).as_bytes())?;
-        eprintln!("laneformer: wrote {}", page.display());
+        note(format_args!("laneformer: wrote {}", page.display()));
     }
     if !args.json {
         print!("{}", report.tables());
@@ -170,7 +171,7 @@ fn announce(line: &Line, json: bool) -> Result<()> {
         writeln!(out, "{}", serde_json::to_string(line)?)?;
         return Ok(out.flush()?);
     }
-    eprintln!("{} threads {}: {}", line.name, line.threads, report::time(line.ns));
+    note(format_args!("{} threads {}: {}", line.name, line.threads, report::time(line.ns)));
     Ok(())
 }
 
@@ -179,7 +180,7 @@ fn announce_absent(name: &str, reason: &str, json: bool) -> Result<()> {
     if json {
         writeln!(io::stdout(), "{}", json!({ "name": name, "absent": reason }))?;
     } else {
-        eprintln!("{name}: {reason}");
+        note(format_args!("{name}: {reason}"));
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::compare::contest::Contestant;
 use crate::compare::task::{Task, Tensor};
+use crate::note;
 
 const REQUIREMENTS: &str = "benches/peers/requirements.txt";
 const WORKER: &str = "benches/peers/worker.py";
@@ -67,7 +68,7 @@ pub fn install() -> Result<PathBuf> {
     if python.exists() && fs::read_to_string(&done).is_ok_and(|installed| installed == requirements) {
         return Ok(python);
     }
-    eprintln!("laneformer: making {VENV}");
+    note(format_args!("laneformer: making {VENV}"));
     let made = Command::new("python3").args(["-m", "venv", VENV]).status().context("cannot run python3")?;
     if !made.success() {
         bail!("python3 -m venv {VENV} failed");
@@ -75,7 +76,7 @@ pub fn install() -> Result<PathBuf> {
     let mut complete = true;
     // One by one: what cannot be installed must not keep the others away.
     for package in requirements.lines().filter(|line| !line.trim().is_empty()) {
-        eprintln!("laneformer: installing {package}");
+        note(format_args!("laneformer: installing {package}"));
         let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", package];
         complete &= Command::new(&python).args(pip).status()?.success();
     }

@@ -37,12 +37,11 @@ pub fn run(args: &GraphArgs) -> Result<()> {
         grid.add(&tile);
     }
     picture::draw(path, args.title.as_deref().unwrap_or(&mask.title), &mask, &figures, &grid)?;
-    let mut out = io::stdout().lock();
-    writeln!(out, "{}: {} queries, {} keys", mask.title, figures.queries, figures.keys)?;
+    let mut text = format!("{}: {} queries, {} keys\n", mask.title, figures.queries, figures.keys);
     for [name, value, share] in figures.lines() {
-        writeln!(out, "{name:16}{value:>14}  {share}")?;
+        text += &format!("{name:16}{value:>14}  {share}\n");
     }
-    Ok(())
+    io::stdout().write_all(text.as_bytes()).context("standard output")
 }
 
 /// What a mask costs.

@@ -88,6 +88,18 @@ impl Model {
         fs::write(path, bytes).expect("a file");
     }
 
+    /// Makes some elements of a tensor NaN.
+    pub fn lose_elements(&self, tensor: &str, elements: std::ops::Range<usize>) {
+        let path = self.path().join("model.safetensors");
+        let mut bytes = fs::read(&path).expect("a file");
+        let (len, rest) = bytes.split_first_chunk_mut::<8>().expect("a header");
+        let (header, data) = rest.split_at_mut(u64::from_le_bytes(*len) as usize);
+        let header: Value = serde_json::from_slice(header).expect("JSON");
+        let start = header[tensor]["data_offsets"][0].as_u64().expect("a tensor") as usize;
+        data[start + 4 * elements.start..start + 4 * elements.end].fill(0xff);
+        fs::write(path, bytes).expect("a file");
+    }
+
     pub fn path(&self) -> &Path {
         self.0.path()
     }
