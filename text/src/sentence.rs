@@ -97,7 +97,7 @@ impl SentenceEncoder {
         self.config.max_seq_length
     }
 
-    /// The tokens of a sentence, which may be empty, if the model has as many positions ([`Error::TooLong`](crate::Error::TooLong)) and these tokens.
+    /// The tokens of a sentence, which may be empty, if the model has as many positions ([`Error::TooLong`]) and these tokens.
     pub fn tokenize(&self, sentence: &str) -> Result<Tokens> {
         let lower = self.config.do_lower_case.then(|| sentence.to_lowercase());
         let tokens = self.tokenizer.encode(lower.as_deref().unwrap_or(sentence))?;
