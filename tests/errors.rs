@@ -8,7 +8,7 @@ use common::model::{Map, Model, PlacementKind, Shape};
 use laneformer::gemm::{Strided, StridedMut, matmul};
 use laneformer::{
     Activation, Affine, BatchStats, Bias, Bits, Context, CrossAttention, Epilogue, Error, Executor, Ffn,
-    Function, Graph, Heads, Inputs, Isa, KeyStore, KvCache, Layer, Linear, MatMut, MatRef, Norm,
+    Function, Graph, Heads, Inputs, Isa, KeyStore, KeyStream, KvCache, Layer, Linear, MatMut, MatRef, Norm,
     PackedMatrix, Placement, QkvProjection, QueryRows, Relative, RelativeTable, Rotary, RotaryPairs,
     SegmentTerm, SelfAttention, Stack, SubLayer, Terms, Ticket, attention, batchnorm_train, elementwise_into,
     layernorm, layernorm_into, rmsnorm, rmsnorm_into, softmax, softmax_into,
@@ -240,6 +240,11 @@ fn views_of_nothing_with_huge_sides() {
     }
     assert!(StridedMut::new(&mut [], 3, 0, 0, 1).is_ok(), "contiguous, without columns");
     softmax(ctx(), MatMut::contiguous(&mut [], MAX, 0).unwrap()).unwrap();
+    // Keys without columns are of the wrong width, before there is memory for so many.
+    let (rows, heads) = (1 << 44, Heads::new(1, 1).unwrap());
+    let (nothing, out) = (view(&[], rows, 0), MatMut::contiguous(&mut [], rows, 0).unwrap());
+    let result = attention(ctx(), &heads, nothing, nothing, nothing, &[0, rows], &Graph::full(), out);
+    wrong_size(result, "k.cols", 1, 0);
 }
 
 #[test]
@@ -551,6 +556,8 @@ fn sizes_that_no_memory_has() {
     overflows(Bits::dense([1 << 60, 1, 1, 1], |_, _, _, _| true).map(drop));
     let heads = Heads::new(1, (MAX >> 1) / 512).unwrap();
     overflows(KeyStore::new(&heads, 1, 1).map(drop));
+    let heads = Heads::new(1, (1 << 52) - 4096).unwrap();
+    overflows(KeyStream::new(&heads, &Graph::window(0, 0), 1).map(drop));
     assert_eq!(Heads::new(MAX, 2).unwrap().query_cols(), MAX);
     for (offsets, key_offsets) in [([0, 1 << 62], [0, 1 << 62]), ([0, 1], [0, 1 << 63])] {
         let tiles = Graph::full().tiles(0, &offsets, &key_offsets).map(drop);
@@ -862,6 +869,33 @@ fn caches_and_sources_that_do_not_fit_the_layer() {
     let short = Graph::full().with_bits(Bits::keys(&[&[true; 2][..]; 2]).unwrap());
     assert_eq!(run(fits(), &short).as_deref(), Some("graph bits keys: expected at least 3, got 2"));
     assert_eq!(run(fits(), &full), None);
+}
+
+#[test]
+fn a_source_that_has_dropped_keys() {
+    let heads = Heads::new(2, 4).unwrap();
+    let attention =
+        CrossAttention::new(linear(8, 8), linear(8, 8), linear(8, 8), linear(8, 8), heads).unwrap();
+    let sub_layer = SubLayer::cross_attention(attention, Placement::Plain).unwrap();
+    let layer = Layer::new(vec![sub_layer]).unwrap();
+    let (mut ring, keys, x) = (KvCache::ring(&heads, 1, 1).unwrap(), [0.5; 256 * 8], [0.5; 8]);
+    let mut workspace = layer.workspace(1, 1, 1).unwrap();
+    for dropped in [None, None, Some(256)] {
+        ring.append(0, view(&keys, 256, 8), view(&keys, 256, 8)).unwrap();
+        let (graph, mut y) = (Graph::full(), Guarded::new(1, 8, &x));
+        let mut inputs =
+            Inputs { sources: std::slice::from_ref(ring.keys()), ..Inputs::new(&[0, 1], &graph) };
+        let result = layer.forward_with(ctx(), y.view_mut(), &mut inputs, &mut workspace);
+        match dropped {
+            None => result.unwrap(),
+            Some(actual) => {
+                let arg = "keys that the graph sees and a ring has dropped";
+                let message = format!("{arg}: expected at most 0, got {actual}");
+                refused(result, Error::TooLarge { arg, max: 0, actual }, &message);
+                assert_eq!(y.values(), x);
+            }
+        }
+    }
 }
 
 #[test]

@@ -40,7 +40,7 @@ impl KvCache {
     /// Room for `capacity` tokens in each of `sequences` sequences.
     ///
     /// # Errors
-    /// [`Error::ZeroDim`], [`Error::Overflow`].
+    /// [`Error::ZeroDim`], [`Error::NotDivisible`], [`Error::Overflow`].
     pub fn new(heads: &Heads, sequences: usize, capacity: usize) -> Result<KvCache, Error> {
         Ok(Self::for_layers(1, heads, sequences, capacity)?.remove(0))
     }
@@ -86,7 +86,7 @@ impl KvCache {
     /// a sequence.
     ///
     /// # Errors
-    /// [`Error::ZeroDim`], [`Error::Overflow`].
+    /// [`Error::ZeroDim`], [`Error::NotDivisible`], [`Error::Overflow`].
     pub fn ring(heads: &Heads, sequences: usize, window: usize) -> Result<KvCache, Error> {
         // A call may append a chunk, whose first token sees `window` tokens; the oldest chunk goes as a whole when a new one begins.
         let capacity = window.checked_add(2 * (CHUNK - 1)).ok_or(Error::Overflow { arg: "window" })?;

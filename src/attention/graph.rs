@@ -5,6 +5,9 @@ use core::ops::Range;
 use crate::attention::bits::{Bits, Query};
 use crate::error::Error;
 
+/// What a ring that has dropped keys cannot answer.
+pub(crate) const DROPPED: &str = "keys that the graph sees and a ring has dropped";
+
 /// Which keys a query may see.
 ///
 /// A query at position `p` sees key `j` of its sequence if `p - left <= j <= p + right`, or if `j` is one of the global columns, and
@@ -100,8 +103,7 @@ impl Graph {
         let columns = self.columns.as_ref().and_then(Bits::start);
         match (!seen.is_empty()).then_some(seen.start).into_iter().chain(columns).min() {
             Some(start) if start < kept => {
-                let arg = "keys that the graph sees and a ring has dropped";
-                Err(Error::TooLarge { arg, max: 0, actual: kept - start })
+                Err(Error::TooLarge { arg: DROPPED, max: 0, actual: kept - start })
             }
             _ => Ok(()),
         }

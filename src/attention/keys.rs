@@ -1,6 +1,7 @@
 //! Keys and values as attention reads them: the blocks of a sequence, in one store or two, and the store of a ragged batch.
 
 use crate::attention::Heads;
+use crate::attention::graph::DROPPED;
 use crate::attention::layout::{BLOCK, CHUNK, CHUNK_BLOCKS, KeyLayout};
 use crate::attention::plan::{Plan, Segment, check_offsets, max_blocks};
 use crate::context::Context;
@@ -139,7 +140,7 @@ impl KeyStore {
     /// Room for `max_tokens` tokens in at most `max_segments` segments.
     ///
     /// # Errors
-    /// [`Error::Overflow`].
+    /// [`Error::ZeroDim`], [`Error::NotDivisible`] for heads that cannot be; [`Error::Overflow`].
     pub fn new(heads: &Heads, max_tokens: usize, max_segments: usize) -> Result<KeyStore, Error> {
         let blocks = max_blocks(max_tokens, max_segments);
         let len = Self::len_of_blocks(heads, blocks, max_segments)?;
@@ -347,6 +348,15 @@ impl KeyStore {
         let blocks = Blocks { data, places: self.ring.unwrap_or(len.div_ceil(BLOCK)) };
         let first_block = self.first_block(len);
         Keys { layout: self.layout, blocks, past: (blocks, 0), first_block, len }
+    }
+
+    /// Whether all keys of all sequences are there: none has been dropped by a ring.
+    pub(crate) fn check_whole(&self) -> Result<(), Error> {
+        let dropped = self.plan.segments.iter().map(|segment| self.first_block(segment.len) * BLOCK).max();
+        match dropped {
+            None | Some(0) => Ok(()),
+            Some(actual) => Err(Error::TooLarge { arg: DROPPED, max: 0, actual }),
+        }
     }
 
     /// The first block that is there of a sequence of `len`; the first of a chunk.

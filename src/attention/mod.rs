@@ -208,8 +208,12 @@ pub fn attention(
 ) -> Result<(), Error> {
     check_size("k.rows", q.rows(), k.rows())?;
     let (queries, terms) = (QueryRows::new(q, offsets), Terms::default());
-    // What needs less memory also waits less for it.
     let (segments, members) = (offsets.len().saturating_sub(1), ctx.members());
+    // Before there is memory for them: rows without columns may be more than there can be keys.
+    heads.check()?;
+    heads.layout().check_rows(k, v)?;
+    queries.check(heads, segments, &out)?;
+    // What needs less memory also waits less for it.
     if stream::blocks(graph).saturating_mul(members) < max_blocks(k.rows(), segments) {
         let rows = KeyRows::new(k, v, offsets);
         return KeyStream::new(heads, graph, members)?

@@ -63,14 +63,16 @@ impl KeyStream {
     /// whole chunks of 256.
     ///
     /// # Errors
-    /// [`Error::Overflow`], also for a graph without a limit to both sides: [`KeyStore`](crate::KeyStore) is for those.
+    /// [`Error::ZeroDim`], [`Error::NotDivisible`] for heads that cannot be; [`Error::Overflow`], also for a graph without a limit to both sides: [`KeyStore`](crate::KeyStore) is for those.
     pub fn new(heads: &Heads, graph: &Graph, members: usize) -> Result<KeyStream, Error> {
         heads.check()?;
         let layout = heads.layout();
         let blocks = blocks(graph);
         checked_product("keys and values", &[blocks, layout.block_len() + LANES])?;
         let [data_len, stored_len] = parts(layout, blocks);
-        let team = Team::new(members, data_len + stored_len + scratch_len(heads, true));
+        let each = data_len + stored_len + scratch_len(heads, true);
+        checked_product("keys and values", &[each, members.max(1)])?;
+        let team = Team::new(members, each);
         Ok(KeyStream { layout, blocks, team })
     }
 

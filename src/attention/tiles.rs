@@ -365,7 +365,7 @@ impl Graph {
     ///
     /// # Errors
     /// [`Error::Size`], [`Error::TooSmall`], [`Error::NotAscending`] if the offsets do not fit one another or the graph's bits, [`Error::TooLarge`]
-    /// beyond `u32::MAX` tokens.
+    /// beyond `u32::MAX` tokens, [`Error::Overflow`] for a head that cannot be, [`Error::Mismatch`] if columns differ by query.
     ///
     /// ```
     /// use laneformer::{Cover, Graph};

@@ -368,7 +368,7 @@ impl Layer {
     /// Memory for [`forward`](Layer::forward) on at most `max_tokens` tokens in `max_segments` segments with `members` threads.
     ///
     /// # Errors
-    /// [`Error::Overflow`].
+    /// [`Error::ZeroDim`] without members, [`Error::Overflow`].
     pub fn workspace(
         &self,
         max_tokens: usize,
@@ -463,7 +463,7 @@ impl Stack {
     /// Memory for [`forward`](Stack::forward), also of each layer alone; see [`Layer::workspace`].
     ///
     /// # Errors
-    /// [`Error::Overflow`].
+    /// [`Error::ZeroDim`] without members, [`Error::Overflow`].
     pub fn workspace(
         &self,
         max_tokens: usize,

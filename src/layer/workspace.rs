@@ -262,6 +262,7 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
                     let args = ["source n_kv_heads", "source head_dim", "source value_dim"];
                     source.layout.check(args, qkv.heads().layout())?;
                     source.check_alone("source")?;
+                    source.check_whole()?;
                     check_size("source sequences", plan.segments.len(), source.plan.segments.len())?;
                     check_terms(
                         qkv.heads(),
