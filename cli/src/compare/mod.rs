@@ -154,7 +154,7 @@ fn finish(report: &Report, args: &CompareArgs) -> Result<ExitCode> {
         note(format_args!("laneformer: wrote {}", page.display()));
     }
     if !args.json {
-        print!("{}", report.tables());
+        io::stdout().write_all(report.tables().as_bytes()).context("standard output")?;
     }
     Ok(ExitCode::SUCCESS)
 }
