@@ -54,7 +54,9 @@ impl TextTokenizer {
         let text = std::fs::read(&path).map_err(ModelError::io(&path))?;
         let mut tokenizer = guard(&path, || Tokenizer::from_bytes(text))?;
         guard(&path, || tokenizer.with_padding(None).with_truncation(None).map(drop))?;
-        if let ModelWrapper::BPE(bpe) = tokenizer.get_model() {
+        if let ModelWrapper::BPE(bpe) = tokenizer.get_model()
+            && bpe.dropout.is_some()
+        {
             let mut bpe = bpe.clone();
             bpe.dropout = None;
             tokenizer.with_model(bpe);
