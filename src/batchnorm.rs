@@ -6,8 +6,8 @@ use core::ops::Range;
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size};
 use crate::isa::dispatch;
-use crate::layernorm::scale_row;
-use crate::rows::{check_shape, for_tiles};
+use crate::layernorm::scale_rows;
+use crate::rows::{check_shape, for_tiles, together};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -104,15 +104,17 @@ impl Affine {
 
     #[inline(always)]
     pub(crate) fn apply_rows<S: Simd>(&self, s: S, source: Option<MatRef<'_>>, x: &mut MatMut<'_>) {
-        for i in 0..x.rows() {
-            scale_row(
+        let (rows, step) = (x.rows(), together(x.cols()));
+        for begin in (0..rows).step_by(step) {
+            scale_rows(
                 s,
-                source.map(|source| source.row(i)),
-                x.row_mut(i),
+                source,
+                x,
+                begin..rows.min(begin + step),
                 &self.scale,
                 Some(&self.shift),
                 #[inline(always)]
-                |x| x,
+                |_| |x| x,
             );
         }
     }

@@ -1,9 +1,11 @@
 //! Layer normalisation of rows (Ba, Kiros and Hinton 2016, arXiv:1607.06450).
 
+use core::ops::Range;
+
 use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::isa::dispatch;
-use crate::reduce::{self, has_many_registers};
+use crate::reduce::{self, four, has_many_registers};
 use crate::rows::{TOGETHER, check_shape, for_tiles, input, together};
 use crate::simd::{LANES, Simd, Vector};
 use crate::view::{MatMut, MatRef};
@@ -134,20 +136,59 @@ pub(crate) fn layernorm_rows<S: Simd>(
             let var = reduce::fold(squares) / n - centre * centre;
             *moments = [mean, centre, var];
         }
-        for (i, [mean, centre, var]) in group(begin).zip(moments) {
-            // Here, so that the sums of the next row need not wait for it. Rounding may leave less than nothing of a constant row; unlike
-            // `max`, this keeps a NaN.
-            let inv = 1.0 / (if var < 0.0 { 0.0 } else { var } + eps).sqrt();
-            let (mean, centre, inv) = (s.splat(mean), s.splat(centre), s.splat(inv));
-            scale_row(
-                s,
-                source.map(|source| source.row(i)),
-                x.row_mut(i),
-                gain,
-                bias,
+        // Variances become factors, of all rows at once and not before, so that no sum waits for them. Rounding may leave less than nothing of a
+        // constant row; unlike `max`, this keeps a NaN.
+        for [.., var] in &mut moments {
+            *var = 1.0 / (if *var < 0.0 { 0.0 } else { *var } + eps).sqrt();
+        }
+        scale_rows(
+            s,
+            source,
+            x,
+            group(begin),
+            gain,
+            bias,
+            #[inline(always)]
+            |i| {
+                let [mean, centre, inv] = moments[i];
+                let (mean, centre, inv) = (s.splat(mean), s.splat(centre), s.splat(inv));
                 #[inline(always)]
-                |x| ((x - mean) - centre) * inv,
-            );
+                move |x| ((x - mean) - centre) * inv
+            },
+        );
+    }
+}
+
+/// `f(x) * gain + bias` of the rows of a group, of a source or else of the rows themselves, to the rows, with `f` the function of each: `of` is given
+/// its number in the group.
+///
+/// Loads are the bound. Four rows of whole vectors share those of the gain and the bias where there are registers for that; rows that begin
+/// anywhere would be stored across two lines, four at a time.
+#[inline(always)]
+pub(crate) fn scale_rows<S: Simd, F: Fn(S::V) -> S::V>(
+    s: S,
+    source: Option<MatRef<'_>>,
+    x: &mut MatMut<'_>,
+    group: Range<usize>,
+    gain: &[f32],
+    bias: Option<&[f32]>,
+    of: impl Fn(usize) -> F,
+) {
+    if !has_many_registers::<S>() || group.len() < TOGETHER || !x.cols().is_multiple_of(LANES) {
+        for (i, row) in group.enumerate() {
+            scale_row(s, source.map(|source| source.row(row)), x.row_mut(row), gain, bias, of(i));
+        }
+        return;
+    }
+    let of = four(of);
+    for at in (0..x.cols()).step_by(LANES) {
+        let g = s.load(&gain[at..]);
+        let b = bias.map_or(g, |bias| s.load(&bias[at..]));
+        for (i, f) in of.iter().enumerate() {
+            let row = group.start + i;
+            let v = f(s.load(&input(source, x, row)[at..]));
+            let v = if bias.is_some() { v.mul_add(g, b) } else { v * g };
+            v.store(&mut x.row_mut(row)[at..]);
         }
     }
 }

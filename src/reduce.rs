@@ -33,7 +33,8 @@ pub(crate) fn for_each<S: Simd>(s: S, row: &[f32], fill: S::V, mut f: impl FnMut
     }
 }
 
-/// [`for_each`] of `row`, and beside it of `next`, which is as long or empty and whose lanes past the end hold 0.
+/// [`for_each`] of `row`, and beside it of `next`, which is as long or empty and whose lanes past the end hold 0. Where registers are few, `next`
+/// comes behind, and `row` in two passes: sums of two kinds, eight vectors, would take all of them and be kept in memory.
 #[inline(always)]
 pub(crate) fn for_each_beside<S: Simd>(
     s: S,
@@ -44,13 +45,29 @@ pub(crate) fn for_each_beside<S: Simd>(
     mut of_next: impl FnMut(usize, S::V),
 ) {
     let ((whole, tail), (next, next_tail)) = (row.as_chunks::<SLOTS>(), next.as_chunks::<SLOTS>());
-    let mut next = next.iter();
-    for slots in whole {
-        let next = next.next();
-        for j in 0..4 {
-            f(j, s.load(&slots[j * LANES..]));
-            if let Some(next) = next {
-                of_next(j, s.load(&next[j * LANES..]));
+    if has_many_registers::<S>() {
+        let mut next = next.iter();
+        for slots in whole {
+            let next = next.next();
+            for j in 0..4 {
+                f(j, s.load(&slots[j * LANES..]));
+                if let Some(next) = next {
+                    of_next(j, s.load(&next[j * LANES..]));
+                }
+            }
+        }
+    } else {
+        for slots in whole {
+            f(0, s.load(slots));
+            f(1, s.load(&slots[LANES..]));
+        }
+        for slots in whole {
+            f(2, s.load(&slots[2 * LANES..]));
+            f(3, s.load(&slots[3 * LANES..]));
+        }
+        for slots in next {
+            for j in 0..4 {
+                of_next(j, s.load(&slots[j * LANES..]));
             }
         }
     }

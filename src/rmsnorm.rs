@@ -3,7 +3,7 @@
 use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::isa::dispatch;
-use crate::layernorm::scale_row;
+use crate::layernorm::scale_rows;
 use crate::reduce;
 use crate::rows::{TOGETHER, check_shape, for_tiles, input, together};
 use crate::simd::Simd;
@@ -93,17 +93,19 @@ pub(crate) fn rmsnorm_rows<S: Simd>(
             );
             *inv = 1.0 / (squares / n + eps).sqrt();
         }
-        for (i, inv) in group.zip(inverses) {
-            let inv = s.splat(inv);
-            scale_row(
-                s,
-                source.map(|source| source.row(i)),
-                x.row_mut(i),
-                gain,
-                None,
+        scale_rows(
+            s,
+            source,
+            x,
+            group,
+            gain,
+            None,
+            #[inline(always)]
+            |i| {
+                let inv = s.splat(inverses[i]);
                 #[inline(always)]
-                |x| x * inv,
-            );
-        }
+                move |x| x * inv
+            },
+        );
     }
 }
