@@ -114,7 +114,10 @@ impl Affine {
                 &self.scale,
                 Some(&self.shift),
                 #[inline(always)]
-                |_| |x| x,
+                |_| {
+                    #[inline(always)]
+                    |x| x
+                },
             );
         }
     }

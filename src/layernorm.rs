@@ -159,11 +159,10 @@ pub(crate) fn layernorm_rows<S: Simd>(
     }
 }
 
-/// `f(x) * gain + bias` of the rows of a group, of a source or else of the rows themselves, to the rows, with `f` the function of each: `of` is given
-/// its number in the group.
+/// `f(x) * gain + bias` of the rows of a group, of a source or else of the rows themselves, to the rows; `function(i)` is the `f` of the group's row `i`.
 ///
-/// Loads are the bound. Four rows of whole vectors share those of the gain and the bias where there are registers for that; rows that begin
-/// anywhere would be stored across two lines, four at a time.
+/// Loads are the bound. Four rows share those of the gain and the bias where there are registers for that. Not with a tail: of four rows at a time it
+/// costs more than they save.
 #[inline(always)]
 pub(crate) fn scale_rows<S: Simd, F: Fn(S::V) -> S::V>(
     s: S,
@@ -172,19 +171,22 @@ pub(crate) fn scale_rows<S: Simd, F: Fn(S::V) -> S::V>(
     group: Range<usize>,
     gain: &[f32],
     bias: Option<&[f32]>,
-    of: impl Fn(usize) -> F,
+    function: impl Fn(usize) -> F,
 ) {
     if !has_many_registers::<S>() || group.len() < TOGETHER || !x.cols().is_multiple_of(LANES) {
         for (i, row) in group.enumerate() {
-            scale_row(s, source.map(|source| source.row(row)), x.row_mut(row), gain, bias, of(i));
+            scale_row(s, source.map(|source| source.row(row)), x.row_mut(row), gain, bias, function(i));
         }
         return;
     }
-    let of = four(of);
+    let functions = four(function);
     for at in (0..x.cols()).step_by(LANES) {
         let g = s.load(&gain[at..]);
-        let b = bias.map_or(g, |bias| s.load(&bias[at..]));
-        for (i, f) in of.iter().enumerate() {
+        let b = match bias {
+            Some(bias) => s.load(&bias[at..]),
+            None => g,
+        };
+        for (i, f) in functions.iter().enumerate() {
             let row = group.start + i;
             let v = f(s.load(&input(source, x, row)[at..]));
             let v = if bias.is_some() { v.mul_add(g, b) } else { v * g };

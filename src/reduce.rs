@@ -33,8 +33,8 @@ pub(crate) fn for_each<S: Simd>(s: S, row: &[f32], fill: S::V, mut f: impl FnMut
     }
 }
 
-/// [`for_each`] of `row`, and beside it of `next`, which is as long or empty and whose lanes past the end hold 0. Where registers are few, `next`
-/// comes behind, and `row` in two passes: sums of two kinds, eight vectors, would take all of them and be kept in memory.
+/// [`for_each`] of `row`, and beside it of `next`, which is as long or empty and whose lanes past the end hold 0. Where registers are few, `next` is
+/// empty, and `row` comes in two passes: sums of two kinds, eight vectors, would take all of them and be kept in memory.
 #[inline(always)]
 pub(crate) fn for_each_beside<S: Simd>(
     s: S,
@@ -57,6 +57,7 @@ pub(crate) fn for_each_beside<S: Simd>(
             }
         }
     } else {
+        debug_assert!(next.is_empty());
         for slots in whole {
             f(0, s.load(slots));
             f(1, s.load(&slots[LANES..]));
@@ -64,11 +65,6 @@ pub(crate) fn for_each_beside<S: Simd>(
         for slots in whole {
             f(2, s.load(&slots[2 * LANES..]));
             f(3, s.load(&slots[3 * LANES..]));
-        }
-        for slots in next {
-            for j in 0..4 {
-                of_next(j, s.load(&slots[j * LANES..]));
-            }
         }
     }
     for (j, part) in tail.chunks(LANES).enumerate() {

@@ -3,7 +3,7 @@
 use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::isa::dispatch;
-use crate::layernorm::scale_rows;
+use crate::layernorm::scale_row;
 use crate::reduce;
 use crate::rows::{TOGETHER, check_shape, for_tiles, input, together};
 use crate::simd::Simd;
@@ -93,19 +93,17 @@ pub(crate) fn rmsnorm_rows<S: Simd>(
             );
             *inv = 1.0 / (squares / n + eps).sqrt();
         }
-        scale_rows(
-            s,
-            source,
-            x,
-            group,
-            gain,
-            None,
-            #[inline(always)]
-            |i| {
-                let inv = s.splat(inverses[i]);
+        for (i, inv) in group.zip(inverses) {
+            let inv = s.splat(inv);
+            scale_row(
+                s,
+                source.map(|source| source.row(i)),
+                x.row_mut(i),
+                gain,
+                None,
                 #[inline(always)]
-                move |x| x * inv
-            },
-        );
+                |x| x * inv,
+            );
+        }
     }
 }
