@@ -57,18 +57,37 @@ pub(crate) fn product<S: Simd>(
     } else {
         (rows.div_ceil(S::MR), (cols / LANES).div_ceil(S::NV), S::NV)
     };
-    // Few rows and all columns: the lines stream past, and what is fetched, if anything, are the next of them.
-    let streams = rows <= S::MR && col_tiles == 1;
-    let next = if streams { <[&[f32]; 2]>::default() } else { next };
+    if rows <= S::MR && col_tiles == 1 {
+        // Few rows and all columns: the lines stream past, and what is fetched, if anything, are the next of them. With loads of whole lines one row
+        // asks for so many that L1 has no room left for what the hardware foresees. With halves it reads memory 4 to 5 % faster, and the caches as fast.
+        let to_l2 = waits_for_few_lines();
+        let reads_narrow = rows == 1 && to_l2;
+        let (line, step, every) = if !reads_narrow && to_l2 && is_short(rows, nv) {
+            (b.wrapping_add(STREAM_AHEAD), b_stride, 1)
+        } else {
+            (a, 0, GROUP)
+        };
+        let ahead = Ahead { line, step, every, to_l2 };
+        let height = if is_wide::<S>(rows) { WIDE.0 } else { rows.max(1) };
+        for row in (0..rows).step_by(height) {
+            // SAFETY: the rows and all columns of the matrices, whose extents were checked above.
+            unsafe {
+                let (a, c) = (a.add(row * a_stride), c.add(row * c_stride));
+                let tile = Tile { k, a, a_stride, b, b_stride, c, c_stride, start, ahead };
+                if reads_narrow {
+                    pick(s.narrow(), height, cols / LANES, &tile);
+                } else {
+                    pick(s, height, cols / LANES, &tile);
+                }
+            }
+        }
+        return;
+    }
     // Spread evenly, but a line per step at most. Few lines wait for groups of steps: to ask for the same one again takes a load.
     let steps = row_tiles * col_tiles * k;
     let every = if GROUP * lines <= steps { GROUP } else { 1 };
     let next_step = if lines < steps { (every * lines * LANES).div_ceil(steps) } else { LANES };
     let to_l2 = waits_for_few_lines();
-    // With loads of whole lines one row asks for so many that L1 has no room left for what the hardware foresees. With halves it reads memory 4 to 5 %
-    // faster, and the caches as fast.
-    let reads_narrow = streams && rows == 1 && to_l2;
-    let fetches_stream = streams && !reads_narrow && to_l2 && is_short(rows, nv);
     let mut ahead = next.into_iter().flat_map(|lines| lines.chunks((k.div_ceil(every) * next_step).max(1)));
     let mut row = 0;
     // Balanced: 7 rows are 4 + 3, not 6 + 1, which would leave a tile bound by its loads.
@@ -82,20 +101,13 @@ pub(crate) fn product<S: Simd>(
             let (a, b, c) = unsafe { (a.add(row * a_stride), b.add(col), c.add(row * c_stride + col)) };
             let (line, step, every) = match ahead.next() {
                 Some(lines) => (lines.as_ptr(), next_step, every),
-                None if fetches_stream => (b.wrapping_add(STREAM_AHEAD), b_stride, 1),
                 // Nothing left to fetch: a line that is there. An unmapped address would cost a page walk at every step.
                 None => (a, 0, GROUP),
             };
             let ahead = Ahead { line, step, every, to_l2 };
             let tile = Tile { k, a, a_stride, b, b_stride, c, c_stride, start, ahead };
             // SAFETY: as above.
-            unsafe {
-                if reads_narrow {
-                    pick(s.narrow(), height, vectors, &tile);
-                } else {
-                    pick(s, height, vectors, &tile);
-                }
-            }
+            unsafe { pick(s, height, vectors, &tile) };
             col += vectors * LANES;
         }
         row += height;
