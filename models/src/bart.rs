@@ -36,10 +36,6 @@ pub struct Config {
     pub decoder_start_token_id: u32,
 }
 
-fn defaults() -> Value {
-    json!({ "activation_function": "gelu", "scale_embedding": false, "decoder_start_token_id": 2 })
-}
-
 const SELF_ATTENTION: Part = Part::SelfAttention(Attention::proj("self_attn", "self_attn_layer_norm"));
 const CROSS_ATTENTION: Part =
     Part::CrossAttention(Attention::proj("encoder_attn", "encoder_attn_layer_norm"));
@@ -60,7 +56,9 @@ impl Bart {
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Bart> {
         only(path, json, &[("model_type", "bart".into()), ("normalize_before", false.into())])?;
         only(path, json, &[("tie_word_embeddings", true.into())])?;
-        let config: Config = read(path, json, defaults())?;
+        let defaults =
+            json!({ "activation_function": "gelu", "scale_embedding": false, "decoder_start_token_id": 2 });
+        let config: Config = read(path, json, defaults)?;
         let (d, vocab_size, act) = (config.d_model, config.vocab_size, config.activation_function);
         let w = checkpoint.root(&["model.", ""], "shared.weight");
         let shared = w.embedding("shared", vocab_size, d)?;

@@ -37,13 +37,6 @@ fn gelu_new() -> Activation {
     Activation::GeluTanh
 }
 
-fn defaults() -> Value {
-    json!({
-        "layer_norm_epsilon": 1e-5, "scale_attn_weights": true, "scale_attn_by_inverse_layer_idx": false,
-        "tie_word_embeddings": true,
-    })
-}
-
 const LAYER: &[Part] = &[
     Part::SelfAttention(Attention {
         at: "attn",
@@ -74,7 +67,11 @@ impl Gpt {
             ("gpt2", ["wte", "wpe"], NormPlacement::Pre)
         };
         only(path, json, &[("model_type", model_type.into()), ("add_cross_attention", false.into())])?;
-        let config: Config = read(path, json, defaults())?;
+        let defaults = json!({
+            "layer_norm_epsilon": 1e-5, "scale_attn_weights": true, "scale_attn_by_inverse_layer_idx": false,
+            "tie_word_embeddings": true,
+        });
+        let config: Config = read(path, json, defaults)?;
         let (d, eps) = (config.n_embd, config.layer_norm_epsilon);
         let mut heads = heads(path, "n_head", d, config.n_head)?;
         let act = match config.activation_function {

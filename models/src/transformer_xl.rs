@@ -36,21 +36,6 @@ pub struct Config {
     pub untie_r: bool,
 }
 
-fn defaults() -> Value {
-    json!({ "clamp_len": 0, "same_length": false, "pre_lnorm": false, "untie_r": false })
-}
-
-impl Config {
-    fn check(&self, path: &Path) -> Result<()> {
-        let Config { d_model, n_head, d_head, mem_len, .. } = *self;
-        // Every token would see the last 0 tokens.
-        check(path, "mem_len", mem_len, mem_len > 0 || !self.same_length, "a memory, with same_length")?;
-        check(path, "d_model", d_model, d_model > 0 && d_model.is_multiple_of(2), "an even number")?;
-        let fits = n_head.checked_mul(d_head).is_some();
-        check(path, "d_head", d_head, fits, "a width that fits n_head heads")
-    }
-}
-
 /// The decoder with its embeddings and its language-model head.
 #[derive(Debug)]
 pub struct TransformerXl {
@@ -100,11 +85,17 @@ impl TransformerXl {
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<TransformerXl> {
         // Relative positions, and one embedding table.
         only(path, json, &[("attn_type", 0.into()), ("div_val", 1.into())])?;
-        let config: Config = read(path, json, defaults())?;
-        config.check(path)?;
+        let defaults = json!({ "clamp_len": 0, "same_length": false, "pre_lnorm": false, "untie_r": false });
+        let config: Config = read(path, json, defaults)?;
+        let Config { vocab_size, d_model, n_head, d_head, mem_len, same_length, .. } = config;
+        // Every token would see the last 0 tokens.
+        check(path, "mem_len", mem_len, mem_len > 0 || !same_length, "a memory, with same_length")?;
+        check(path, "d_model", d_model, d_model > 0 && d_model.is_multiple_of(2), "an even number")?;
+        let fits = n_head.checked_mul(d_head).is_some();
+        check(path, "d_head", d_head, fits, "a width that fits n_head heads")?;
         let w = Weights::new(checkpoint, "");
-        let tokens = w.embedding("word_emb.emb_layers.0", config.vocab_size, config.d_model)?;
-        let head = tokens.as_linear(Some(&w.tensor("crit.out_layers.0.bias", &[config.vocab_size])?))?;
+        let tokens = w.embedding("word_emb.emb_layers.0", vocab_size, d_model)?;
+        let head = tokens.as_linear(Some(&w.tensor("crit.out_layers.0.bias", &[vocab_size])?))?;
         let layers = w.at("layers").layers(config.n_layer, |_, layer| Layer::load(&w, &layer, &config))?;
         Ok(TransformerXl { config, tokens, layers, head })
     }
@@ -138,11 +129,13 @@ impl TransformerXl {
     /// The last hidden state of every token of the next segment, [sequences, T, d_model], of ids [sequences, T].
     pub fn forward(&self, run: &mut Run<'_>, ids: &[u32], memory: &mut Memory) -> Result<Vec<f32>> {
         check_size("memory layers", self.layers.len(), memory.layers.len())?;
-        let n = memory.sequences;
+        let (n, mem_len) = (memory.sequences, self.config.mem_len);
         let queries = len_of_each("tokens", ids.len(), n)?;
         let keys = memory.len + queries;
         self.reach(run, keys, queries, memory)?;
-        let graph = self.graph(memory.len, queries);
+        // All of the memory and what comes before; with `same_length` as many keys for every query.
+        let is_cut = self.config.same_length && keys > mem_len;
+        let graph = if is_cut { Graph::window(mem_len - 1, 0) } else { Graph::causal() };
         let (offsets, key_offsets) = (offsets(n, queries), offsets(n, keys));
 
         let (mut of_keys, mut of_values) = (vec![], vec![]);
@@ -161,27 +154,18 @@ impl TransformerXl {
             let attended = projections.attend(run, &input, &seen)?;
             run.scratch.give_store(stored);
             memory.inputs.push(&x);
-            memory.inputs.keep_last(self.config.mem_len, self.config.d_model);
-            memory.keys.keep_last(self.config.mem_len, heads.key_cols());
-            memory.values.keep_last(self.config.mem_len, heads.value_cols());
+            memory.inputs.keep_last(mem_len, self.config.d_model);
+            memory.keys.keep_last(mem_len, heads.key_cols());
+            memory.values.keep_last(mem_len, heads.value_cols());
             layer.block.close(run, &mut x, attended)?;
         }
-        memory.len = keys.min(self.config.mem_len);
+        memory.len = keys.min(mem_len);
         Ok(x)
     }
 
     /// The logits of the next token, [T, vocab_size], for any rows of the last hidden state.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
         project(ctx, &self.head, hidden)
-    }
-
-    /// All of the memory and what comes before; with `same_length` as many keys for every query.
-    fn graph(&self, memory: usize, queries: usize) -> Graph {
-        let mem_len = self.config.mem_len;
-        if !self.config.same_length || memory + queries <= mem_len {
-            return Graph::causal();
-        }
-        Graph::window(mem_len - 1, 0)
     }
 
     /// Projects positions up to `keys`, and some more while the memory grows.

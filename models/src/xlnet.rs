@@ -49,22 +49,6 @@ pub enum Directions {
     Uni,
 }
 
-fn defaults() -> Value {
-    json!({
-        "ff_activation": "gelu", "attn_type": "bi", "clamp_len": 0, "same_length": false, "layer_norm_eps": 1e-12,
-    })
-}
-
-impl Config {
-    /// What the layers have in common.
-    fn layers(&self, path: &Path) -> Result<LayerSpec> {
-        let Config { d_model, d_inner, ff_activation, layer_norm_eps, .. } = *self;
-        let heads = heads(path, "n_head", d_model, self.n_head)?;
-        check(path, "d_model", d_model, d_model.is_multiple_of(2), "an even number")?;
-        Ok(LayerSpec::new(heads, d_inner, ff_activation, NormPlacement::Post, layer_norm_eps))
-    }
-}
-
 /// A batch of sequences of the same length T, padding included.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Batch<'a> {
@@ -131,13 +115,19 @@ impl XlNet {
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<XlNet> {
         only(path, json, &[("tie_word_embeddings", true.into()), ("bi_data", false.into())])?;
         only(path, json, &[("reuse_len", 0.into())])?;
-        let config: Config = read(path, json, defaults())?;
-        let spec = config.layers(path)?;
+        let defaults = json!({
+            "ff_activation": "gelu", "attn_type": "bi", "clamp_len": 0, "same_length": false, "layer_norm_eps": 1e-12,
+        });
+        let config: Config = read(path, json, defaults)?;
+        let (d, act, eps) = (config.d_model, config.ff_activation, config.layer_norm_eps);
+        let heads = heads(path, "n_head", d, config.n_head)?;
+        check(path, "d_model", d, d.is_multiple_of(2), "an even number")?;
+        let spec = LayerSpec::new(heads, config.d_inner, act, NormPlacement::Post, eps);
         let root = Weights::new(checkpoint, "");
         let w = root.at("transformer");
-        let tokens = w.embedding("word_embedding", config.vocab_size, config.d_model)?;
+        let tokens = w.embedding("word_embedding", config.vocab_size, d)?;
         let head = tokens.as_linear(Some(&root.tensor("lm_loss.bias", &[config.vocab_size])?))?;
-        let mask_emb = w.tensor("mask_emb", &[1, 1, config.d_model])?.into_owned();
+        let mask_emb = w.tensor("mask_emb", &[1, 1, d])?.into_owned();
         let layers = w.at("layer").layers(config.n_layer, |_, w| Layer::load(&w, &spec))?;
         Ok(XlNet { config, tokens, mask_emb, layers, head })
     }
