@@ -2,8 +2,8 @@
 
 mod common;
 
-use laneformer_models::Scratch;
-use laneformer_models::lavit::{Batch, Features, Lavit};
+use laneformer_models::lavit::{self, Lavit};
+use laneformer_models::{Batch, Scratch};
 use serde_json::json;
 
 fn main() -> common::Result {
@@ -19,21 +19,18 @@ fn main() -> common::Result {
     let sound = common::features(3, config.audio_feat_dim)?;
     let (objects, places) =
         (common::features(36, config.visual_feat_dim)?, common::features(36, config.visual_coord_dim)?);
-    let batch = Batch {
-        language: laneformer_models::Batch {
-            ids: &ids,
-            type_ids: &[0; 20],
-            positions: &positions,
-            offsets: &[0, 20],
-            is_real: None,
-        },
-        audio: Features { kinds: &[&sound, &sound], offsets: &[0, 3], is_real: None },
-        video: Features { kinds: &[&objects, &places], offsets: &[0, 36], is_real: None },
+    let question =
+        Batch { ids: &ids, type_ids: &[0; 20], positions: &positions, offsets: &[0, 20], is_real: None };
+    let of = |offsets| Batch { offsets, ..Batch::default() };
+    let batch = lavit::Batch {
+        tokens: [question, of(&[0, 3]), of(&[0, 36])],
+        audio: &[&sound, &sound],
+        video: &[&objects, &places],
     };
     let states = common::timed("three streams", || model.forward(&mut Scratch::default().with(ctx), &batch))?;
     for (name, state) in ["language", "audio", "video"].iter().zip(&states) {
         common::show(name, state, config.bert.hidden_size);
     }
-    common::show("answers", &model.answer_logits(ctx, &states, batch.offsets())?, config.num_answers);
+    common::show("answers", &model.answer_logits(ctx, &batch, &states)?, config.num_answers);
     Ok(())
 }

@@ -12,7 +12,6 @@ use crate::bert::{self, Bert, attention};
 use crate::encoder::{Layers, Part};
 use crate::error::check_size;
 use crate::head::{self, Head};
-use crate::ragged::real;
 use crate::run::project;
 use crate::weights::normalize;
 use crate::{Checkpoint, Error, Result, Run, Weights};
@@ -33,39 +32,15 @@ pub struct Config {
     pub num_answers: usize,
 }
 
-/// Packed tokens of a batch, each stream with its own offsets.
+/// Packed tokens of a batch, each stream with its own offsets. Features are rows of each kind, one per token.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
-    /// The question.
-    pub language: crate::Batch<'a>,
+    /// The question, and where the sequences of audio and video begin: these have no ids, types and positions.
+    pub tokens: [crate::Batch<'a>; 3],
     /// What the audio encoder reads: the features of each channel, and with an `_st` encoder the coordinates.
-    pub audio: Features<'a>,
+    pub audio: &'a [&'a [f32]],
     /// The features and the coordinates of the objects.
-    pub video: Features<'a>,
-}
-
-/// Tokens that are features.
-#[derive(Clone, Copy, Debug)]
-pub struct Features<'a> {
-    /// Rows of each kind of features, one per token.
-    pub kinds: &'a [&'a [f32]],
-    /// Where each sequence begins, and the end.
-    pub offsets: &'a [usize],
-    /// As [`crate::Batch`] has it.
-    pub is_real: Option<&'a [bool]>,
-}
-
-impl Features<'_> {
-    fn graph(&self) -> Result<Graph> {
-        real(Graph::full(), self.offsets, self.is_real)
-    }
-}
-
-impl<'a> Batch<'a> {
-    /// The offsets of language, audio and video.
-    pub fn offsets(&self) -> [&'a [usize]; 3] {
-        [self.language.offsets, self.audio.offsets, self.video.offsets]
-    }
+    pub video: &'a [&'a [f32]],
 }
 
 /// The streams of a layer of the third stage.
@@ -143,12 +118,14 @@ impl Lavit {
 
     /// The last hidden states of language, audio and video.
     pub fn forward(&self, run: &mut Run<'_>, batch: &Batch<'_>) -> Result<[Vec<f32>; 3]> {
-        let l = self.language.forward(run, batch.language)?;
-        let a = self.audio.forward(run, &batch.audio)?;
-        let v = self.video.forward(run, &batch.video)?;
+        let [l, a, v] = batch.tokens;
+        let offsets = [l.offsets, a.offsets, v.offsets];
+        let graphs = [l.real(Graph::full())?, a.real(Graph::full())?, v.real(Graph::full())?];
+        let l = self.language.forward(run, l)?;
+        let a = self.audio.forward(run, batch.audio, &mut Inputs::new(offsets[1], &graphs[1]))?;
+        let v = self.video.forward(run, batch.video, &mut Inputs::new(offsets[2], &graphs[2]))?;
 
-        let (mut states, offsets) = ([l, a, v], batch.offsets());
-        let graphs = [batch.language.real(Graph::full())?, batch.audio.graph()?, batch.video.graph()?];
+        let mut states = [l, a, v];
         for layers in &self.cross {
             // Every stream reads the next one as it was before this layer.
             let keys = |i: usize| layers[i].sources(run.ctx, &states[(i + 1) % 3], offsets[(i + 1) % 3]);
@@ -166,11 +143,11 @@ impl Lavit {
     pub fn answer_logits(
         &self,
         ctx: Context<'_>,
+        batch: &Batch<'_>,
         states: &[Vec<f32>; 3],
-        offsets: [&[usize]; 3],
     ) -> Result<Vec<f32>> {
         let d = self.config.bert.hidden_size;
-        let pool = |i: usize| head::pool(ctx, &self.poolers[i], &states[i], offsets[i]);
+        let pool = |i: usize| head::pool(ctx, &self.poolers[i], &states[i], batch.tokens[i].offsets);
         let (l, a, v) = (pool(0)?, pool(1)?, pool(2)?);
         check_size("sequences of audio", l.len() / d, a.len() / d)?;
         check_size("sequences of video", l.len() / d, v.len() / d)?;
@@ -203,10 +180,10 @@ struct Stream {
 }
 
 impl Stream {
-    fn forward(&self, run: &mut Run<'_>, features: &Features<'_>) -> Result<Vec<f32>> {
-        check_size("features of a token", self.features.len(), features.kinds.len())?;
+    fn forward(&self, run: &mut Run<'_>, features: &[&[f32]], tokens: &mut Inputs<'_>) -> Result<Vec<f32>> {
+        check_size("features of a token", self.features.len(), features.len())?;
         let mut mean: Vec<f32> = vec![];
-        for ((linear, norm), x) in self.features.iter().zip(features.kinds) {
+        for ((linear, norm), x) in self.features.iter().zip(features) {
             let mut y = project(run.ctx, linear, x)?;
             normalize(run.ctx, norm, &mut y)?;
             mean.resize(if mean.is_empty() { y.len() } else { mean.len() }, 0.0);
@@ -215,7 +192,7 @@ impl Stream {
         }
         mean.iter_mut().for_each(|sum| *sum /= self.features.len() as f32);
         if let Some(layers) = &self.layers {
-            layers.forward(run, &mut mean, &mut Inputs::new(features.offsets, &features.graph()?))?;
+            layers.forward(run, &mut mean, tokens)?;
         }
         Ok(mean)
     }

@@ -18,9 +18,11 @@ pub struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// What of `graph` leads to real tokens.
+    /// What of `graph` leads to tokens that are real.
     pub(crate) fn real(&self, graph: Graph) -> Result<Graph> {
-        real(graph, self.offsets, self.is_real)
+        let Some(is_real) = self.is_real else { return Ok(graph) };
+        check_size("is_real", self.offsets.last().copied().unwrap_or(0), is_real.len())?;
+        Ok(if is_real.contains(&false) { graph.with_bits(keys(self.offsets, is_real)?) } else { graph })
     }
 }
 
@@ -122,11 +124,4 @@ pub(crate) fn keys(offsets: &[usize], chosen: &[bool]) -> Result<Bits> {
     let sequences: Option<Vec<_>> = offsets.windows(2).map(|ends| chosen.get(ends[0]..ends[1])).collect();
     let sequences = sequences.ok_or(laneformer::Error::NotAscending { arg: "offsets", at: 0 })?;
     Ok(Bits::keys(&sequences)?)
-}
-
-/// What of `graph` leads to tokens that are real; all are without a list.
-pub(crate) fn real(graph: Graph, offsets: &[usize], is_real: Option<&[bool]>) -> Result<Graph> {
-    let Some(is_real) = is_real else { return Ok(graph) };
-    check_size("is_real", offsets.last().copied().unwrap_or(0), is_real.len())?;
-    Ok(if is_real.contains(&false) { graph.with_bits(keys(offsets, is_real)?) } else { graph })
 }

@@ -1,8 +1,8 @@
 //! Cases of Pano-AVQA's three-stream model.
 
 use laneformer::Context;
-use laneformer_models::Scratch;
-use laneformer_models::lavit::{Batch, Features, Lavit};
+use laneformer_models::lavit::{self, Lavit};
+use laneformer_models::{Batch, Scratch};
 
 use crate::Result;
 use crate::case::{Case, Outputs};
@@ -39,20 +39,14 @@ pub(crate) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let v_coord = v.gather(&case.f32("v_coord")?, config.visual_coord_dim)?;
 
     let (positions, offsets) = (l.positions(), l.offsets());
+    let question = Batch { ids: &ids, type_ids: &types, positions, offsets, is_real: Some(&l_real) };
+    let sound = Batch { offsets: a.offsets(), is_real: Some(&a_real), ..Batch::default() };
+    let objects = Batch { offsets: v.offsets(), is_real: Some(&v_real), ..Batch::default() };
     let audio: Vec<_> = audio.iter().map(Vec::as_slice).collect();
-    let batch = Batch {
-        language: laneformer_models::Batch {
-            ids: &ids,
-            type_ids: &types,
-            positions,
-            offsets,
-            is_real: Some(&l_real),
-        },
-        audio: Features { kinds: &audio, offsets: a.offsets(), is_real: Some(&a_real) },
-        video: Features { kinds: &[&v_feat, &v_coord], offsets: v.offsets(), is_real: Some(&v_real) },
-    };
+    let batch =
+        lavit::Batch { tokens: [question, sound, objects], audio: &audio, video: &[&v_feat, &v_coord] };
     let states = model.forward(&mut Scratch::default().with(ctx), &batch)?;
-    let answer_logits = model.answer_logits(ctx, &states, batch.offsets())?;
+    let answer_logits = model.answer_logits(ctx, &batch, &states)?;
     let d = config.bert.hidden_size;
     Ok(Outputs::from([
         ("l".into(), l.scatter(&states[0], d)),
