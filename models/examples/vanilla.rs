@@ -3,8 +3,9 @@
 
 mod common;
 
-use laneformer_models::Scratch;
+use laneformer_models::run::project;
 use laneformer_models::vanilla::{Config, Vanilla};
+use laneformer_models::{Batch, Scratch};
 use serde_json::json;
 
 fn main() -> common::Result {
@@ -15,23 +16,25 @@ fn main() -> common::Result {
     }))?;
     let config: Config = serde_json::from_value(config)?;
     let model = common::timed("load", || Vanilla::load(&path, &config, &checkpoint))?;
-    let (Some(vocabulary), Some(decoder)) = (&model.vocabulary, &model.decoder) else {
+    let (Some(source), Some((target, head)), Some(decoder)) = (&model.source, &model.target, &model.decoder)
+    else {
         anyhow::bail!("{}: no vocabulary or no decoder", path.display());
     };
     let (ctx, offsets) = (common::context(), [0, 64]);
 
     let (ids, positions) = common::tokens(64, config.vocab_size);
-    let mut memory = vocabulary.source(&ids, &positions)?;
+    let batch = Batch { ids: &ids, positions: &positions, offsets: &offsets, ..Batch::default() };
+    let mut memory = source.forward(ctx, batch)?;
     common::timed("encode", || {
         model.encoder.encode(&mut Scratch::default().with(ctx), &mut memory, &offsets)
     })?;
     common::show("memory", &memory, config.d_model);
 
-    let mut x = vocabulary.target(&ids, &positions)?;
+    let mut x = target.forward(ctx, batch)?;
     let logits = common::timed("decode", || {
         let mut state = decoder.begin(ctx, &memory, &offsets, 0)?;
         decoder.decode(&mut Scratch::default().with(ctx), &mut x, &offsets, &mut state)?;
-        vocabulary.logits(ctx, &x)
+        project(ctx, head, &x)
     })?;
     common::show("logits", &logits, config.vocab_size);
     Ok(())

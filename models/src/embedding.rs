@@ -75,15 +75,24 @@ pub struct Embeddings {
     pub words: Embedding,
     pub scale: f32,
     pub types: Option<Embedding>,
-    pub positions: Embedding,
+    pub positions: Positions,
     /// The row of the first position.
     pub first_position: u32,
     pub norm: Option<Norm>,
 }
 
+/// What stands for a position.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "their types")]
+pub enum Positions {
+    Table(Embedding),
+    Sinusoid(Sinusoid),
+}
+
 impl Embeddings {
-    /// Words and positions.
+    /// Words and positions of a table.
     pub fn new(words: Embedding, positions: Embedding) -> Embeddings {
+        let positions = Positions::Table(positions);
         Embeddings { words, scale: 1.0, types: None, positions, first_position: 0, norm: None }
     }
 
@@ -101,7 +110,16 @@ impl Embeddings {
         if let Some(types) = &self.types {
             types.add(&mut x, tokens, "type_ids", batch.type_ids)?;
         }
-        self.positions.add(&mut x, tokens, "positions", &positions)?;
+        match &self.positions {
+            Positions::Table(table) => table.add(&mut x, tokens, "positions", &positions)?,
+            Positions::Sinusoid(sinusoid) => {
+                check_size("positions", tokens, positions.len())?;
+                let d = self.words.d;
+                for (i, x) in x.iter_mut().enumerate() {
+                    *x += sinusoid.at(positions[i / d], i % d, d);
+                }
+            }
+        }
         self.norm.as_ref().map_or(Ok(()), |norm| normalize(ctx, norm, &mut x))?;
         Ok(x)
     }

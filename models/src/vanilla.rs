@@ -3,15 +3,13 @@
 
 use std::path::Path;
 
-use laneformer::{Activation, Context, Linear};
+use laneformer::{Activation, Linear};
 use serde::Deserialize;
 
 use crate::config::{activation, epsilon, heads};
-use crate::embedding::{Embedding, Sinusoid};
+use crate::embedding::{Embeddings, Positions, Sinusoid};
 use crate::encoder::{DECODER, ENCODER, LayerSpec, Layers, NormPlacement};
-use crate::error::check_size;
-use crate::run::project;
-use crate::{Checkpoint, Error, Result, Weights};
+use crate::{Checkpoint, Result, Weights};
 
 /// The arguments of `nn.Transformer`.
 #[derive(Clone, Debug, Deserialize)]
@@ -41,8 +39,10 @@ pub struct Vanilla {
     pub encoder: Layers,
     /// The layers over the target, if there are any.
     pub decoder: Option<Layers>,
-    /// From token ids to the stacks and back.
-    pub vocabulary: Option<Vocabulary>,
+    /// The embeddings of the source, `E[id] sqrt(d) + sinusoid(position)`, if there is a vocabulary.
+    pub source: Option<Embeddings>,
+    /// Those of the target, and the product that makes logits of the next token, if there is a decoder, too.
+    pub target: Option<(Embeddings, Linear)>,
 }
 
 impl Vanilla {
@@ -55,58 +55,20 @@ impl Vanilla {
         let w = Weights::new(checkpoint, "");
         let stack = |name, parts, n| spec.closed_stack(&w.at(name), parts, n, config.final_norm);
         let n_decoder = Some(config.num_decoder_layers).filter(|&n| n > 0);
+        let (d, n) = (config.d_model, config.vocab_size);
+        let embeddings = |name, sinusoid| -> Result<_> {
+            let (words, scale) = (w.embedding(name, n, d)?, (d as f32).sqrt());
+            let positions = Positions::Sinusoid(sinusoid);
+            Ok(Embeddings { words, scale, types: None, positions, first_position: 0, norm: None })
+        };
+        let target = |(sinusoid, _)| -> Result<_> {
+            Ok((embeddings("tgt_embed", sinusoid)?, w.at("generator").linear(d, n)?))
+        };
         Ok(Vanilla {
             encoder: stack("encoder", ENCODER, config.num_encoder_layers)?,
             decoder: n_decoder.map(|n| stack("decoder", DECODER, n)).transpose()?,
-            vocabulary: config.sinusoid.map(|sinusoid| Vocabulary::load(&w, config, sinusoid)).transpose()?,
+            source: config.sinusoid.map(|sinusoid| embeddings("src_embed", sinusoid)).transpose()?,
+            target: config.sinusoid.zip(n_decoder).map(target).transpose()?,
         })
-    }
-}
-
-/// Embeddings of source and target, and the logits of the next token.
-#[derive(Debug)]
-pub struct Vocabulary {
-    src: Embedding,
-    sinusoid: Sinusoid,
-    /// The decoder's embeddings and logits.
-    tgt: Option<(Embedding, Linear)>,
-}
-
-impl Vocabulary {
-    fn load(w: &Weights<'_>, config: &Config, sinusoid: Sinusoid) -> Result<Vocabulary> {
-        let (d, n) = (config.d_model, config.vocab_size);
-        let tgt = || Ok::<_, Error>((w.embedding("tgt_embed", n, d)?, w.at("generator").linear(d, n)?));
-        let tgt = (config.num_decoder_layers > 0).then(tgt).transpose()?;
-        Ok(Vocabulary { src: w.embedding("src_embed", n, d)?, sinusoid, tgt })
-    }
-
-    /// The input of the encoder: `E[id] sqrt(d) + sinusoid(position)`, `[T, d_model]`.
-    pub fn source(&self, ids: &[u32], positions: &[u32]) -> Result<Vec<f32>> {
-        self.embed(&self.src, ids, positions)
-    }
-
-    /// The input of the decoder, likewise; [`Error::NotBuilt`] for a model without a decoder.
-    pub fn target(&self, ids: &[u32], positions: &[u32]) -> Result<Vec<f32>> {
-        self.embed(&self.decoder("a target")?.0, ids, positions)
-    }
-
-    /// The logits of the next token, [T, vocab_size], for any rows of the decoder's output; [`Error::NotBuilt`] for a model
-    /// without a decoder.
-    pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.decoder("logits")?.1, hidden)
-    }
-
-    fn decoder(&self, what: &str) -> Result<&(Embedding, Linear)> {
-        self.tgt.as_ref().ok_or_else(|| Error::NotBuilt(format!("{what} without a decoder")))
-    }
-
-    fn embed(&self, table: &Embedding, ids: &[u32], positions: &[u32]) -> Result<Vec<f32>> {
-        check_size("positions", ids.len(), positions.len())?;
-        let d = table.d;
-        let mut x = table.gather(ids, (d as f32).sqrt())?;
-        for (i, x) in x.iter_mut().enumerate() {
-            *x += self.sinusoid.at(positions[i / d], i % d, d);
-        }
-        Ok(x)
     }
 }

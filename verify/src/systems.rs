@@ -2,6 +2,9 @@
 
 use laneformer::{BatchStats, Context, MatMut, batchnorm_train};
 use laneformer_models::bert::Bert;
+use laneformer_models::embedding::Embeddings;
+use laneformer_models::ragged::Ragged;
+use laneformer_models::run::project;
 use laneformer_models::vanilla::{self, Vanilla};
 use laneformer_models::{Batch, Scratch, Weights, encoder};
 use serde::Deserialize;
@@ -38,24 +41,25 @@ pub(crate) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let config: vanilla::Config = case.config()?;
     let d = config.d_model;
     let model = Vanilla::load(case.path(), &config, case.weights())?;
-    let src = case.ragged("src_mask")?;
-    let mut memory = match &model.vocabulary {
-        Some(vocabulary) => vocabulary.source(&src.gather(&case.indices("src_ids")?, 1)?, src.positions())?,
-        None => src.gather(&case.f32("src")?, d)?,
+    // Tokens of a model with a vocabulary, features of one without.
+    let input = |name: &str, embeddings: Option<&Embeddings>, tokens: &Ragged| -> Result<_> {
+        let Some(embeddings) = embeddings else { return Ok(tokens.gather(&case.f32(name)?, d)?) };
+        let ids = tokens.gather(&case.indices(&format!("{name}_ids"))?, 1)?;
+        let (positions, offsets) = (tokens.positions(), tokens.offsets());
+        Ok(embeddings.forward(ctx, Batch { ids: &ids, positions, offsets, ..Batch::default() })?)
     };
+    let src = case.ragged("src_mask")?;
+    let mut memory = input("src", model.source.as_ref(), &src)?;
     model.encoder.encode(&mut Scratch::default().with(ctx), &mut memory, src.offsets())?;
     let mut outputs = Outputs::from([("memory".into(), src.scatter(&memory, d))]);
 
     let Some(decoder) = &model.decoder else { return Ok(outputs) };
     let tgt = case.ragged("tgt_mask")?;
-    let mut x = match &model.vocabulary {
-        Some(vocabulary) => vocabulary.target(&tgt.gather(&case.indices("tgt_ids")?, 1)?, tgt.positions())?,
-        None => tgt.gather(&case.f32("tgt")?, d)?,
-    };
+    let mut x = input("tgt", model.target.as_ref().map(|(embeddings, _)| embeddings), &tgt)?;
     let mut state = decoder.begin(ctx, &memory, src.offsets(), 0)?;
     decoder.decode(&mut Scratch::default().with(ctx), &mut x, tgt.offsets(), &mut state)?;
-    if let Some(vocabulary) = &model.vocabulary {
-        let logits = vocabulary.logits(ctx, &x)?;
+    if let Some((_, head)) = &model.target {
+        let logits = project(ctx, head, &x)?;
         outputs.insert("logits".into(), tgt.scatter(&logits, config.vocab_size));
     }
     outputs.insert("last_hidden_state".into(), tgt.scatter(&x, d));
