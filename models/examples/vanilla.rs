@@ -3,6 +3,7 @@
 
 mod common;
 
+use laneformer::{Graph, Inputs};
 use laneformer_models::run::project;
 use laneformer_models::vanilla::{Config, Vanilla};
 use laneformer_models::{Batch, Scratch};
@@ -32,8 +33,9 @@ fn main() -> common::Result {
 
     let mut x = target.forward(ctx, batch)?;
     let logits = common::timed("decode", || {
-        let mut state = decoder.begin(ctx, &memory, &offsets, 0)?;
-        decoder.decode(&mut Scratch::default().with(ctx), &mut x, &offsets, &mut state)?;
+        let (sources, graph) = (decoder.sources(ctx, &memory, &offsets)?, Graph::causal());
+        let mut inputs = Inputs { sources: &sources, ..Inputs::new(&offsets, &graph) };
+        decoder.forward(&mut Scratch::default().with(ctx), &mut x, &mut inputs)?;
         project(ctx, head, &x)
     })?;
     common::show("logits", &logits, config.vocab_size);

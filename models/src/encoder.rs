@@ -26,7 +26,7 @@ pub struct Config {
     pub num_layers: usize,
     #[serde(default)]
     pub norm: NormKind,
-    pub norm_placement: String,
+    pub norm_placement: NormPlacement,
     #[serde(alias = "layer_norm_eps", deserialize_with = "epsilon")]
     pub eps: f32,
     #[serde(deserialize_with = "activation")]
@@ -39,20 +39,12 @@ pub struct Config {
 impl Config {
     /// What its layers have in common; `path` is for messages.
     pub fn layers(&self, path: &Path) -> Result<LayerSpec> {
-        let placement = match (self.norm_placement.as_str(), self.alpha) {
-            ("post", _) => NormPlacement::Post,
-            ("pre", _) => NormPlacement::Pre,
-            ("sandwich", _) => NormPlacement::Sandwich,
-            ("deepnorm", Some(alpha)) => NormPlacement::DeepNorm(alpha),
-            ("deepnorm", None) => return Err(Error::config(path, "alpha", "a number", "none")),
-            (other, _) => {
-                let known = "post, pre, sandwich or deepnorm";
-                return Err(Error::config(path, "norm_placement", known, other));
-            }
-        };
+        if self.norm_placement == NormPlacement::DeepNorm && self.alpha.is_none() {
+            return Err(Error::config(path, "alpha", "a number", "none"));
+        }
         let heads = heads(path, "num_heads", self.d_model, self.num_heads)?;
-        let spec = LayerSpec::new(heads, self.d_ff, self.activation, placement, self.eps);
-        Ok(LayerSpec { norm: self.norm, ..spec })
+        let spec = LayerSpec::new(heads, self.d_ff, self.activation, self.norm_placement, self.eps);
+        Ok(LayerSpec { norm: self.norm, alpha: self.alpha.unwrap_or(1.0), ..spec })
     }
 
     /// The layers `layers.N` of a checkpoint and, if asked for, the closing `norm`; `path` is for messages.
@@ -63,7 +55,8 @@ impl Config {
 }
 
 /// Where the norms stand.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum NormPlacement {
     /// x = norm(x + f(x))
     Post,
@@ -72,7 +65,7 @@ pub enum NormPlacement {
     /// x = x + norm_out(f(norm(x)))
     Sandwich,
     /// x = norm(alpha x + f(x))
-    DeepNorm(f32),
+    DeepNorm,
 }
 
 /// A sub-layer by the names of its tensors.
@@ -132,6 +125,8 @@ pub struct LayerSpec {
     pub activation: Activation,
     pub norm: NormKind,
     pub placement: NormPlacement,
+    /// Of DeepNorm.
+    pub alpha: f32,
     pub eps: f32,
 }
 
@@ -145,7 +140,7 @@ impl LayerSpec {
         eps: f32,
     ) -> LayerSpec {
         let (d_model, norm) = (heads.query_cols(), NormKind::LayerNorm);
-        LayerSpec { d_model, heads, d_ff, activation, norm, placement, eps }
+        LayerSpec { d_model, heads, d_ff, activation, norm, placement, alpha: 1.0, eps }
     }
 
     /// The layers `0` to `n - 1` here.
@@ -217,7 +212,7 @@ impl LayerSpec {
         let norm = self.norm(&w.at(name))?;
         Ok(match self.placement {
             NormPlacement::Post => Placement::post(norm),
-            NormPlacement::DeepNorm(alpha) => Placement::Post { norm, alpha },
+            NormPlacement::DeepNorm => Placement::Post { norm, alpha: self.alpha },
             NormPlacement::Pre => Placement::pre(norm),
             NormPlacement::Sandwich => {
                 Placement::Sandwich { before: norm, after: self.norm(&w.at(format_args!("{name}_out")))? }
@@ -254,18 +249,6 @@ impl Layers {
     /// An encoder's pass: tokens see their whole sequence.
     pub fn encode(&self, run: &mut Run<'_>, x: &mut [f32], offsets: &[usize]) -> Result<()> {
         self.forward(run, x, &mut Inputs::new(offsets, &Graph::full()))
-    }
-
-    /// A decoder's step or pass: tokens see what is before them, and all of the memory.
-    pub fn decode(
-        &self,
-        run: &mut Run<'_>,
-        x: &mut [f32],
-        offsets: &[usize],
-        state: &mut Decoding,
-    ) -> Result<()> {
-        let (graph, Decoding { sources, caches }) = (Graph::causal(), state);
-        self.forward(run, x, &mut Inputs { sources, caches, ..Inputs::new(offsets, &graph) })
     }
 
     /// What decoding begins with: a memory [T, d_model] with its offsets, and room for `capacity` tokens of each sequence, or none and no
@@ -315,7 +298,7 @@ pub struct Transformer {
 }
 
 impl Transformer {
-    /// The last hidden state of every token, [T, d_model], as [`Layers::encode`] makes it.
+    /// The last hidden state of every token, [T, d_model], of an encoder's pass: tokens see their whole sequence.
     pub fn encode(&self, run: &mut Run<'_>, batch: Batch<'_>) -> Result<Vec<f32>> {
         let mut x = self.embeddings.forward(run.ctx, batch)?;
         let graph = batch.real(Graph::full())?;
@@ -323,7 +306,8 @@ impl Transformer {
         Ok(x)
     }
 
-    /// The last hidden state of every token, [T, d_model], as [`Layers::decode`] makes it.
+    /// The last hidden state of every token, [T, d_model], of a decoder's step or pass: tokens see what is before them, and all of the
+    /// memory.
     pub fn decode(&self, run: &mut Run<'_>, batch: Batch<'_>, state: &mut Decoding) -> Result<Vec<f32>> {
         let mut x = self.embeddings.forward(run.ctx, batch)?;
         let (graph, Decoding { sources, caches }) = (batch.real(Graph::causal())?, state);

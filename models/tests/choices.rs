@@ -167,7 +167,7 @@ fn a_wrong_choice_is_named_by_its_field() {
             fusion(),
             "norm_placement",
             json!("both"),
-            "c: norm_placement: expected post, pre, sandwich or deepnorm, got both",
+            "c: norm_placement: unknown variant `both`, expected one of `post`, `pre`, `sandwich`, `deepnorm`",
         ),
         (fusion(), "fusion", json!("late"), "c: fusion: expected early_sum"),
         (xlnet(), "attn_type", json!("tri"), "c: attn_type: unknown variant `tri`, expected `bi` or `uni`"),

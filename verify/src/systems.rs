@@ -1,6 +1,6 @@
 //! Cases of whole models: inputs to calls, results to outputs.
 
-use laneformer::{BatchStats, Context, MatMut, batchnorm_train};
+use laneformer::{BatchStats, Context, Graph, Inputs, MatMut, batchnorm_train};
 use laneformer_models::bert::Bert;
 use laneformer_models::embedding::Embeddings;
 use laneformer_models::ragged::Ragged;
@@ -56,8 +56,9 @@ pub(crate) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let Some(decoder) = &model.decoder else { return Ok(outputs) };
     let tgt = case.ragged("tgt_mask")?;
     let mut x = input("tgt", model.target.as_ref().map(|(embeddings, _)| embeddings), &tgt)?;
-    let mut state = decoder.begin(ctx, &memory, src.offsets(), 0)?;
-    decoder.decode(&mut Scratch::default().with(ctx), &mut x, tgt.offsets(), &mut state)?;
+    let (sources, graph) = (decoder.sources(ctx, &memory, src.offsets())?, Graph::causal());
+    let mut inputs = Inputs { sources: &sources, ..Inputs::new(tgt.offsets(), &graph) };
+    decoder.forward(&mut Scratch::default().with(ctx), &mut x, &mut inputs)?;
     if let Some((_, head)) = &model.target {
         let logits = project(ctx, head, &x)?;
         outputs.insert("logits".into(), tgt.scatter(&logits, config.vocab_size));
