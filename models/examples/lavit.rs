@@ -13,9 +13,9 @@ fn main() -> common::Result {
         "audio_feat_dim": 2048, "visual_feat_dim": 2048, "visual_coord_dim": 6, "num_answers": 2020,
     }))?;
     let model = common::timed("load", || Lavit::load(&path, &config, &checkpoint))?;
-    let (ctx, config) = (common::context(), &model.config);
+    let (ctx, config, bert) = (common::context(), &model.config, &model.language.config);
 
-    let (ids, positions) = common::tokens(20, config.bert.vocab_size);
+    let (ids, positions) = common::tokens(20, bert.vocab_size);
     let sound = common::features(3, config.audio_feat_dim)?;
     let (objects, places) =
         (common::features(36, config.visual_feat_dim)?, common::features(36, config.visual_coord_dim)?);
@@ -29,7 +29,7 @@ fn main() -> common::Result {
     };
     let states = common::timed("three streams", || model.forward(&mut Scratch::default().with(ctx), &batch))?;
     for (name, state) in ["language", "audio", "video"].iter().zip(&states) {
-        common::show(name, state, config.bert.hidden_size);
+        common::show(name, state, bert.hidden_size);
     }
     common::show("answers", &model.answer_logits(ctx, &batch, &states)?, config.num_answers);
     Ok(())

@@ -14,9 +14,9 @@ fn main() -> common::Result {
         "num_centroids": 20736, "video_feature_dim": 1024, "sep_token_id": 102, "mask_token_id": 103,
     }))?;
     let model = common::timed("load", || VideoBert::load(&path, &config, &checkpoint))?;
-    let (ctx, config) = (common::context(), &model.config);
+    let (ctx, config, bert) = (common::context(), &model.config, &model.bert.config);
 
-    let (text, _) = common::tokens(32, config.bert.vocab_size);
+    let (text, _) = common::tokens(32, bert.vocab_size);
     let clips = common::features(64, config.video_feature_dim)?;
     let video_ids = common::timed("nearest centroids", || model.video_ids(ctx, &clips))?;
     println!("centroids of the first clips {:?}", &video_ids[..4]);
@@ -30,7 +30,7 @@ fn main() -> common::Result {
         ..Batch::default()
     };
     let hidden = common::timed("encode", || model.bert.forward(&mut Scratch::default().with(ctx), batch))?;
-    common::show("logits", &model.logits(ctx, &hidden)?, config.bert.vocab_size + config.num_centroids);
+    common::show("logits", &model.logits(ctx, &hidden)?, bert.vocab_size + config.num_centroids);
     if let Some(pooled) = model.bert.pool(ctx, &hidden, batch.offsets)? {
         common::show("alignment", &model.alignment_logits(ctx, &pooled)?, 2);
     }

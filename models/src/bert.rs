@@ -5,10 +5,9 @@ use std::path::Path;
 
 use laneformer::{Activation, Context, Graph, Linear, MatMut};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::config::{activation, epsilon, from_parts, heads, only, with_defaults};
+use crate::config::{self, activation, epsilon, heads, only};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
 use crate::head;
@@ -32,19 +31,18 @@ pub struct Config {
     pub layer_norm_eps: f32,
 }
 
-/// A configuration that has BERT's in it.
-pub(crate) fn read<T: DeserializeOwned>(path: &Path, json: &Value) -> Result<T> {
-    only(path, json, &[("position_embedding_type", "absolute".into()), ("is_decoder", false.into())])?;
-    let defaults = json!({ "hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12 });
-    let json = with_defaults(Some(json), defaults);
-    from_parts::<Config, T>(path, json)
-}
-
 impl Config {
     /// From parsed JSON, which may name no other model; `path` is for messages.
     pub fn from_json(path: &Path, json: &Value) -> Result<Config> {
         only(path, json, &[("model_type", "bert".into())])?;
-        read(path, json)
+        Config::part(path, json)
+    }
+
+    /// As a part of another model's.
+    pub(crate) fn part(path: &Path, json: &Value) -> Result<Config> {
+        only(path, json, &[("position_embedding_type", "absolute".into()), ("is_decoder", false.into())])?;
+        let defaults = json!({ "hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12 });
+        config::read(path, json, defaults)
     }
 
     /// What the layers have in common.

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::attend::offsets;
-use crate::config::{activation, check, epsilon, from_parts, from_value, heads, only, with_defaults};
+use crate::config::{activation, check, epsilon, from_value, heads, only, with_defaults};
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, Embeddings};
 use crate::encoder::{Attention, Decoding, LayerSpec, Layers, NormPlacement, Part, Transformer};
@@ -94,7 +94,7 @@ impl Config {
             "vision_config": with_defaults(json.get("vision_config"), vision_defaults()),
         });
         // As parts of the others they would not say which of their fields is wrong.
-        from_value::<HashMap<String, TowerConfig>>(path, towers.clone())?;
+        from_value::<HashMap<String, TowerConfig>>(path, &towers)?;
         let all = with_defaults(Some(json), json!({ "projection_dim": 512 }));
         let mut config: Config = from_value(path, with_defaults(Some(&towers), all))?;
         // Beside a vision tower the texts' own field is not used.
@@ -215,7 +215,10 @@ impl TextEncoder {
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<TextEncoder> {
         let is_alone = json.get("model_type").is_some_and(|model_type| model_type == "clip_text_model");
         let config = if is_alone {
-            from_parts::<TowerConfig, _>(path, with_defaults(Some(json), text_defaults()))?
+            let json = with_defaults(Some(json), text_defaults());
+            // As a part of the other it would not say which of its fields is wrong.
+            from_value::<TowerConfig>(path, &json)?;
+            from_value(path, &json)?
         } else {
             Config::from_json(path, json)?.text_config
         };

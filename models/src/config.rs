@@ -15,7 +15,7 @@ use crate::{Error, Result};
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read(path).map_err(Error::io(path))?;
     let mut json = serde_json::Deserializer::from_slice(&text);
-    let read = from_json(path, &mut json)?;
+    let read = from_value(path, &mut json)?;
     json.end().map_err(Error::json(path))?;
     Ok(read)
 }
@@ -23,7 +23,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// As [`read_json`], of an object: a list of a struct's fields is none.
 pub fn read_object<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let fields: serde_json::Map<String, Value> = read_json(path)?;
-    from_value(path, fields.into())
+    from_value(path, Value::from(fields))
 }
 
 /// What a file says; `None` if there is none. A link that leads nowhere is one.
@@ -32,18 +32,8 @@ pub fn if_there<T>(path: &Path, read: impl FnOnce(&Path) -> Result<T>) -> Result
     if is_absent { Ok(None) } else { read(path).map(Some) }
 }
 
-/// What parsed JSON says; `path` is for messages, which name the field.
-pub fn from_value<T: DeserializeOwned>(path: &Path, json: Value) -> Result<T> {
-    from_json(path, json)
-}
-
-/// As [`from_value`], of a configuration that has `Part` flattened into it: alone, the part says which of its fields is wrong.
-pub(crate) fn from_parts<Part: DeserializeOwned, T: DeserializeOwned>(path: &Path, json: Value) -> Result<T> {
-    from_value::<Part>(path, json.clone())?;
-    from_value(path, json)
-}
-
-fn from_json<'a, T: DeserializeOwned>(
+/// What JSON says, such as a `&Value`; `path` is for messages, which name the field.
+pub fn from_value<'a, T: DeserializeOwned>(
     path: &Path,
     json: impl Deserializer<'a, Error = serde_json::Error>,
 ) -> Result<T> {

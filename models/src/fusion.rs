@@ -16,13 +16,11 @@ use crate::error::check_size;
 use crate::weights::normalize;
 use crate::{Checkpoint, Error, Result, Run, Weights};
 
-/// Which variant, and what its layers are made of.
+/// Which variant.
 #[derive(Clone, Debug, Deserialize)]
 #[allow(missing_docs, reason = "the field's own terms")]
 pub struct Config {
     pub fusion: String,
-    #[serde(flatten)]
-    pub layers: encoder::Config,
     pub alpha: Option<f32>,
     pub beta: Option<f32>,
     #[serde(default)]
@@ -44,6 +42,8 @@ pub struct Stream {
 pub struct Fusion {
     /// The configuration.
     pub config: Config,
+    /// What its layers are made of.
+    pub layers: encoder::Config,
     steps: Vec<Step>,
     /// The bottleneck tokens that every sequence begins with, where streams meet in such.
     bottleneck: Option<Vec<f32>>,
@@ -85,10 +85,9 @@ const CROSS: &[Part] = &[
 impl Fusion {
     /// Packs the weights; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Fusion> {
-        // By itself: as a part of the other it would not say which of its fields is wrong, and would not get the `alpha` of its norms.
-        let layers = from_value(path, json.clone())?;
-        let config = Config { layers, ..from_value(path, json.clone())? };
-        let (spec, n, d) = (config.layers.layers(path)?, config.layers.num_layers, config.layers.d_model);
+        // Their `alpha` is one field: of the norms, or of the sum.
+        let (layers, config): (encoder::Config, Config) = (from_value(path, json)?, from_value(path, json)?);
+        let (spec, n, d) = (layers.layers(path)?, layers.num_layers, layers.d_model);
         let w = Weights::new(checkpoint, "");
         let is_pre = spec.placement == NormPlacement::Pre;
         let tf = |name| spec.closed_stack(&w.at(name), ENCODER, n, is_pre);
@@ -136,13 +135,13 @@ impl Fusion {
                 return Err(Error::config(path, "fusion", known, other));
             }
         };
-        Ok(Fusion { config, steps, bottleneck })
+        Ok(Fusion { config, layers, steps, bottleneck })
     }
 
     /// Runs over two streams of as many sequences, in place. Summation makes `a` the fused stream and leaves `b` alone; its
     /// streams have the same lengths. The bottleneck tokens [sequences, n, d_model] of `mbt` are returned.
     pub fn forward(&self, run: &mut Run<'_>, a: &mut Stream, b: &mut Stream) -> Result<Option<Vec<f32>>> {
-        let d = self.config.layers.d_model;
+        let d = self.layers.d_model;
         check_size("sequences of b", a.offsets.len(), b.offsets.len())?;
         for (arg, stream) in [("a", &*a), ("b", &*b)] {
             let elements = stream.offsets.last().map_or(0, |tokens| tokens.saturating_mul(d));

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::bert::{self, Bert, attention};
+use crate::config::from_value;
 use crate::encoder::{Layers, Part};
 use crate::error::check_size;
 use crate::head::{self, Head};
@@ -16,12 +17,10 @@ use crate::run::project;
 use crate::weights::normalize;
 use crate::{Checkpoint, Error, Result, Run, Weights};
 
-/// The configuration; BERT's is that of the language stream.
+/// What the other streams add to the configuration of the language stream, a BERT's.
 #[derive(Clone, Debug, Deserialize)]
 #[allow(missing_docs, reason = "the field's own terms")]
 pub struct Config {
-    #[serde(flatten)]
-    pub bert: bert::Config,
     pub a_layers: usize,
     pub v_layers: usize,
     pub x_layers: usize,
@@ -67,7 +66,8 @@ const CROSS: [&[Part]; 3] = [
 pub struct Lavit {
     /// The configuration.
     pub config: Config,
-    language: Bert,
+    /// The language stream.
+    pub language: Bert,
     audio: Stream,
     video: Stream,
     cross: Vec<[Layers; 3]>,
@@ -78,8 +78,8 @@ pub struct Lavit {
 impl Lavit {
     /// Packs the weights of a checkpoint; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Lavit> {
-        let config: Config = bert::read(path, json)?;
-        let (spec, d) = (config.bert.layers(path)?, config.bert.hidden_size);
+        let (bert, config): (_, Config) = (bert::Config::part(path, json)?, from_value(path, json)?);
+        let (spec, d) = (bert.layers(path)?, bert.hidden_size);
         let w = Weights::new(checkpoint, "bert");
         let encoder = w.at("encoder");
         let stream = |features, parts: &[_], layers, n: usize| {
@@ -102,7 +102,7 @@ impl Lavit {
         let [l, a, v] = ["pooler", "a_pooler", "v_pooler"].map(|name| w.at(name).at("dense").linear(d, d));
         let head = Weights::new(checkpoint, "answer_head.logit_fc");
         Ok(Lavit {
-            language: Bert::new(path, config.bert.clone(), checkpoint)?,
+            language: Bert::new(path, bert, checkpoint)?,
             audio: stream("a_fc", &audio_features(path, &config)?, "a_layers", config.a_layers)?,
             video: stream("v_fc", &visual, "v_layers", config.v_layers)?,
             cross: encoder.at("x_layers").layers(config.x_layers, cross)?,
@@ -146,7 +146,7 @@ impl Lavit {
         batch: &Batch<'_>,
         states: &[Vec<f32>; 3],
     ) -> Result<Vec<f32>> {
-        let d = self.config.bert.hidden_size;
+        let d = self.language.config.hidden_size;
         let pool = |i: usize| head::pool(ctx, &self.poolers[i], &states[i], batch.tokens[i].offsets);
         let (l, a, v) = (pool(0)?, pool(1)?, pool(2)?);
         check_size("sequences of audio", l.len() / d, a.len() / d)?;

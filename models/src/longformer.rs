@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::attend::{Block, Projections};
 use crate::bert::{self, ATTENTION, FFN};
-use crate::config::{check, from_value, only, with_defaults};
+use crate::config::{check, only, read};
 use crate::embedding::Embeddings;
 use crate::encoder::LayerSpec;
 use crate::error::check_size;
@@ -78,9 +78,8 @@ impl Longformer {
     /// Packs the weights of a checkpoint, with or without `longformer.` before their names; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<Longformer> {
         only(path, json, &[("model_type", "longformer".into())])?;
-        let json = with_defaults(Some(json), json!({ "pad_token_id": 1 }));
-        let config: bert::Config = bert::read(path, &json)?;
-        let Fields { attention_window, pad_token_id } = from_value(path, json)?;
+        let config = bert::Config::part(path, json)?;
+        let Fields { attention_window, pad_token_id } = read(path, json, json!({ "pad_token_id": 1 }))?;
         let spec = config.layers(path)?;
         let reach = reach(path, config.num_hidden_layers, attention_window)?;
         let w = checkpoint.root(&["", "longformer."], "embeddings.word_embeddings.weight");

@@ -8,18 +8,17 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::bert::{self, Bert};
+use crate::config::from_value;
 use crate::error::{check_indices, check_numbers, check_size};
 use crate::head::{Head, argmax};
 use crate::run::project;
 use crate::weights::linear;
 use crate::{Checkpoint, Result, Weights};
 
-/// BERT's configuration, and what the video adds to it.
+/// What the video adds to BERT's configuration.
 #[derive(Clone, Debug, Deserialize)]
 #[allow(missing_docs, reason = "the field's own terms")]
 pub struct Config {
-    #[serde(flatten)]
-    pub bert: bert::Config,
     pub num_centroids: usize,
     pub video_feature_dim: usize,
     pub sep_token_id: u32,
@@ -41,20 +40,20 @@ pub struct VideoBert {
 impl VideoBert {
     /// Packs the weights of a checkpoint; `path` is for messages.
     pub fn load(path: &Path, json: &Value, checkpoint: &Checkpoint) -> Result<VideoBert> {
-        let config: Config = bert::read(path, json)?;
-        let (d, n, n_features) = (config.bert.hidden_size, config.num_centroids, config.video_feature_dim);
+        let (bert, config): (_, Config) = (bert::Config::part(path, json)?, from_value(path, json)?);
+        let (d, n, n_features) = (bert.hidden_size, config.num_centroids, config.video_feature_dim);
         let w = Weights::new(checkpoint, "");
-        let mut bert = Bert::new(path, config.bert.clone(), checkpoint)?;
+        let mut bert = Bert::new(path, bert, checkpoint)?;
         let words = &mut bert.encoder.embeddings.words;
         words.extend(&w.tensor("video_embeddings.weight", &[n, d])?);
 
         let centroids = nearest(&w.tensor("centroids", &[n, n_features])?, n_features, n)?;
 
         let head = w.at("cls.predictions");
-        let bias = head.tensor("bias", &[config.bert.vocab_size + n])?;
+        let bias = head.tensor("bias", &[bert.config.vocab_size + n])?;
         let predictions = Head {
             dense: head.at("transform.dense").linear(d, d)?,
-            norm: head.at("transform.LayerNorm").layer_norm(d, config.bert.layer_norm_eps)?,
+            norm: head.at("transform.LayerNorm").layer_norm(d, bert.config.layer_norm_eps)?,
             out: words.as_linear(Some(&bias))?,
         };
         let alignment = w.at("cls.seq_relationship").linear(d, 2)?;
@@ -76,7 +75,7 @@ impl VideoBert {
         video_ids: &[u32],
         masked: &[bool],
     ) -> Result<(Vec<u32>, Vec<u32>)> {
-        let words = self.config.bert.vocab_size;
+        let words = self.bert.config.vocab_size;
         check_indices("word_embeddings", words, text)?;
         check_indices("centroids", self.config.num_centroids, video_ids)?;
         check_size("masked", video_ids.len(), masked.len())?;

@@ -125,7 +125,7 @@ impl Case {
     }
 
     pub(crate) fn config<T: DeserializeOwned>(&self) -> Result<T> {
-        Ok(from_value(&self.path, self.description.config.clone())?)
+        Ok(from_value(&self.path, self.json())?)
     }
 
     pub(crate) fn run(&self) -> &Run {

@@ -47,7 +47,7 @@ pub(crate) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         lavit::Batch { tokens: [question, sound, objects], audio: &audio, video: &[&v_feat, &v_coord] };
     let states = model.forward(&mut Scratch::default().with(ctx), &batch)?;
     let answer_logits = model.answer_logits(ctx, &batch, &states)?;
-    let d = config.bert.hidden_size;
+    let d = model.language.config.hidden_size;
     Ok(Outputs::from([
         ("l".into(), l.scatter(&states[0], d)),
         ("a".into(), a.scatter(&states[1], d)),

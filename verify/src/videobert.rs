@@ -26,7 +26,7 @@ pub(crate) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let (positions, offsets) = (tokens.positions(), tokens.offsets());
     let batch = Batch { ids: &ids, type_ids: &type_ids, positions, offsets, is_real: Some(&is_real) };
     let hidden = model.bert.forward(&mut Scratch::default().with(ctx), batch)?;
-    let config = &model.config.bert;
+    let config = &model.bert.config;
     let vocab_size = config.vocab_size + model.config.num_centroids;
     let mut outputs = Outputs::from([
         ("video_ids".into(), video_ids.iter().map(|&id| id as f32).collect()),
