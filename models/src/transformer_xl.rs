@@ -60,23 +60,17 @@ pub struct Memory {
     sequences: usize,
     /// Rows of each sequence.
     len: usize,
-    layers: Vec<LayerMemory>,
+    /// Inputs, keys and values of each layer.
+    layers: Vec<[Rows; 3]>,
     /// Projected positions of each layer, for distances below `reach`.
     positions: Vec<RelativeTable>,
     reach: usize,
 }
 
-#[derive(Clone, Debug)]
-struct LayerMemory {
-    inputs: Rows,
-    keys: Rows,
-    values: Rows,
-}
-
 impl Memory {
     /// The inputs that layer `i` remembers, [sequences, rows, d_model].
     pub fn inputs(&self, i: usize) -> Option<Vec<f32>> {
-        self.layers.get(i).map(|layer| layer.inputs.packed(&mut vec![]).to_vec())
+        self.layers.get(i).map(|[inputs, ..]| inputs.packed(&mut vec![]).to_vec())
     }
 }
 
@@ -102,8 +96,7 @@ impl TransformerXl {
 
     /// The memory before the first segment of `sequences` sequences.
     pub fn memory(&self, sequences: usize) -> Memory {
-        let [inputs, keys, values] = [(); 3].map(|()| Rows::new(sequences));
-        let layers = vec![LayerMemory { inputs, keys, values }; self.layers.len()];
+        let layers = vec![[(); 3].map(|()| Rows::new(sequences)); self.layers.len()];
         Memory { sequences, len: 0, layers, positions: vec![], reach: 0 }
     }
 
@@ -113,14 +106,15 @@ impl TransformerXl {
         let (d, mem_len) = (self.config.d_model, self.config.mem_len);
         let rows = len_of_each("memory", inputs.first().map_or(0, Vec::len) / d, sequences)?;
         let (mut memory, mut buffer) = (self.memory(sequences), vec![]);
-        for ((layer, memory), inputs) in self.layers.iter().zip(&mut memory.layers).zip(inputs) {
+        let layers = self.layers.iter().zip(&mut memory.layers).zip(inputs);
+        for ((layer, [kept, keys, values]), inputs) in layers {
             check_size("memory", sequences * rows * d, inputs.len())?;
             let Projections { k, v, .. } = &layer.block.projections;
-            memory.inputs.push(inputs);
-            memory.inputs.keep_last(mem_len, d);
-            let input = layer.block.input(ctx, memory.inputs.packed(&mut buffer))?;
-            memory.keys.push(&project(ctx, k, &input)?);
-            memory.values.push(&project(ctx, v, &input)?);
+            kept.push(inputs);
+            kept.keep_last(mem_len, d);
+            let input = layer.block.input(ctx, kept.packed(&mut buffer))?;
+            keys.push(&project(ctx, k, &input)?);
+            values.push(&project(ctx, v, &input)?);
         }
         memory.len = rows.min(mem_len);
         Ok(memory)
@@ -131,35 +125,36 @@ impl TransformerXl {
         check_size("memory layers", self.layers.len(), memory.layers.len())?;
         let (n, mem_len) = (memory.sequences, self.config.mem_len);
         let queries = len_of_each("tokens", ids.len(), n)?;
-        let keys = memory.len + queries;
-        self.reach(run, keys, queries, memory)?;
+        let len = memory.len + queries;
+        self.reach(run, len, queries, memory)?;
         // All of the memory and what comes before; with `same_length` as many keys for every query.
-        let is_cut = self.config.same_length && keys > mem_len;
+        let is_cut = self.config.same_length && len > mem_len;
         let graph = if is_cut { Graph::window(mem_len - 1, 0) } else { Graph::causal() };
-        let (offsets, key_offsets) = (offsets(n, queries), offsets(n, keys));
+        let (offsets, key_offsets) = (offsets(n, queries), offsets(n, len));
 
         let (mut of_keys, mut of_values) = (vec![], vec![]);
         let mut x = self.tokens.gather(ids, (self.config.d_model as f32).sqrt())?;
-        for ((layer, memory), table) in self.layers.iter().zip(&mut memory.layers).zip(&memory.positions) {
+        let layers = self.layers.iter().zip(&mut memory.layers).zip(&memory.positions);
+        for ((layer, [inputs, keys, values]), table) in layers {
             let projections = &layer.block.projections;
             let Projections { k, v, heads, .. } = projections;
             let input = layer.block.input(run.ctx, &x)?;
-            memory.keys.push(&project(run.ctx, k, &input)?);
-            memory.values.push(&project(run.ctx, v, &input)?);
-            let (k, v) = (memory.keys.packed(&mut of_keys), memory.values.packed(&mut of_values));
+            keys.push(&project(run.ctx, k, &input)?);
+            values.push(&project(run.ctx, v, &input)?);
+            let (k, v) = (keys.packed(&mut of_keys), values.packed(&mut of_values));
             let stored = projections.store(run, k, v, &key_offsets)?;
             let terms =
                 Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
             let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };
             let attended = projections.attend(run, &input, &seen)?;
             run.scratch.give_store(stored);
-            memory.inputs.push(&x);
-            memory.inputs.keep_last(mem_len, self.config.d_model);
-            memory.keys.keep_last(mem_len, heads.key_cols());
-            memory.values.keep_last(mem_len, heads.value_cols());
+            inputs.push(&x);
+            inputs.keep_last(mem_len, self.config.d_model);
+            keys.keep_last(mem_len, heads.key_cols());
+            values.keep_last(mem_len, heads.value_cols());
             layer.block.close(run, &mut x, attended)?;
         }
-        memory.len = keys.min(mem_len);
+        memory.len = len.min(mem_len);
         Ok(x)
     }
 
