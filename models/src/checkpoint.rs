@@ -110,34 +110,26 @@ impl Checkpoint {
 
     /// A tensor of floats of a file; halves and bfloats are widened, which is exact.
     pub fn f32(&self, name: &str) -> Result<Cow<'_, [f32]>> {
-        let (info, bytes) = self.find(name)?;
+        let floats = [Dtype::F32, Dtype::F16, Dtype::BF16];
+        let (dtype, bytes) = self.find_of(name, "F32, F16 or BF16", &floats)?;
         let widened = |widen: fn(u16) -> f32| {
-            Ok(Cow::Owned(elements::<u16>(bytes).iter().map(|&bits| widen(bits)).collect()))
+            Cow::Owned(elements::<u16>(bytes).iter().map(|&bits| widen(bits)).collect())
         };
-        match info.dtype {
-            Dtype::F32 => Ok(elements(bytes)),
+        Ok(match dtype {
             Dtype::F16 => widened(|bits| f16::from_bits(bits).to_f32()),
             Dtype::BF16 => widened(|bits| bf16::from_bits(bits).to_f32()),
-            _ => Err(self.wrong_dtype(name, "F32, F16 or BF16", info)),
-        }
+            _ => elements(bytes),
+        })
     }
 
     /// A tensor of integers of a file.
     pub fn i64(&self, name: &str) -> Result<Cow<'_, [i64]>> {
-        let (info, bytes) = self.find(name)?;
-        match info.dtype {
-            Dtype::I64 => Ok(elements(bytes)),
-            _ => Err(self.wrong_dtype(name, "I64", info)),
-        }
+        Ok(elements(self.find_of(name, "I64", &[Dtype::I64])?.1))
     }
 
     /// A tensor of bytes of a file.
     pub fn u8(&self, name: &str) -> Result<&[u8]> {
-        let (info, bytes) = self.find(name)?;
-        match info.dtype {
-            Dtype::U8 | Dtype::BOOL => Ok(bytes),
-            _ => Err(self.wrong_dtype(name, "U8 or BOOL", info)),
-        }
+        Ok(self.find_of(name, "U8 or BOOL", &[Dtype::U8, Dtype::BOOL])?.1)
     }
 
     /// The names behind a prefix: the first of `prefixes` with which `probe` is there, else the first. Published
@@ -157,8 +149,13 @@ impl Checkpoint {
         Err(Error::MissingTensor { path: self.path.clone(), name: name.into() })
     }
 
-    fn wrong_dtype(&self, name: &str, expected: &'static str, info: &TensorInfo) -> Error {
-        Error::Dtype { path: self.path.clone(), name: name.into(), expected, actual: info.dtype }
+    /// A tensor of one of these types, which are what is `expected`.
+    fn find_of(&self, name: &str, expected: &'static str, types: &[Dtype]) -> Result<(Dtype, &[u8])> {
+        let (&TensorInfo { dtype, .. }, bytes) = self.find(name)?;
+        if types.contains(&dtype) {
+            return Ok((dtype, bytes));
+        }
+        Err(Error::Dtype { path: self.path.clone(), name: name.into(), expected, actual: dtype })
     }
 }
 
