@@ -104,7 +104,7 @@ impl Window {
 /// A convolution, with its batch norm if it has one.
 #[derive(Debug)]
 pub struct Conv {
-    linear: Linear,
+    pub(crate) linear: Linear,
     channels: usize,
     window: Window,
 }
@@ -117,13 +117,6 @@ impl Conv {
         // Patches have their channels last, and so have the packed weights.
         let weight = transposed(&weight, channels, area);
         Ok(Conv { linear: linear(&weight, area * channels, out, None)?, channels, window })
-    }
-
-    /// `convolution` with the running statistics of `normalization` folded into it.
-    pub fn load_normalized(w: &Weights<'_>, channels: [usize; 2], window: Window, eps: f32) -> Result<Conv> {
-        let norm = w.at("normalization").batch_norm(channels[1], eps)?;
-        let conv = Conv::load(&w.at("convolution"), channels, window)?;
-        Ok(Conv { linear: conv.linear.with_affine_after(&norm)?, ..conv })
     }
 
     /// `activation(convolution + bias) + residual`, in rows of the scratch.

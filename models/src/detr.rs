@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::f64::consts::TAU;
+use std::ops::Range;
 use std::path::Path;
 
 use laneformer::{Activation, Graph, Inputs, Linear};
@@ -114,14 +115,11 @@ pub fn sine_positions(mask: &[bool], [rows, columns]: [usize; 2], d: usize) -> V
     let mut sinusoids: HashMap<[usize; 2], Vec<f32>> = HashMap::new();
     let mut positions = vec![];
     for mask in mask.chunks_exact((rows * columns).max(1)) {
-        let count = |pixels: &mut dyn Iterator<Item = usize>| pixels.filter(|&i| mask[i]).count();
+        let count = |pixels: Range<usize>, step| pixels.step_by(step).filter(|&i| mask[i]).count();
         for i in 0..rows * columns {
-            let (y, x) = (i / columns, i % columns);
-            let up_to = [count(&mut (x..=i).step_by(columns)), count(&mut (i - x..=i))];
-            let all = [
-                count(&mut (x..rows * columns).step_by(columns)),
-                count(&mut (y * columns..(y + 1) * columns)),
-            ];
+            let x = i % columns;
+            let up_to = [count(x..i + 1, columns), count(i - x..i + 1, 1)];
+            let all = [count(x..rows * columns, columns), count(i - x..i - x + columns, 1)];
             for (up_to, all) in up_to.into_iter().zip(all) {
                 let sinusoid = sinusoids.entry([up_to, all]).or_insert_with(|| {
                     let place = up_to as f64 / (all as f64 + 1e-6) * TAU;

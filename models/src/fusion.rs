@@ -53,7 +53,7 @@ pub struct Fusion {
 #[derive(Debug)]
 enum Step {
     /// a = alpha a + beta b
-    Sum { alpha: f32, beta: f32 },
+    Sum,
     /// a = a + m[0], b = b + m[1]
     Modality(Embedding),
     /// a = tf(a)
@@ -94,10 +94,7 @@ impl Fusion {
         let cross = |name| w.at(name).at("layers").layers(n, |_, w| Cross::load(&w, &spec, is_pre));
         let mut bottleneck = None;
         let steps = match config.fusion.as_str() {
-            "early_sum" => {
-                let (alpha, beta) = (config.alpha.unwrap_or(1.0), config.beta.unwrap_or(1.0));
-                vec![Step::Sum { alpha, beta }, Step::A(tf("tf")?)]
-            }
+            "early_sum" => vec![Step::Sum, Step::A(tf("tf")?)],
             "early_concat" => {
                 let modality = w.embedding("modality_embeddings", 2, d)?;
                 vec![Step::Modality(modality), Step::Together(tf("tf")?)]
@@ -155,7 +152,8 @@ impl Fusion {
         let mut bottleneck = Stream { x: tokens.repeat(n), offsets: offsets(n, tokens.len() / d) };
         for step in &self.steps {
             match step {
-                Step::Sum { alpha, beta } => {
+                Step::Sum => {
+                    let (alpha, beta) = (self.config.alpha.unwrap_or(1.0), self.config.beta.unwrap_or(1.0));
                     check_size("b", a.x.len(), b.x.len())?;
                     a.x.iter_mut().zip(&b.x).for_each(|(a, b)| *a = alpha * *a + beta * b);
                 }

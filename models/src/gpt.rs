@@ -23,18 +23,13 @@ pub struct Config {
     pub n_layer: usize,
     pub n_head: usize,
     pub n_inner: Option<usize>,
-    // By an alias: a default beside it would be the same field twice.
-    #[serde(alias = "afn", default = "gelu_new", deserialize_with = "activation")]
+    #[serde(alias = "afn", deserialize_with = "activation")]
     pub activation_function: Activation,
     #[serde(deserialize_with = "epsilon")]
     pub layer_norm_epsilon: f32,
     pub scale_attn_weights: bool,
     pub scale_attn_by_inverse_layer_idx: bool,
     pub tie_word_embeddings: bool,
-}
-
-fn gelu_new() -> Activation {
-    Activation::GeluTanh
 }
 
 const LAYER: &[Part] = &[
@@ -67,9 +62,11 @@ impl Gpt {
             ("gpt2", ["wte", "wpe"], NormPlacement::Pre)
         };
         only(path, json, &[("model_type", model_type.into()), ("add_cross_attention", false.into())])?;
+        // Beside the alias, a default would be the same field twice.
+        let field = if json.get("afn").is_some() { "afn" } else { "activation_function" };
         let defaults = json!({
-            "layer_norm_epsilon": 1e-5, "scale_attn_weights": true, "scale_attn_by_inverse_layer_idx": false,
-            "tie_word_embeddings": true,
+            field: "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": true,
+            "scale_attn_by_inverse_layer_idx": false, "tie_word_embeddings": true,
         });
         let config: Config = read(path, json, defaults)?;
         let (d, eps) = (config.n_embd, config.layer_norm_epsilon);

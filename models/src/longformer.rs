@@ -2,6 +2,7 @@
 //! global tokens, which see everything through projections of their own.
 
 use std::path::Path;
+use std::slice;
 
 use laneformer::{
     Context, Epilogue, Graph, Heads, KeyStore, Linear, MatMut, MatRef, PackedMatrix, QueryRows, Terms,
@@ -35,22 +36,6 @@ enum Windows {
     Each(Vec<usize>),
 }
 
-/// One window for all layers is written out for each: more than so many are a mistake, not a model.
-const MOST_LAYERS: usize = 1 << 16;
-
-/// Keys that a token sees on each side, by layer.
-fn reach(path: &Path, n: usize, windows: Windows) -> Result<Vec<usize>> {
-    check(path, "num_hidden_layers", n, n <= MOST_LAYERS, format!("at most {MOST_LAYERS}"))?;
-    let windows = match windows {
-        Windows::Same(window) => vec![window; n],
-        Windows::Each(windows) => windows,
-    };
-    let fit = windows.len() == n && windows.iter().all(|&window| window > 0 && window.is_multiple_of(2));
-    let expected = format!("a positive even number for each of {n} layers");
-    check(path, "attention_window", format!("{windows:?}"), fit, expected)?;
-    Ok(windows.iter().map(|window| window / 2).collect())
-}
-
 /// The encoder and, if the checkpoint has one, its pooler.
 #[derive(Debug)]
 pub struct Longformer {
@@ -81,13 +66,21 @@ impl Longformer {
         let config = bert::Config::part(path, json)?;
         let Fields { attention_window, pad_token_id } = read(path, json, json!({ "pad_token_id": 1 }))?;
         let spec = config.layers(path)?;
-        let reach = reach(path, config.num_hidden_layers, attention_window)?;
+        let n = config.num_hidden_layers;
+        let (windows, are_all) = match &attention_window {
+            Windows::Same(window) => (slice::from_ref(window), true),
+            Windows::Each(windows) => (&windows[..], windows.len() == n),
+        };
+        let fit = are_all && windows.iter().all(|&window| window > 0 && window.is_multiple_of(2));
+        let expected = format!("a positive even number for each of {n} layers");
+        check(path, "attention_window", format!("{windows:?}"), fit, expected)?;
+        let layer = |i, w: Weights<'_>| Layer::load(&w, &spec, windows[i % windows.len()] / 2);
         let w = checkpoint.root(&["", "longformer."], "embeddings.word_embeddings.weight");
         let has_positions = (pad_token_id as usize).saturating_add(1) < config.max_position_embeddings;
         check(path, "pad_token_id", pad_token_id, has_positions, "less than the positions but one")?;
         Ok(Longformer {
             embeddings: config.embeddings(&w.at("embeddings"))?,
-            layers: w.at("encoder.layer").layers(reach.len(), |i, w| Layer::load(&w, &spec, reach[i]))?,
+            layers: w.at("encoder.layer").layers(n, layer)?,
             pooler: bert::pooler(&w, spec.d_model)?,
             config,
             pad_token_id,

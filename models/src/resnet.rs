@@ -144,7 +144,11 @@ impl Block {
     }
 }
 
-/// A convolution that keeps the size, up to its stride.
+/// A convolution that keeps the size, up to its stride, with the running statistics of its norm folded into it.
 fn conv(w: &Weights<'_>, channels: [usize; 2], kernel: usize, stride: usize) -> Result<Conv> {
-    Conv::load_normalized(w, channels, Window { kernel, stride, padding: kernel / 2 }, EPS)
+    let norm = w.at("normalization").batch_norm(channels[1], EPS)?;
+    let window = Window { kernel, stride, padding: kernel / 2 };
+    let mut conv = Conv::load(&w.at("convolution"), channels, window)?;
+    conv.linear = conv.linear.with_affine_after(&norm)?;
+    Ok(conv)
 }

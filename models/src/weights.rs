@@ -101,10 +101,10 @@ impl<'a> Weights<'a> {
     pub fn norm(&self, kind: NormKind, d: usize, eps: f32) -> Result<Norm> {
         let of = |name| self.tensor(name, &[d]).map(Cow::into_owned);
         Ok(match kind {
-            NormKind::LayerNorm if self.has("gamma") => {
-                Norm::LayerNorm { gain: of("gamma")?, bias: Some(of("beta")?), eps }
+            NormKind::LayerNorm => {
+                let [gain, bias] = if self.has("gamma") { ["gamma", "beta"] } else { ["weight", "bias"] };
+                Norm::LayerNorm { gain: of(gain)?, bias: Some(of(bias)?), eps }
             }
-            NormKind::LayerNorm => Norm::LayerNorm { gain: of("weight")?, bias: Some(of("bias")?), eps },
             NormKind::RmsNorm => Norm::RmsNorm { gain: of("weight")?, eps },
             NormKind::BatchNorm => Norm::BatchNorm(self.batch_norm(d, eps)?),
         })
