@@ -17,8 +17,7 @@ use crate::{Error, Result, Run};
 
 /// The projections of one attention.
 #[derive(Debug)]
-#[allow(missing_docs, reason = "the field's own terms")]
-pub struct Projections {
+pub(crate) struct Projections {
     pub q: Linear,
     pub k: Linear,
     pub v: Linear,
@@ -76,7 +75,7 @@ impl Projections {
 
 /// What queries see.
 #[derive(Clone, Copy, Debug)]
-pub struct Seen<'a> {
+pub(crate) struct Seen<'a> {
     /// The keys and values.
     pub keys: &'a KeyStore,
     /// Where each sequence of queries begins, and the end.
@@ -99,7 +98,7 @@ impl<'a> Seen<'a> {
 /// A layer around such an attention: `x = norm(x + attention(x))`, or with the norm first `x = x + attention(norm(x))`,
 /// then the feed-forward network.
 #[derive(Debug)]
-pub struct Block {
+pub(crate) struct Block {
     /// Queries, keys and values.
     pub projections: Projections,
     out: Linear,
@@ -144,7 +143,7 @@ impl Block {
 
 /// Distances of a query after a key as each layer sees them: sinusoids, sines before cosines, times its `r`. They are clamped to
 /// `-clamp..=clamp` if `clamp` is positive. A table that cannot be allocated is the library's [`Overflow`](laneformer::Error::Overflow).
-pub fn positions<'a>(
+pub(crate) fn positions<'a>(
     run: &mut Run<'_>,
     layers: impl Iterator<Item = &'a Linear>,
     n_heads: usize,

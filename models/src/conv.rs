@@ -46,7 +46,7 @@ impl Images {
     }
 
     /// The largest of each channel over windows; what lies outside of the image does not count.
-    pub fn max_pool(&self, run: &mut Run<'_>, window: Window) -> Images {
+    pub(crate) fn max_pool(&self, run: &mut Run<'_>, window: Window) -> Images {
         let [height, width] = [window.places(self.height), window.places(self.width)];
         let len = self.batch * height * width * self.channels;
         let mut pixels = run.scratch.take_long(len);
@@ -79,8 +79,7 @@ fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
 
 /// A square that slides over an image with zeros around it.
 #[derive(Clone, Copy, Debug)]
-#[allow(missing_docs, reason = "the field's own terms")]
-pub struct Window {
+pub(crate) struct Window {
     pub kernel: usize,
     pub stride: usize,
     pub padding: usize,
@@ -103,8 +102,8 @@ impl Window {
 
 /// A convolution, with its batch norm if it has one.
 #[derive(Debug)]
-pub struct Conv {
-    pub(crate) linear: Linear,
+pub(crate) struct Conv {
+    pub linear: Linear,
     channels: usize,
     window: Window,
 }

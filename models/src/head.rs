@@ -20,8 +20,7 @@ pub fn pool(ctx: Context<'_>, pooler: &Linear, hidden: &[f32], offsets: &[usize]
 
 /// `out(norm(gelu(dense(x))))`
 #[derive(Debug)]
-#[allow(missing_docs, reason = "see above")]
-pub struct Head {
+pub(crate) struct Head {
     pub dense: Linear,
     pub norm: Norm,
     pub out: Linear,
