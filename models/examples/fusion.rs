@@ -14,7 +14,7 @@ fn main() -> common::Result {
     }))?;
     let fusion = common::timed("load", || Fusion::load(&path, &config, &checkpoint))?;
 
-    let d = fusion.layers.d_model;
+    let d = fusion.layer_config.d_model;
     let mut video = Stream { x: common::features(784, d)?, offsets: vec![0, 784] };
     let mut sound = Stream { x: common::features(400, d)?, offsets: vec![0, 400] };
     let bottleneck = common::timed("fuse", || {

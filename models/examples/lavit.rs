@@ -21,9 +21,9 @@ fn main() -> common::Result {
         (common::features(36, config.visual_feat_dim)?, common::features(36, config.visual_coord_dim)?);
     let question =
         Batch { ids: &ids, type_ids: &[0; 20], positions: &positions, offsets: &[0, 20], is_real: None };
-    let of = |offsets| Batch { offsets, ..Batch::default() };
+    let stream = |offsets| Batch { offsets, ..Batch::default() };
     let batch = lavit::Batch {
-        tokens: [question, of(&[0, 3]), of(&[0, 36])],
+        streams: [question, stream(&[0, 3]), stream(&[0, 36])],
         audio: &[&sound, &sound],
         video: &[&objects, &places],
     };

@@ -1,4 +1,4 @@
-//! Images and their convolutions: patches as the rows of a matrix (im2col), made a tile at a time, times a packed linear layer.
+//! Images, and the convolutions of the models: patches as the rows of a matrix (im2col), made a tile at a time, times a packed linear layer.
 
 use std::ops::Range;
 

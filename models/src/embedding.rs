@@ -76,7 +76,7 @@ pub struct Embeddings {
     pub scale: f32,
     pub types: Option<Embedding>,
     pub positions: Positions,
-    /// The row of the first position.
+    /// What is added to positions.
     pub first_position: u32,
     pub norm: Option<Norm>,
 }

@@ -125,7 +125,7 @@ pub struct LayerSpec {
     pub activation: Activation,
     pub norm: NormKind,
     pub placement: NormPlacement,
-    /// Of DeepNorm.
+    /// DeepNorm's factor of the residual; with 1, as [`LayerSpec::new`] has it, that is post-norm.
     pub alpha: f32,
     pub eps: f32,
 }

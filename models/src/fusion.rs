@@ -43,7 +43,7 @@ pub struct Fusion {
     /// The configuration.
     pub config: Config,
     /// What its layers are made of.
-    pub layers: encoder::Config,
+    pub layer_config: encoder::Config,
     steps: Vec<Step>,
     /// The bottleneck tokens that every sequence begins with, where streams meet in such.
     bottleneck: Option<Vec<f32>>,
@@ -132,13 +132,13 @@ impl Fusion {
                 return Err(Error::config(path, "fusion", known, other));
             }
         };
-        Ok(Fusion { config, layers, steps, bottleneck })
+        Ok(Fusion { config, layer_config: layers, steps, bottleneck })
     }
 
     /// Runs over two streams of as many sequences, in place. Summation makes `a` the fused stream and leaves `b` alone; its
     /// streams have the same lengths. The bottleneck tokens [sequences, n, d_model] of `mbt` are returned.
     pub fn forward(&self, run: &mut Run<'_>, a: &mut Stream, b: &mut Stream) -> Result<Option<Vec<f32>>> {
-        let d = self.layers.d_model;
+        let d = self.layer_config.d_model;
         check_size("sequences of b", a.offsets.len(), b.offsets.len())?;
         for (arg, stream) in [("a", &*a), ("b", &*b)] {
             let elements = stream.offsets.last().map_or(0, |tokens| tokens.saturating_mul(d));

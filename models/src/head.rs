@@ -1,4 +1,4 @@
-//! What stands behind the layers: poolers over the first token, and heads.
+//! What stands behind the layers: poolers over the first token, the heads of the models, and the likeliest token.
 
 use laneformer::{Activation, Context, Epilogue, Linear, Norm};
 

@@ -34,8 +34,8 @@ pub struct Config {
 /// Packed tokens of a batch, each stream with its own offsets. Features are rows of each kind, one per token.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
-    /// The question, and where the sequences of audio and video begin: these have no ids, types and positions.
-    pub tokens: [crate::Batch<'a>; 3],
+    /// The question; and of audio and video where their sequences begin and which tokens are real. They have no ids, types or positions.
+    pub streams: [crate::Batch<'a>; 3],
     /// What the audio encoder reads: the features of each channel, and with an `_st` encoder the coordinates.
     pub audio: &'a [&'a [f32]],
     /// The features and the coordinates of the objects.
@@ -118,7 +118,7 @@ impl Lavit {
 
     /// The last hidden states of language, audio and video.
     pub fn forward(&self, run: &mut Run<'_>, batch: &Batch<'_>) -> Result<[Vec<f32>; 3]> {
-        let [l, a, v] = batch.tokens;
+        let [l, a, v] = batch.streams;
         let offsets = [l.offsets, a.offsets, v.offsets];
         let graphs = [l.real(Graph::full())?, a.real(Graph::full())?, v.real(Graph::full())?];
         let l = self.language.forward(run, l)?;
@@ -147,7 +147,7 @@ impl Lavit {
         states: &[Vec<f32>; 3],
     ) -> Result<Vec<f32>> {
         let d = self.language.config.hidden_size;
-        let pool = |i: usize| head::pool(ctx, &self.poolers[i], &states[i], batch.tokens[i].offsets);
+        let pool = |i: usize| head::pool(ctx, &self.poolers[i], &states[i], batch.streams[i].offsets);
         let (l, a, v) = (pool(0)?, pool(1)?, pool(2)?);
         check_size("sequences of audio", l.len() / d, a.len() / d)?;
         check_size("sequences of video", l.len() / d, v.len() / d)?;
@@ -180,19 +180,20 @@ struct Stream {
 }
 
 impl Stream {
-    fn forward(&self, run: &mut Run<'_>, features: &[&[f32]], tokens: &mut Inputs<'_>) -> Result<Vec<f32>> {
+    fn forward(&self, run: &mut Run<'_>, features: &[&[f32]], inputs: &mut Inputs<'_>) -> Result<Vec<f32>> {
         check_size("features of a token", self.features.len(), features.len())?;
-        let mut mean: Vec<f32> = vec![];
+        let mut sum: Option<Vec<f32>> = None;
         for ((linear, norm), x) in self.features.iter().zip(features) {
             let mut y = project(run.ctx, linear, x)?;
             normalize(run.ctx, norm, &mut y)?;
-            mean.resize(if mean.is_empty() { y.len() } else { mean.len() }, 0.0);
-            check_size("features of all tokens", mean.len(), y.len())?;
-            mean.iter_mut().zip(y).for_each(|(sum, y)| *sum += y);
+            let sum = sum.get_or_insert_with(|| vec![0.0; y.len()]);
+            check_size("features of all tokens", sum.len(), y.len())?;
+            sum.iter_mut().zip(y).for_each(|(sum, y)| *sum += y);
         }
+        let mut mean = sum.unwrap_or_default();
         mean.iter_mut().for_each(|sum| *sum /= self.features.len() as f32);
         if let Some(layers) = &self.layers {
-            layers.forward(run, &mut mean, tokens)?;
+            layers.forward(run, &mut mean, inputs)?;
         }
         Ok(mean)
     }

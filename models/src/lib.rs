@@ -7,8 +7,8 @@
 //! - [`checkpoint`] and [`weights`]: a memory-mapped safetensors file, and the parts of a layer read from it.
 //! - [`config`]: `config::open(dir, Bert::load)` loads a model from the `config.json` and the `model.safetensors` of a directory.
 //!   `load` knows what a configuration may leave out; the fields alone have no defaults.
-//! - [`embedding`], [`encoder`], [`attend`], [`head`]: what stands before the layers, stacks by the names of their tensors, layers
-//!   whose attention a model runs itself, and what stands behind them.
+//! - [`embedding`], [`encoder`], [`head`]: what stands before the layers, stacks by the names of their tensors, and what stands behind them.
+//! - [`attend`]: layers whose attention a model runs itself, and the rows that such a model remembers.
 //! - [`run`] and [`ragged`]: a context with its scratch, and padded batches as packed ones.
 //! - [`vanilla`], [`bert`], [`bart`], [`gpt`], [`longformer`], [`transformer_xl`], [`xlnet`], [`videobert`],
 //!   [`clip`], [`detr`], [`lavit`], [`fusion`]: the models.

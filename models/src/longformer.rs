@@ -67,11 +67,11 @@ impl Longformer {
         let Fields { attention_window, pad_token_id } = read(path, json, json!({ "pad_token_id": 1 }))?;
         let spec = config.layers(path)?;
         let n = config.num_hidden_layers;
-        let (windows, are_all) = match &attention_window {
+        let (windows, has_each) = match &attention_window {
             Windows::Same(window) => (slice::from_ref(window), true),
             Windows::Each(windows) => (&windows[..], windows.len() == n),
         };
-        let fit = are_all && windows.iter().all(|&window| window > 0 && window.is_multiple_of(2));
+        let fit = has_each && windows.iter().all(|&window| window > 0 && window.is_multiple_of(2));
         let expected = format!("a positive even number for each of {n} layers");
         check(path, "attention_window", format!("{windows:?}"), fit, expected)?;
         let layer = |i, w: Weights<'_>| Layer::load(&w, &spec, windows[i % windows.len()] / 2);

@@ -5,6 +5,7 @@ use std::path::Path;
 use laneformer::{Context, Isa};
 use laneformer_models::bert::Bert;
 use laneformer_models::encoder::Config;
+use laneformer_models::lavit::{self, Lavit};
 use laneformer_models::longformer::Longformer;
 use laneformer_models::videobert::VideoBert;
 use laneformer_models::{Batch, Checkpoint, Scratch};
@@ -133,5 +134,31 @@ fn global_tokens_give_the_same_bits_alone_and_in_a_batch() {
                 assert!(together.iter().all(|x| x.is_finite()));
             }
         }
+    }
+}
+
+/// Each kind of features has a row for each token of its stream, also where the first has none.
+#[test]
+fn features_of_other_tokens_are_refused() {
+    let config = json!({
+        "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+        "max_position_embeddings": 16, "a_layers": 0, "v_layers": 0, "x_layers": 1, "audio_encoder": "mono",
+        "audio_feat_dim": 3, "visual_feat_dim": 3, "visual_coord_dim": 2, "num_answers": 5,
+    });
+    let model = Lavit::load(Path::new("config"), &config, &Checkpoint::random(1)).unwrap();
+    let ctx = Context::new(Isa::best(), &laneformer::Serial);
+    let language =
+        Batch { ids: &[1, 2], type_ids: &[0; 2], positions: &[0, 1], offsets: &[0, 2], is_real: None };
+    let stream = |offsets| Batch { offsets, ..Batch::default() };
+    let run = |features: &[f32], coordinates: &[f32]| {
+        let video = [features, coordinates];
+        let streams = [language, stream(&[0, 1]), stream(&[0, 2])];
+        let batch = lavit::Batch { streams, audio: &[&[0.5; 3]], video: &video };
+        model.forward(&mut Scratch::default().with(ctx), &batch)
+    };
+    assert_eq!(run(&[0.5; 6], &[0.5; 4]).unwrap()[2].len(), 16);
+    for (features, coordinates) in [(&[][..], &[0.5; 4][..]), (&[0.5; 6], &[]), (&[0.5; 6], &[0.5; 2])] {
+        let why = run(features, coordinates).unwrap_err().to_string();
+        assert!(why.contains("features of all tokens"), "{why}");
     }
 }

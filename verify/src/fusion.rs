@@ -9,7 +9,7 @@ use crate::case::{Case, Outputs};
 
 pub(crate) fn fusion(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let fusion = Fusion::load(case.path(), case.json(), case.weights())?;
-    let d = fusion.layers.d_model;
+    let d = fusion.layer_config.d_model;
     let is_sum = fusion.config.fusion == "early_sum";
     // A sum is of tokens at the same places: those that are real in `a`.
     let (tokens_a, tokens_b) =

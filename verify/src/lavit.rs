@@ -44,7 +44,7 @@ pub(crate) fn lavit(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let objects = Batch { offsets: v.offsets(), is_real: Some(&v_real), ..Batch::default() };
     let audio: Vec<_> = audio.iter().map(Vec::as_slice).collect();
     let batch =
-        lavit::Batch { tokens: [question, sound, objects], audio: &audio, video: &[&v_feat, &v_coord] };
+        lavit::Batch { streams: [question, sound, objects], audio: &audio, video: &[&v_feat, &v_coord] };
     let states = model.forward(&mut Scratch::default().with(ctx), &batch)?;
     let answer_logits = model.answer_logits(ctx, &batch, &states)?;
     let d = model.language.config.hidden_size;
