@@ -137,6 +137,19 @@ pub(crate) trait WithActivation<S: Simd> {
 }
 
 impl Activation {
+    /// The same as an operation of its own; `None` for nothing.
+    pub fn function(self) -> Option<Function> {
+        Some(match self {
+            Activation::None => return None,
+            Activation::Relu => Function::Relu,
+            Activation::GeluErf => Function::GeluErf,
+            Activation::GeluTanh => Function::GeluTanh,
+            Activation::QuickGelu => Function::QuickGelu,
+            Activation::Silu => Function::Silu,
+            Activation::Tanh => Function::Tanh,
+        })
+    }
+
     /// Chooses the function once, outside the loop.
     #[inline(always)]
     pub(crate) fn choose<S: Simd>(self, s: S, body: &mut impl WithActivation<S>) {

@@ -10,8 +10,8 @@ use laneformer::{
     Activation, Affine, BatchStats, Bias, Bits, Context, CrossAttention, Epilogue, Error, Executor, Ffn,
     Function, Graph, Heads, Inputs, Isa, KeyStore, KeyStream, KvCache, Layer, Linear, MatMut, MatRef, Norm,
     PackedMatrix, Placement, QkvProjection, QueryRows, Relative, RelativeTable, Rotary, RotaryPairs,
-    SegmentTerm, SelfAttention, Stack, SubLayer, Terms, Ticket, attention, batchnorm_train, elementwise_into,
-    layernorm, layernorm_into, rmsnorm, rmsnorm_into, softmax, softmax_into,
+    SegmentTerm, SelfAttention, Stack, SubLayer, Terms, Ticket, Workspace, attention, batchnorm_train,
+    elementwise_into, layernorm, layernorm_into, rmsnorm, rmsnorm_into, softmax, softmax_into,
 };
 
 /// The error that `result` must be, and what it says.
@@ -865,10 +865,89 @@ fn caches_and_sources_that_do_not_fit_the_layer() {
     for (f, message) in cases {
         refused(other(f), message, &mut run);
     }
-    // The source's graph is checked too.
+    // The source's graph is checked too, and its terms and positions.
     let short = Graph::full().with_bits(Bits::keys(&[&[true; 2][..]; 2]).unwrap());
     assert_eq!(run(fits(), &short).as_deref(), Some("graph bits keys: expected at least 3, got 2"));
     assert_eq!(run(fits(), &full), None);
+}
+
+#[test]
+fn terms_positions_and_stores_that_do_not_fit_the_source() {
+    let heads = Heads::new(2, 4).unwrap();
+    let attention =
+        CrossAttention::new(linear(8, 8), linear(8, 6), linear(8, 6), linear(8, 8), heads).unwrap();
+    let sub_layer = SubLayer::cross_attention(attention, Placement::Plain).unwrap();
+    let layer = Layer::new(vec![sub_layer]).unwrap();
+    let cross = layer.sub_layers()[0].as_cross_attention().unwrap();
+    let x = [0.5; 8 * 8];
+    let sources = [cross.keys(ctx(), view(&x, 5, 6), &[0, 5]).unwrap()];
+    let (graph, mut workspace) = (Graph::full(), layer.workspace(3, 1, 1).unwrap());
+    let mut run = |terms: Terms<'_>, positions: Option<&[isize]>| {
+        let mut y = Guarded::new(3, 8, &x[..24]);
+        let inputs = Inputs { sources: &sources, source_terms: terms, ..Inputs::new(&[0, 3], &graph) };
+        let mut inputs = Inputs { source_positions: positions, ..inputs };
+        let result = layer.forward_with(ctx(), y.view_mut(), &mut inputs, &mut workspace);
+        assert_eq!(result.is_err(), y.values() == x[..24]);
+        result.map_or_else(|error| error.to_string(), |()| "done".into())
+    };
+    let none = Terms::default();
+    assert_eq!(run(none, Some(&[4, -9, 0])), "done");
+    assert_eq!(run(none, Some(&[0, 1])), "source_positions: expected 3, got 2");
+    let far = run(none, Some(&[0, isize::MIN, 0]));
+    assert!(far.starts_with("source_positions: expected at most"), "{far}");
+    let table = RelativeTable::new(view(&x, 3, 8), 0, 2).unwrap();
+    let relative = Some(Relative { u: &x[..8], w: &x[..7], table: &table });
+    assert_eq!(run(Terms { relative, ..none }, None), "relative w.len(): expected 8, got 7");
+    let relative = Some(Relative { u: &x[..8], w: &x[..8], table: &table });
+    assert_eq!(run(Terms { relative, ..none }, None), "done");
+    let bias = Some(Bias::new(&x[..4], [1, 1, 1, 4]).unwrap());
+    assert_eq!(run(Terms { bias, ..none }, None), "bias keys: expected at least 5, got 4");
+
+    let mut keys = KeyStore::new(&heads, 64, 1).unwrap();
+    let mut set = |x: MatRef<'_>, offsets: &[usize]| {
+        cross.set_keys(ctx(), x, offsets, &mut keys).map_err(|error| error.to_string()).err()
+    };
+    assert_eq!(set(view(&x, 5, 6), &[0, 5]), None);
+    assert_eq!(set(view(&x, 5, 8), &[0, 5]).as_deref(), Some("source.cols: expected 6, got 8"));
+    assert_eq!(set(view(&x, 5, 6), &[0, 6]).as_deref(), Some("offsets: expected 5, got 6"));
+    let two = "sequences in the batch: expected at most 1, got 2";
+    assert_eq!(set(view(&x, 5, 6), &[0, 3, 5]).as_deref(), Some(two));
+    let mut other = KeyStore::new(&Heads::new(1, 8).unwrap(), 64, 1).unwrap();
+    let error = cross.set_keys(ctx(), view(&x, 5, 6), &[0, 5], &mut other).unwrap_err();
+    assert_eq!(error.to_string(), "heads.n_kv_heads: expected 1, got 2");
+    // What was refused has changed nothing.
+    let attend = |keys: &KeyStore| {
+        let (queries, mut y) = (QueryRows::new(view(&x, 1, 8), &[0, 1]), Guarded::new(1, 8, &x[..8]));
+        keys.attend(ctx(), &heads, &queries, &graph, &none, y.view_mut()).unwrap();
+        y.values()
+    };
+    assert_eq!(attend(&keys), attend(&sources[0]));
+}
+
+#[test]
+fn a_workspace_that_cannot_grow() {
+    let layer = Model::new(Shape::new(2, 4, 20), &mut Rng::new(7)).layer();
+    let layers = std::slice::from_ref(&layer);
+    let mut y = Guarded::new(3, 8, &[0.5; 24]);
+    let result = layer.forward(ctx(), y.view_mut(), &[0, 3], &Graph::full(), &mut Workspace::default());
+    refused(
+        result,
+        Error::TooLarge { arg: "x.rows", max: 0, actual: 3 },
+        "x.rows: expected at most 0, got 3",
+    );
+    assert_eq!(y.values(), [0.5; 24]);
+    let mut none = Guarded::new(0, 8, &[]);
+    let result = layer.forward(ctx(), none.view_mut(), &[0], &Graph::full(), &mut Workspace::default());
+    assert!(matches!(result, Err(Error::TooSmall { .. })));
+    let mut workspace = layer.workspace(3, 1, 1).unwrap();
+    let bytes = workspace.bytes();
+    let result = workspace.reserve(layers, 3, 1, 0);
+    refused(result, Error::ZeroDim { arg: "members" }, "members: expected a dimension of at least 1, got 0");
+    for [tokens, segments, members] in [[usize::MAX, 1, 1], [3, usize::MAX, 1], [3, 1, usize::MAX]] {
+        assert!(matches!(workspace.reserve(layers, tokens, segments, members), Err(Error::Overflow { .. })));
+    }
+    assert_eq!(workspace.bytes(), bytes);
+    layer.forward(ctx(), y.view_mut(), &[0, 3], &Graph::full(), &mut workspace).unwrap();
 }
 
 #[test]

@@ -9,8 +9,9 @@ use common::model::{Map, Model, NormKind, PlacementKind, Shape, offsets};
 use common::{executors, on_every_isa, serial};
 use laneformer::reference as r;
 use laneformer::{
-    Activation, Affine, Context, CrossAttention, Graph, Heads, Inputs, Isa, KvCache, Layer, MatMut, MatRef,
-    Norm, Placement, SelfAttention, Stack, SubLayer,
+    Activation, Affine, Bias, Bits, Context, CrossAttention, Epilogue, Graph, Heads, Inputs, Isa, KeyStore,
+    KvCache, Layer, Linear, MatMut, MatRef, Norm, Placement, QueryRows, Relative, RelativeTable, SegmentTerm,
+    SelfAttention, Stack, SubLayer, Terms, Workspace,
 };
 
 /// Absolute error of a layer's outputs, which are of size 1 and pass some ten sums of up to a thousand products.
@@ -164,6 +165,104 @@ on_every_isa! {
             let calls = [first.0, second.0, first.1, second.1].concat();
             assert_bits(&calls, &at_once, &format!("{source_graph:?}"));
         }
+    }
+
+    fn a_source_with_terms_is_the_attention_between_its_products(isa) {
+        let mut rng = Rng::new(16);
+        let heads = Heads::new(4, 20).unwrap().with_kv_heads(2).unwrap().with_value_dim(9).unwrap();
+        let [q, k, v, out] = [(80, 17), (40, 11), (18, 11), (17, 36)].map(|(n, k)| Map::new(n, k, &mut rng));
+        let cross = CrossAttention::new(q.packed(), k.packed(), v.packed(), out.packed(), heads).unwrap();
+        let layer = Layer::new(vec![SubLayer::cross_attention(cross, Placement::Plain).unwrap()]).unwrap();
+        let cross = layer.sub_layers()[0].as_cross_attention().unwrap();
+        // Rows that stand one after another, anywhere, and before the first key.
+        let (offsets, source_offsets) = ([0, 70, 70, 75], [0, 131, 135, 138]);
+        let (tokens, of_source) = (75, 138);
+        let mut positions: Vec<isize> = (61..131).collect();
+        positions.extend([2, 3, -1, 2, 0]);
+        let (x, source) = (rng.vec(tokens * 17, 1.0), rng.vec(of_source * 11, 1.0));
+        let (x_rows, source) = (MatRef::contiguous(&x, tokens, 17), MatRef::contiguous(&source, of_source, 11));
+        let (x_rows, source) = (x_rows.unwrap(), source.unwrap());
+        let [u, w, s] = [(); 3].map(|()| rng.vec(80, 0.5));
+        let (r, e, bias) = (rng.vec(150 * 80, 0.5), rng.vec(2 * 80, 0.5), rng.vec(4 * 131, 0.5));
+        let table = RelativeTable::new(MatRef::contiguous(&r, 150, 80).unwrap(), -10, 4).unwrap();
+        let same = Bits::dense([3, 1, 70, 131], |_, _, i, j| (i + j) % 3 == 0).unwrap();
+        let terms = Terms {
+            bias: Some(Bias::new(&bias, [1, 4, 1, 131]).unwrap()),
+            relative: Some(Relative { u: &u, w: &w, table: &table }),
+            segment: Some(SegmentTerm { s: &s, e: &e, same: &same }),
+        };
+        let project = |linear: &Linear, x: MatRef<'_>, epilogue: &Epilogue<'_>| {
+            let mut y = Guarded::new(x.rows(), linear.out_features(), &vec![0.0; x.rows() * linear.out_features()]);
+            linear.forward(serial(isa), x, epilogue, y.view_mut()).unwrap();
+            y.values()
+        };
+        let [q, k, v] = cross.projections();
+        let (k, v) = (project(k, source, &Epilogue::NONE), project(v, source, &Epilogue::NONE));
+        let mut store = KeyStore::new(cross.heads(), of_source, 3).unwrap();
+        let (k, v) = (MatRef::contiguous(&k, of_source, 40), MatRef::contiguous(&v, of_source, 18));
+        store.set(serial(isa), k.unwrap(), v.unwrap(), &source_offsets).unwrap();
+        let q = project(q, x_rows, &Epilogue::NONE);
+        let queries = QueryRows::new(MatRef::contiguous(&q, tokens, 80).unwrap(), &offsets).at(&positions);
+        for graph in [Graph::causal(), Graph::window(9, 30), Graph::full()] {
+            let mut attended = Guarded::new(tokens, 36, &vec![0.0; tokens * 36]);
+            store.attend(serial(isa), &heads, &queries, &graph, &terms, attended.view_mut()).unwrap();
+            let residual = Epilogue::NONE.with_residual(1.0, x_rows);
+            let attended = attended.values();
+            let expected = project(cross.out(), MatRef::contiguous(&attended, tokens, 36).unwrap(), &residual);
+            for (name, executor) in executors::of(2).into_iter().chain(executors::of(1)) {
+                let ctx = Context::new(isa, &*executor);
+                // Room for more, and something there already.
+                let mut keys = KeyStore::new(cross.heads(), 200, 5).unwrap();
+                for offsets in [&[0, 138][..], &source_offsets] {
+                    cross.set_keys(ctx, source, offsets, &mut keys).unwrap();
+                }
+                let mut inputs = Inputs {
+                    sources: std::slice::from_ref(&keys),
+                    source_graph: &graph,
+                    source_terms: terms,
+                    source_positions: Some(&positions),
+                    ..Inputs::new(&offsets, &graph)
+                };
+                let mut y = Guarded::new(tokens, 17, &x);
+                let mut workspace = layer.workspace(tokens, 3, ctx.members()).unwrap();
+                layer.forward_with(ctx, y.view_mut(), &mut inputs, &mut workspace).unwrap();
+                if isa.keeps_bits() {
+                    assert_bits(&y.values(), &expected, &format!("{name} {graph:?}"));
+                } else {
+                    assert_close(&y.values(), &r::to_f64(&expected), LIMIT * slack(isa), &format!("{name} {graph:?}"));
+                }
+            }
+        }
+    }
+
+    fn a_workspace_that_grows(isa) {
+        let mut rng = Rng::new(17);
+        let model = |n_heads, head_dim, d_ff, rng: &mut Rng| Model::new(Shape::new(n_heads, head_dim, d_ff), rng);
+        let (small, wide) = (model(2, 9, 20, &mut rng), model(5, 30, 131, &mut rng));
+        let (small, wide) = (small.layer(), wide.layer());
+        let mut workspace = Workspace::default();
+        let executor = executors::Threads(2);
+        let ctx = Context::new(isa, &executor);
+        for (layer, lens) in
+            [(&small, &[3][..]), (&wide, &[3]), (&small, &[70, 1]), (&wide, &[1, 0, 2]), (&small, &[40, 31]), (&wide, &[131])]
+        {
+            let (offsets, tokens) = (offsets(lens), lens.iter().sum());
+            let x = rng.vec(tokens * layer.d_model(), 1.0);
+            let expected = run(serial(isa), layer, &x, lens, &Graph::full());
+            workspace.reserve(std::slice::from_ref(layer), tokens, lens.len(), ctx.members()).unwrap();
+            let bytes = workspace.bytes();
+            let mut y = Guarded::new(tokens, layer.d_model(), &x);
+            layer.forward(ctx, y.view_mut(), &offsets, &Graph::full(), &mut workspace).unwrap();
+            if isa.keeps_bits() {
+                assert_bits(&y.values(), &expected, &format!("{lens:?}"));
+            }
+            // What fits leaves it as it is.
+            workspace.reserve(std::slice::from_ref(layer), 1, 1, 1).unwrap();
+            assert_eq!(workspace.bytes(), bytes);
+        }
+        // As large as both need, and no larger.
+        let both = Stack::new(vec![wide]).unwrap().workspace(131, 3, 2).unwrap();
+        assert!(workspace.bytes() <= both.bytes());
     }
 
     fn position_embeddings(isa) {

@@ -3,6 +3,7 @@
 mod common;
 
 use laneformer_models::bart::Bart;
+use laneformer_models::run::project;
 use laneformer_models::{Batch, Scratch};
 use serde_json::json;
 
@@ -32,7 +33,7 @@ fn main() -> common::Result {
         };
         let logits = common::timed("a token", || {
             let hidden = bart.decoder.decode(&mut scratch.with(ctx), batch, &mut decoding)?;
-            bart.logits(ctx, &hidden)
+            project(ctx, &bart.head, &hidden)
         })?;
         written.push((0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0) as u32);
     }

@@ -4,6 +4,7 @@ mod common;
 
 use laneformer_models::encoder::Decoding;
 use laneformer_models::gpt::Gpt;
+use laneformer_models::run::project;
 use laneformer_models::{Batch, Scratch};
 use serde_json::json;
 
@@ -22,7 +23,7 @@ fn main() -> common::Result {
         let batch = Batch { ids: &ids, positions: &positions, offsets: &[0, ids.len()], ..Batch::default() };
         let logits = common::timed(&format!("{} tokens", ids.len()), || {
             let hidden = gpt.decoder.decode(&mut scratch.with(ctx), batch, &mut state)?;
-            gpt.logits(ctx, &hidden[hidden.len() - d..])
+            project(ctx, &gpt.head, &hidden[hidden.len() - d..])
         })?;
         let next = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0) as u32;
         written.push(next);

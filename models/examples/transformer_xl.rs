@@ -3,6 +3,7 @@
 mod common;
 
 use laneformer_models::Scratch;
+use laneformer_models::run::project;
 use laneformer_models::transformer_xl::TransformerXl;
 use serde_json::json;
 
@@ -19,7 +20,7 @@ fn main() -> common::Result {
         let hidden = common::timed(&format!("segment {i}"), || {
             model.forward(&mut scratch.with(ctx), segment, &mut memory)
         })?;
-        common::show("logits", &model.logits(ctx, &hidden)?, model.config.vocab_size);
+        common::show("logits", &project(ctx, &model.head, &hidden)?, model.config.vocab_size);
     }
     Ok(())
 }

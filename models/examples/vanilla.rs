@@ -33,9 +33,11 @@ fn main() -> common::Result {
 
     let mut x = target.forward(ctx, batch)?;
     let logits = common::timed("decode", || {
-        let (sources, graph) = (decoder.sources(ctx, &memory, &offsets)?, Graph::causal());
+        let mut scratch = Scratch::default();
+        let run = &mut scratch.with(ctx);
+        let (sources, graph) = (decoder.sources(run, &memory, &offsets)?, Graph::causal());
         let mut inputs = Inputs { sources: &sources, ..Inputs::new(&offsets, &graph) };
-        decoder.forward(&mut Scratch::default().with(ctx), &mut x, &mut inputs)?;
+        decoder.forward(run, &mut x, &mut inputs)?;
         project(ctx, head, &x)
     })?;
     common::show("logits", &logits, config.vocab_size);

@@ -3,6 +3,7 @@
 
 mod common;
 
+use laneformer_models::run::project;
 use laneformer_models::videobert::VideoBert;
 use laneformer_models::{Batch, Scratch};
 use serde_json::json;
@@ -32,7 +33,7 @@ fn main() -> common::Result {
     let hidden = common::timed("encode", || model.bert.forward(&mut Scratch::default().with(ctx), batch))?;
     common::show("logits", &model.logits(ctx, &hidden)?, bert.vocab_size + config.num_centroids);
     if let Some(pooled) = model.bert.pool(ctx, &hidden, batch.offsets)? {
-        common::show("alignment", &model.alignment_logits(ctx, &pooled)?, 2);
+        common::show("alignment", &project(ctx, &model.alignment, &pooled)?, 2);
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 mod common;
 
 use laneformer_models::Scratch;
+use laneformer_models::run::project;
 use laneformer_models::xlnet::{Batch, XlNet};
 use serde_json::json;
 
@@ -30,7 +31,7 @@ fn main() -> common::Result {
     let positions = common::timed("positions", || model.positions(run, 512, 0))?;
     let output = common::timed("both streams", || model.forward(run, &batch, &positions))?;
     common::show("content", &output.content, model.config.d_model);
-    let logits = model.logits(ctx, &output.queries.unwrap_or_default())?;
+    let logits = project(ctx, &model.head, &output.queries.unwrap_or_default())?;
     common::show("logits of the targets", &logits, model.config.vocab_size);
     Ok(())
 }

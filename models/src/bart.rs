@@ -3,14 +3,13 @@
 
 use std::path::Path;
 
-use laneformer::{Activation, Context, Linear};
+use laneformer::{Activation, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::config::{activation, heads, only, read};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Transformer};
-use crate::run::project;
 use crate::{Checkpoint, Result, Weights};
 
 /// Rows of the position tables before that of position 0.
@@ -41,7 +40,8 @@ const CROSS_ATTENTION: Part =
     Part::CrossAttention(Attention::proj("encoder_attn", "encoder_attn_layer_norm"));
 const FFN: Part = Part::Ffn(["fc1", "fc2"], "final_layer_norm");
 
-/// The encoder, whose output is the memory that the decoder reads, and the decoder with its language-model head.
+/// The encoder, whose output is the memory that the decoder reads, the decoder, and the head that makes logits of the next token of its
+/// hidden states.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "see above")]
 pub struct Bart {
@@ -84,10 +84,5 @@ impl Bart {
         let has_bias = bias.has("final_logits_bias");
         let bias = has_bias.then(|| bias.tensor("final_logits_bias", &[1, vocab_size])).transpose()?;
         Ok(Bart { head: shared.as_linear(bias.as_deref())?, config, encoder, decoder })
-    }
-
-    /// The logits of the next token, [T, vocab_size], for any rows of the decoder's hidden state.
-    pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.head, hidden)
     }
 }

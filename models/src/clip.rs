@@ -8,12 +8,12 @@ use laneformer::{Activation, Context, Linear, MatMut, Norm, softmax};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::offsets;
 use crate::config::{activation, check, epsilon, from_value, heads, only, with_defaults};
 use crate::conv::{Conv, Images, Window};
 use crate::embedding::{Embedding, Embeddings};
 use crate::encoder::{Attention, Decoding, LayerSpec, Layers, NormPlacement, Part, Transformer};
 use crate::error::{check_numbers, check_size};
+use crate::ragged::offsets;
 use crate::run::project;
 use crate::weights::{linear, normalize};
 use crate::{Batch, Checkpoint, Result, Run, Weights};

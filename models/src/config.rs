@@ -1,6 +1,5 @@
 //! Configuration files in the terms of Hugging Face.
 
-use std::io::ErrorKind;
 use std::path::Path;
 
 use laneformer::{Activation, Heads};
@@ -24,12 +23,6 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 pub fn read_object<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let fields: serde_json::Map<String, Value> = read_json(path)?;
     from_value(path, Value::from(fields))
-}
-
-/// What a file says; `None` if there is none. A link that leads nowhere is one.
-pub fn if_there<T>(path: &Path, read: impl FnOnce(&Path) -> Result<T>) -> Result<Option<T>> {
-    let is_absent = path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound);
-    if is_absent { Ok(None) } else { read(path).map(Some) }
 }
 
 /// What JSON says, such as a `&Value`; `path` is for messages, which name the field.

@@ -8,12 +8,11 @@ use laneformer::{
 };
 use serde::Deserialize;
 
-use crate::attend::{Block, Projections};
 use crate::config::{activation, epsilon, heads};
 use crate::embedding::Embeddings;
 use crate::run::rows;
 use crate::weights::{NormKind, normalize};
-use crate::{Batch, Checkpoint, Error, Result, Run, Weights};
+use crate::{Batch, Checkpoint, Error, Result, Run, Scratch, Weights};
 
 /// What a stack is made of.
 #[derive(Clone, Debug, Deserialize)]
@@ -159,6 +158,18 @@ impl LayerSpec {
         self.layers(vec![self.layer(w, parts)?])
     }
 
+    /// A layer of a cross-attention and a feed-forward network, alone.
+    pub(crate) fn reader(
+        &self,
+        [q, k, v]: [Linear; 3],
+        out: Linear,
+        placement: Placement,
+        ffn: SubLayer,
+    ) -> Result<Layers> {
+        let cross = CrossAttention::new(q, k, v, out, self.heads)?;
+        self.layers(vec![Layer::new(vec![SubLayer::cross_attention(cross, placement)?, ffn])?])
+    }
+
     /// A stack of such layers.
     pub(crate) fn layers(&self, layers: Vec<Layer>) -> Result<Layers> {
         Ok(Layers { stack: Stack::new(layers)?, norm: None, heads: self.heads })
@@ -172,35 +183,29 @@ impl LayerSpec {
     fn part(&self, w: &Weights<'_>, part: &Part) -> Result<SubLayer> {
         Ok(match part {
             Part::SelfAttention(names) => {
-                let (Projections { q, k, v, heads }, out, placement) = self.attention(w, names)?;
-                let attention = SelfAttention::new(QkvProjection::new(q, k, v, heads)?, out)?;
+                let ([q, k, v], out, placement) = self.attention(w, names)?;
+                let attention = SelfAttention::new(QkvProjection::new(q, k, v, self.heads)?, out)?;
                 SubLayer::self_attention(attention, placement)?
             }
             Part::CrossAttention(names) => {
-                let (Projections { q, k, v, heads }, out, placement) = self.attention(w, names)?;
-                SubLayer::cross_attention(CrossAttention::new(q, k, v, out, heads)?, placement)?
+                let ([q, k, v], out, placement) = self.attention(w, names)?;
+                SubLayer::cross_attention(CrossAttention::new(q, k, v, out, self.heads)?, placement)?
             }
             Part::Ffn(names, norm) => self.ffn(w, *names, norm)?,
         })
     }
 
-    /// A layer whose attention the model runs itself.
-    pub(crate) fn block(&self, w: &Weights<'_>, names: &Attention, ffn: &Part) -> Result<Block> {
-        let (projections, out, placement) = self.attention(w, names)?;
-        Block::new(projections, out, placement, self.part(w, ffn)?)
-    }
-
-    fn attention(&self, w: &Weights<'_>, names: &Attention) -> Result<(Projections, Linear, Placement)> {
-        let (d, heads, at) = (self.d_model, self.heads, w.at(names.at));
+    fn attention(&self, w: &Weights<'_>, names: &Attention) -> Result<([Linear; 3], Linear, Placement)> {
+        let (d, at) = (self.d_model, w.at(names.at));
         let each = |name| at.at(name).linear(d, d);
-        let [q, k, v] = match names.qkv {
+        let qkv = match names.qkv {
             Qkv::Each(_) if at.has("in_proj_weight") => {
                 at.qkv("in_proj_weight", Some("in_proj_bias"), d, d)?
             }
             Qkv::Each([q, k, v]) => [each(q)?, each(k)?, each(v)?],
             Qkv::Joined([weight, bias]) => at.qkv(weight, Some(bias), d, d)?,
         };
-        Ok((Projections { q, k, v, heads }, each(names.out)?, self.placement(w, names.norm)?))
+        Ok((qkv, each(names.out)?, self.placement(w, names.norm)?))
     }
 
     pub(crate) fn ffn(&self, w: &Weights<'_>, [w1, w2]: [&str; 2], norm: &str) -> Result<SubLayer> {
@@ -231,7 +236,7 @@ impl LayerSpec {
 pub struct Layers {
     pub(crate) stack: Stack,
     norm: Option<Norm>,
-    heads: Heads,
+    pub(crate) heads: Heads,
 }
 
 impl Layers {
@@ -262,15 +267,24 @@ impl Layers {
     ) -> Result<Decoding> {
         let n = offsets.len().saturating_sub(1);
         let caches = if capacity == 0 { vec![] } else { self.caches(n, capacity)? };
-        Ok(Decoding { sources: self.sources(ctx, memory, offsets)?, caches })
+        Ok(Decoding { sources: self.sources(&mut Scratch::default().with(ctx), memory, offsets)?, caches })
     }
 
-    /// The keys and values of a source [T, d_model], for each cross-attention.
-    pub fn sources(&self, ctx: Context<'_>, source: &[f32], offsets: &[usize]) -> Result<Vec<KeyStore>> {
+    /// The keys and values of a source [T, d_model], for each cross-attention, in stores of the scratch.
+    pub fn sources(&self, run: &mut Run<'_>, source: &[f32], offsets: &[usize]) -> Result<Vec<KeyStore>> {
         let source = rows(source, self.stack.d_model())?;
+        let keys = |cross: &CrossAttention| {
+            let mut keys = run.scratch.take_store(cross.heads(), source.rows(), offsets)?;
+            cross.set_keys(run.ctx, source, offsets, &mut keys)?;
+            Ok(keys)
+        };
+        self.cross().map(keys).collect()
+    }
+
+    /// The cross-attentions.
+    pub(crate) fn cross(&self) -> impl Iterator<Item = &CrossAttention> {
         let sub_layers = self.stack.layers().iter().flat_map(|layer| layer.sub_layers());
-        let cross = sub_layers.filter_map(|sub_layer| sub_layer.as_cross_attention());
-        cross.map(|cross| Ok(cross.keys(ctx, source, offsets)?)).collect()
+        sub_layers.filter_map(|sub_layer| sub_layer.as_cross_attention())
     }
 
     /// Empty caches of layers with one self-attention each, for sequences of up to `capacity` tokens.

@@ -8,11 +8,11 @@ use laneformer::{Graph, Inputs, Norm};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::attend::offsets;
 use crate::config::from_value;
 use crate::embedding::Embedding;
 use crate::encoder::{self, Attention, ENCODER, LayerSpec, Layers, NormPlacement, Part};
 use crate::error::check_size;
+use crate::ragged::offsets;
 use crate::weights::normalize;
 use crate::{Checkpoint, Error, Result, Run, Weights};
 
@@ -198,7 +198,7 @@ impl Cross {
         if let Some(norm) = &self.norm_kv {
             normalize(run.ctx, norm, &mut x)?;
         }
-        let sources = self.layer.sources(run.ctx, &x, &source.offsets)?;
+        let sources = self.layer.sources(run, &x, &source.offsets)?;
         let graph = Graph::full();
         let mut inputs = Inputs { sources: &sources, ..Inputs::new(&queries.offsets, &graph) };
         self.layer.forward(run, &mut queries.x, &mut inputs)

@@ -3,14 +3,13 @@
 
 use std::path::Path;
 
-use laneformer::{Activation, Context, Linear};
+use laneformer::{Activation, Linear};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::config::{activation, epsilon, heads, only, read};
 use crate::embedding::Embeddings;
 use crate::encoder::{Attention, LayerSpec, NormPlacement, Part, Qkv, Transformer};
-use crate::run::project;
 use crate::{Checkpoint, Result, Weights};
 
 /// `config.json` of a GPT or GPT-2 directory.
@@ -42,7 +41,7 @@ const LAYER: &[Part] = &[
     Part::Ffn(["mlp.c_fc", "mlp.c_proj"], "ln_2"),
 ];
 
-/// The decoder with its language-model head.
+/// The decoder, and the head that makes logits of the next token of its hidden states.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "see above")]
 pub struct Gpt {
@@ -94,10 +93,5 @@ impl Gpt {
         };
         let (embeddings, layers) = (Embeddings::new(words, positions), spec.layers(layers)?.with_norm(norm));
         Ok(Gpt { config, decoder: Transformer { embeddings, layers }, head })
-    }
-
-    /// The logits of the next token, [T, vocab_size], for any rows of the last hidden state.
-    pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.head, hidden)
     }
 }

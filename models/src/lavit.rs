@@ -128,7 +128,7 @@ impl Lavit {
         let mut states = [l, a, v];
         for layers in &self.cross {
             // Every stream reads the next one as it was before this layer.
-            let keys = |i: usize| layers[i].sources(run.ctx, &states[(i + 1) % 3], offsets[(i + 1) % 3]);
+            let mut keys = |i: usize| layers[i].sources(run, &states[(i + 1) % 3], offsets[(i + 1) % 3]);
             let keys = [keys(0)?, keys(1)?, keys(2)?];
             for (i, state) in states.iter_mut().enumerate() {
                 let (sources, source_graph) = (&keys[i][..], &graphs[(i + 1) % 3]);

@@ -8,7 +8,7 @@
 //! - [`config`]: `config::open(dir, Bert::load)` loads a model from the `config.json` and the `model.safetensors` of a directory.
 //!   `load` knows what a configuration may leave out; the fields alone have no defaults.
 //! - [`embedding`], [`encoder`], [`head`]: what stands before the layers, stacks by the names of their tensors, and what stands behind them.
-//! - [`attend`]: layers whose attention a model runs itself, and the rows that such a model remembers.
+//! - [`memory`]: relative positions, and the rows that a model remembers.
 //! - [`run`] and [`ragged`]: a context with its scratch, and padded batches as packed ones.
 //! - [`vanilla`], [`bert`], [`bart`], [`gpt`], [`longformer`], [`transformer_xl`], [`xlnet`], [`videobert`],
 //!   [`clip`], [`detr`], [`lavit`], [`fusion`]: the models.
@@ -20,7 +20,6 @@
 
 #![deny(unsafe_code)]
 
-pub mod attend;
 pub mod bart;
 pub mod bert;
 pub mod checkpoint;
@@ -36,6 +35,7 @@ pub mod gpt;
 pub mod head;
 pub mod lavit;
 pub mod longformer;
+pub mod memory;
 pub mod ragged;
 pub mod resnet;
 pub mod run;

@@ -5,21 +5,21 @@ use std::path::Path;
 use std::slice;
 
 use laneformer::{
-    Context, Epilogue, Graph, Heads, KeyStore, Linear, MatMut, MatRef, PackedMatrix, QueryRows, Terms,
+    Context, Epilogue, Graph, Heads, Inputs, KeyStore, Linear, MatMut, MatRef, Norm, PackedMatrix, QueryRows,
+    Terms,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Projections};
 use crate::bert::{self, ATTENTION, FFN};
 use crate::config::{check, only, read};
 use crate::embedding::Embeddings;
-use crate::encoder::LayerSpec;
+use crate::encoder::{Attention, LayerSpec, Layers, Part, Qkv};
 use crate::error::check_size;
 use crate::head;
 use crate::ragged::{Ragged, keys};
 use crate::run::rows;
-use crate::weights::linear;
+use crate::weights::{linear, normalize};
 use crate::{Batch, Checkpoint, Result, Run, Weights};
 
 /// What `config.json` of a Longformer directory has beyond that of a BERT.
@@ -49,10 +49,18 @@ pub struct Longformer {
     pooler: Option<Linear>,
 }
 
+/// The attention of the global rows, where all rows are its source.
+const GLOBAL: Part = Part::CrossAttention(Attention {
+    qkv: Qkv::Each(["self.query_global", "self.key_global", "self.value_global"]),
+    ..ATTENTION
+});
+
 #[derive(Debug)]
 struct Layer {
-    block: Block,
-    global: Projections,
+    local: Layers,
+    global: Layers,
+    ffn: Layers,
+    norm: Norm,
     /// `W_k^T` and `W_v` of each global head, for [`attend_few`](Layer::attend_few): a second copy, as a head's part of the packed maps of
     /// `global` is not read alone.
     few: Vec<[Linear; 2]>,
@@ -121,24 +129,26 @@ impl Longformer {
             inputs = Some(run.scratch.take_store(&Heads::new(1, d)?, batch.ids.len(), batch.offsets)?);
         }
         for layer in &self.layers {
-            // The window and the global columns for all rows, then everything for the global rows.
-            let local = batch.real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()))?;
-            let own = &layer.block.projections;
-            let mut attended = own.attend_to(run, &x, batch.offsets, (&x, batch.offsets), &local)?;
+            // Everything for the global rows, and the window and the global columns for the others.
+            let (mut of_few, mut of_many) = (few.gather(&x, d)?, many.gather(&x, d)?);
             if let Some(inputs) = &mut inputs {
                 let all = rows(&x, d)?;
                 inputs.set(run.ctx, all, all, batch.offsets)?;
-                let seen = layer.attend_few(run, &few.gather(&x, d)?, few.offsets(), inputs, &everything)?;
-                few.scatter_into(&seen, d, &mut attended);
-                run.scratch.give(seen);
+                layer.attend_few(run, &mut of_few, few.offsets(), inputs, &everything)?;
             }
             if !many.is_empty() {
-                let (rows, source) = (many.gather(&x, d)?, (&x[..], batch.offsets));
-                let seen = layer.global.attend_to(run, &rows, many.offsets(), source, &everything)?;
-                many.scatter_into(&seen, d, &mut attended);
-                run.scratch.give(seen);
+                let sources = layer.global.sources(run, &x, batch.offsets)?;
+                let full = Graph::full();
+                let inputs = Inputs::new(many.offsets(), &full);
+                let mut inputs = Inputs { sources: &sources, source_graph: &everything, ..inputs };
+                layer.global.forward(run, &mut of_many, &mut inputs)?;
+                sources.into_iter().for_each(|keys| run.scratch.give_store(keys));
             }
-            layer.block.close(run, &mut x, attended)?;
+            let local = batch.real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()))?;
+            layer.local.forward(run, &mut x, &mut Inputs::new(batch.offsets, &local))?;
+            few.scatter_into(&of_few, d, &mut x);
+            many.scatter_into(&of_many, d, &mut x);
+            layer.ffn.encode(run, &mut x, batch.offsets)?;
         }
         inputs.into_iter().for_each(|inputs| run.scratch.give_store(inputs));
         Ok(x)
@@ -163,8 +173,6 @@ impl Longformer {
 impl Layer {
     fn load(w: &Weights<'_>, spec: &LayerSpec, reach: usize) -> Result<Layer> {
         let (d, attention) = (spec.d_model, w.at("attention.self"));
-        let global = |name| attention.at(name).linear(d, d);
-        let (q, k, v) = (global("query_global")?, global("key_global")?, global("value_global")?);
         let tensor = |name, shape: &[usize]| attention.tensor(name, shape);
         let (keys, values) = (tensor("key_global.weight", &[d, d])?, tensor("value_global.weight", &[d, d])?);
         let (bias, dim) = (tensor("value_global.bias", &[d])?, spec.heads.head_dim);
@@ -175,36 +183,38 @@ impl Layer {
             Ok([keys, linear(values, d, dim, Some(bias))?])
         });
         let few = few.collect::<Result<_>>()?;
-        let block = spec.block(w, &ATTENTION, &FFN)?;
-        Ok(Layer { block, global: Projections { q, k, v, heads: spec.heads }, few, reach })
+        let part = |part| spec.single(w, &[part]);
+        let (local, global, ffn) = (part(Part::SelfAttention(ATTENTION))?, part(GLOBAL)?, part(FFN)?);
+        Ok(Layer { local, global, ffn, norm: spec.norm(&w.at(ATTENTION.norm))?, few, reach })
     }
 
-    /// What few global rows `x` gather where each sees something, without a projection of all keys and values: as
+    /// As `global`, of few rows that each see something, without a projection of all keys and values: as
     /// `q . W_k x = (W_k^T q) . x` and `sum p (W_v x + b) = W_v (sum p x) + b`, the rows of the tokens, `inputs`, are keys and values
     /// themselves, of one head that all query heads share. The bias of the keys adds the same to every score of a query, so softmax does
     /// not see it.
     fn attend_few(
         &self,
         run: &mut Run<'_>,
-        x: &[f32],
+        x: &mut Vec<f32>,
         offsets: &[usize],
         inputs: &KeyStore,
         graph: &Graph,
-    ) -> Result<Vec<f32>> {
-        let Heads { n_heads, head_dim, scale, .. } = self.global.heads;
-        let d = self.global.q.in_features();
+    ) -> Result<()> {
+        let Some(cross) = self.global.cross().next() else { return Ok(()) };
+        let ([q, ..], d) = (cross.projections(), self.norm.channels());
+        let Heads { n_heads, head_dim, scale, .. } = *cross.heads();
         let (n, wide) = (x.len() / d, n_heads * d);
         let shared = Heads::new(n_heads, d)?.with_kv_heads(1)?.with_scale(scale);
-        let q = run.project(&self.global.q, x, &Epilogue::NONE)?;
+        let q = run.project(q, x, &Epilogue::NONE)?;
         let [mut queries, mut sums] = [(); 2].map(|()| run.scratch.take(n * wide));
         for (head, [keys, _]) in self.few.iter().enumerate() {
             let q = MatRef::new(&q[head * head_dim..], n, head_dim, d)?;
             let queries = MatMut::new(&mut queries[head * d..], n, d, wide)?;
             keys.forward(run.ctx, q, &Epilogue::NONE, queries)?;
         }
-        let rows = QueryRows::new(MatRef::contiguous(&queries, n, wide)?, offsets);
+        let of_inputs = QueryRows::new(MatRef::contiguous(&queries, n, wide)?, offsets);
         let out = MatMut::contiguous(&mut sums, n, wide)?;
-        inputs.attend(run.ctx, &shared, &rows, graph, &Terms::default(), out)?;
+        inputs.attend(run.ctx, &shared, &of_inputs, graph, &Terms::default(), out)?;
         // The queries have been read: their rows are as wide.
         let mut gathered = q;
         for (head, [_, values]) in self.few.iter().enumerate() {
@@ -212,9 +222,9 @@ impl Layer {
             let out = MatMut::new(&mut gathered[head * head_dim..], n, head_dim, d)?;
             values.forward(run.ctx, sums, &Epilogue::NONE, out)?;
         }
-        run.scratch.give(queries);
-        run.scratch.give(sums);
-        Ok(gathered)
+        *x = run.project(cross.out(), &gathered, &Epilogue::NONE.with_residual(1.0, rows(x, d)?))?;
+        [queries, sums, gathered].into_iter().for_each(|rows| run.scratch.give(rows));
+        normalize(run.ctx, &self.norm, x)
     }
 }
 
@@ -240,8 +250,11 @@ mod tests {
         let run = &mut scratch.with(Context::serial());
         let mut inputs = KeyStore::new(&Heads::new(1, d)?, 330, 3)?;
         inputs.set(run.ctx, rows(&x, d)?, rows(&x, d)?, &offsets)?;
-        let few = layer.attend_few(run, &queries, &globals, &inputs, &Graph::full())?;
-        let many = layer.global.attend_to(run, &queries, &globals, (&x, &offsets), &Graph::full())?;
+        let (mut few, mut many) = (queries.to_vec(), queries.to_vec());
+        layer.attend_few(run, &mut few, &globals, &inputs, &Graph::full())?;
+        let (sources, full) = (layer.global.sources(run, &x, &offsets)?, Graph::full());
+        let mut seen = Inputs { sources: &sources, ..Inputs::new(&globals, &full) };
+        layer.global.forward(run, &mut many, &mut seen)?;
         assert_eq!(few.len(), many.len());
         for (few, many) in few.iter().zip(&many) {
             assert!((few - many).abs() < 1e-5 && *many != 0.0, "{few} {many}");

@@ -61,25 +61,6 @@ impl Ragged {
         ragged
     }
 
-    /// As [`from_mask`](Ragged::from_mask), but padding between real tokens stays, for models whose distances count it.
-    pub fn from_spans(mask: &[bool], seq_len: usize) -> Ragged {
-        let mut spans = mask.to_vec();
-        for sequence in spans.chunks_mut(seq_len.max(1)) {
-            let ends = sequence.iter().position(|&real| real).zip(sequence.iter().rposition(|&real| real));
-            if let Some((first, last)) = ends {
-                sequence[first..=last].fill(true);
-            }
-        }
-        Ragged::from_mask(&spans, seq_len)
-    }
-
-    /// As [`from_mask`](Ragged::from_mask), but the first of a sequence stays even if it is padding, for what is made of it.
-    pub fn from_first(mask: &[bool], seq_len: usize) -> Ragged {
-        let mut kept = mask.to_vec();
-        kept.iter_mut().step_by(seq_len.max(1)).for_each(|first| *first = true);
-        Ragged::from_mask(&kept, seq_len)
-    }
-
     /// Where each sequence begins among the packed tokens, and the end.
     pub fn offsets(&self) -> &[usize] {
         &self.offsets
@@ -124,4 +105,20 @@ pub(crate) fn keys(offsets: &[usize], chosen: &[bool]) -> Result<Bits> {
     let sequences: Option<Vec<_>> = offsets.windows(2).map(|ends| chosen.get(ends[0]..ends[1])).collect();
     let sequences = sequences.ok_or(laneformer::Error::NotAscending { arg: "offsets", at: 0 })?;
     Ok(Bits::keys(&sequences)?)
+}
+
+/// Where each of `n` sequences of the same length begins, and the end.
+pub fn offsets(n: usize, len: usize) -> Vec<usize> {
+    (0..=n).map(|sequence| sequence.saturating_mul(len)).collect()
+}
+
+/// The length of each of `n` sequences of the same length, with `total` tokens.
+pub(crate) fn len_of_each(arg: &'static str, total: usize, n: usize) -> Result<usize> {
+    if total == 0 || n == 0 {
+        return Err(laneformer::Error::ZeroDim { arg }.into());
+    }
+    if !total.is_multiple_of(n) {
+        return Err(laneformer::Error::NotDivisible { arg, actual: total, by: n }.into());
+    }
+    Ok(total / n)
 }

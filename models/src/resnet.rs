@@ -4,7 +4,7 @@
 use std::mem;
 use std::path::Path;
 
-use laneformer::{Activation, Function, MatMut, elementwise};
+use laneformer::{Activation, MatMut, elementwise};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -55,7 +55,7 @@ pub enum LayerType {
 pub struct ResNet {
     stem: Conv,
     blocks: Vec<Block>,
-    activation: (Activation, Function),
+    activation: Activation,
 }
 
 /// act(convs(x) + shortcut(x))
@@ -71,13 +71,6 @@ impl ResNet {
     pub fn load(path: &Path, w: &Weights<'_>, config: &Config) -> Result<ResNet> {
         let (n, sizes) = (config.depths.len(), config.hidden_sizes.len());
         check(path, "depths", n, n == sizes, format!("{sizes} numbers, as hidden_sizes has"))?;
-        let function = match config.hidden_act {
-            Activation::GeluErf => Function::GeluErf,
-            Activation::GeluTanh => Function::GeluTanh,
-            Activation::QuickGelu => Function::QuickGelu,
-            Activation::Silu => Function::Silu,
-            _ => Function::Relu,
-        };
         let mut channels = config.embedding_size;
         let stem = conv(&w.at("embedder.embedder"), [config.num_channels, channels], 7, 2)?;
         let mut blocks = vec![];
@@ -90,19 +83,21 @@ impl ResNet {
                 channels = size;
             }
         }
-        Ok(ResNet { stem, blocks, activation: (config.hidden_act, function) })
+        Ok(ResNet { stem, blocks, activation: config.hidden_act })
     }
 
     /// The last feature map.
     pub fn forward(&self, run: &mut Run<'_>, images: &Images) -> Result<Images> {
-        let stem = self.stem.forward(run, images, self.activation.0, None)?;
+        let stem = self.stem.forward(run, images, self.activation, None)?;
         let mut x = stem.max_pool(run, POOL);
         run.scratch.give(stem.pixels);
         for block in &self.blocks {
             let next = block.forward(run, &x)?;
             run.scratch.give(mem::replace(&mut x, next).pixels);
             let (rows, channels) = (x.batch * x.height * x.width, x.channels);
-            elementwise(run.ctx, self.activation.1, MatMut::contiguous(&mut x.pixels, rows, channels)?)?;
+            if let Some(function) = self.activation.function() {
+                elementwise(run.ctx, function, MatMut::contiguous(&mut x.pixels, rows, channels)?)?;
+            }
         }
         // The buffer of a large map is not for a small one's life.
         let own = x.pixels().to_vec();

@@ -8,12 +8,9 @@ use crate::Result;
 /// the system has cleared already.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    workspace: Option<Workspace>,
+    workspace: Workspace,
     rows: Vec<Vec<f32>>,
     stores: Vec<KeyStore>,
-    tokens: usize,
-    segments: usize,
-    members: usize,
 }
 
 impl Scratch {
@@ -29,14 +26,9 @@ impl Scratch {
         let capacity = |i: &usize| self.rows[*i].capacity();
         // The smallest that is large enough; if there is none, the smallest goes: the buffers do not become more.
         let best = (0..self.rows.len()).min_by_key(|i| (capacity(i) < len, capacity(i)));
-        let mut rows = best.map(|i| self.rows.swap_remove(i)).unwrap_or_default();
-        if rows.capacity() < len {
-            drop(rows);
-            return vec![0.0; len];
-        }
-        if rows.len() < len {
-            rows.resize(len, 0.0);
-        }
+        let kept = best.map(|i| self.rows.swap_remove(i)).filter(|rows| rows.capacity() >= len);
+        let mut rows = kept.unwrap_or_else(|| vec![0.0; len]);
+        rows.resize(rows.len().max(len), 0.0);
         rows
     }
 
@@ -48,12 +40,11 @@ impl Scratch {
     /// A store for the keys and values of a batch of so many tokens.
     pub fn take_store(&mut self, heads: &Heads, tokens: usize, offsets: &[usize]) -> Result<KeyStore> {
         let fits = self.stores.iter().position(|store| store.fits(heads, offsets));
+        // If there is none, another goes: the stores do not become more.
         let kept = fits.or(self.stores.len().checked_sub(1)).map(|i| self.stores.swap_remove(i));
-        if let Some(store) = kept.filter(|_| fits.is_some()) {
-            return Ok(store);
-        }
         // What the offsets say is not checked yet: it must not decide how much is allocated.
-        Ok(KeyStore::new(heads, tokens, offsets.len().saturating_sub(1))?)
+        let new = || Ok(KeyStore::new(heads, tokens, offsets.len().saturating_sub(1))?);
+        kept.filter(|_| fits.is_some()).map_or_else(new, Ok)
     }
 
     /// What [`take_store`](Self::take_store) gave.
@@ -79,22 +70,9 @@ impl Run<'_> {
     /// Layers over packed tokens, in place.
     pub fn stack(&mut self, stack: &Stack, x: &mut [f32], inputs: &mut Inputs<'_>) -> Result<()> {
         let (d, segments) = (stack.d_model(), inputs.offsets.len().saturating_sub(1));
-        let (tokens, members, scratch) = (x.len() / d, self.ctx.members(), &mut *self.scratch);
-        if tokens > scratch.tokens || segments > scratch.segments || members > scratch.members {
-            scratch.workspace = None;
-        }
-        scratch.tokens = scratch.tokens.max(tokens);
-        scratch.segments = scratch.segments.max(segments);
-        scratch.members = scratch.members.max(members);
-        if let Some(workspace) = &mut scratch.workspace {
-            match stack.forward_with(self.ctx, MatMut::contiguous(x, tokens, d)?, inputs, workspace) {
-                // It was made for a narrower stack; nothing is written yet.
-                Err(laneformer::Error::TooSmall { .. }) => {}
-                done => return Ok(done?),
-            }
-        }
-        let workspace = stack.workspace(scratch.tokens, scratch.segments, scratch.members)?;
-        let workspace = scratch.workspace.insert(workspace);
+        let (tokens, members) = (x.len() / d, self.ctx.members());
+        let workspace = &mut self.scratch.workspace;
+        workspace.reserve(stack.layers(), tokens, segments, members)?;
         Ok(stack.forward_with(self.ctx, MatMut::contiguous(x, tokens, d)?, inputs, workspace)?)
     }
 

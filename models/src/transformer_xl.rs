@@ -3,17 +3,20 @@
 
 use std::borrow::Cow;
 use std::path::Path;
+use std::slice;
 
-use laneformer::{Activation, Context, Graph, Heads, Linear, Relative, RelativeTable, Terms};
+use laneformer::{Activation, Context, Graph, Heads, Inputs, Linear, Norm, Relative, RelativeTable, Terms};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Projections, Rows, Seen, len_of_each, offsets, positions};
 use crate::config::{check, only, read};
 use crate::embedding::Embedding;
-use crate::encoder::{LayerSpec, NormPlacement};
+use crate::encoder::{LayerSpec, Layers, NormPlacement};
 use crate::error::check_size;
-use crate::run::project;
+use crate::memory::{Rows, positions};
+use crate::ragged::{len_of_each, offsets};
+use crate::run::{project, rows};
+use crate::weights::normalize;
 use crate::{Checkpoint, Result, Run, Weights};
 
 /// The epsilon of PyTorch's LayerNorm.
@@ -43,12 +46,15 @@ pub struct TransformerXl {
     pub config: Config,
     tokens: Embedding,
     layers: Vec<Layer>,
-    head: Linear,
+    /// From hidden states to logits of the next token.
+    pub head: Linear,
 }
 
 #[derive(Debug)]
 struct Layer {
-    block: Block,
+    layers: Layers,
+    /// What keys and values are projected behind, too, if that is where norms stand.
+    norm: Option<Norm>,
     r: Linear,
     u: Vec<f32>,
     w: Vec<f32>,
@@ -109,12 +115,9 @@ impl TransformerXl {
         let layers = self.layers.iter().zip(&mut memory.layers).zip(inputs);
         for ((layer, [kept, keys, values]), inputs) in layers {
             check_size("memory", sequences * rows * d, inputs.len())?;
-            let Projections { k, v, .. } = &layer.block.projections;
             kept.push(inputs);
             kept.keep_last(mem_len, d);
-            let input = layer.block.input(ctx, kept.packed(&mut buffer))?;
-            keys.push(&project(ctx, k, &input)?);
-            values.push(&project(ctx, v, &input)?);
+            layer.remember(ctx, kept.packed(&mut buffer), [keys, values])?;
         }
         memory.len = rows.min(mem_len);
         Ok(memory)
@@ -126,52 +129,46 @@ impl TransformerXl {
         let (n, mem_len) = (memory.sequences, self.config.mem_len);
         let queries = len_of_each("tokens", ids.len(), n)?;
         let len = memory.len + queries;
-        self.reach(run, len, queries, memory)?;
-        // All of the memory and what comes before; with `same_length` as many keys for every query.
-        let is_cut = self.config.same_length && len > mem_len;
-        let graph = if is_cut { Graph::window(mem_len - 1, 0) } else { Graph::causal() };
-        let (offsets, key_offsets) = (offsets(n, queries), offsets(n, len));
-
-        let (mut of_keys, mut of_values) = (vec![], vec![]);
-        let mut x = self.tokens.gather(ids, (self.config.d_model as f32).sqrt())?;
-        let layers = self.layers.iter().zip(&mut memory.layers).zip(&memory.positions);
-        for ((layer, [inputs, keys, values]), table) in layers {
-            let projections = &layer.block.projections;
-            let Projections { k, v, heads, .. } = projections;
-            let input = layer.block.input(run.ctx, &x)?;
-            keys.push(&project(run.ctx, k, &input)?);
-            values.push(&project(run.ctx, v, &input)?);
-            let (k, v) = (keys.packed(&mut of_keys), values.packed(&mut of_values));
-            let stored = projections.store(run, k, v, &key_offsets)?;
-            let terms =
-                Terms { relative: Some(Relative { u: &layer.u, w: &layer.w, table }), ..Terms::default() };
-            let seen = Seen { terms, ..Seen::new(&stored, &offsets, &graph) };
-            let attended = projections.attend(run, &input, &seen)?;
-            run.scratch.give_store(stored);
-            inputs.push(&x);
-            inputs.keep_last(mem_len, self.config.d_model);
-            keys.keep_last(mem_len, heads.key_cols());
-            values.keep_last(mem_len, heads.value_cols());
-            layer.block.close(run, &mut x, attended)?;
-        }
-        memory.len = len.min(mem_len);
-        Ok(x)
-    }
-
-    /// The logits of the next token, [T, vocab_size], for any rows of the last hidden state.
-    pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.head, hidden)
-    }
-
-    /// Projects positions up to `keys`, and some more while the memory grows.
-    fn reach(&self, run: &mut Run<'_>, keys: usize, queries: usize, memory: &mut Memory) -> Result<()> {
-        if keys > memory.reach {
-            let reach = (2 * keys).min(self.config.mem_len.saturating_add(queries));
+        if len > memory.reach {
+            // And some more while the memory grows.
+            let reach = (2 * len).min(mem_len.saturating_add(queries));
             let (r, distances) = (self.layers.iter().map(|layer| &layer.r), 0..reach as isize);
             memory.positions = positions(run, r, self.config.n_head, distances, self.config.clamp_len)?;
             memory.reach = reach;
         }
-        Ok(())
+        // All of the memory and what comes before; with `same_length` as many keys for every query.
+        let is_cut = self.config.same_length && len > mem_len;
+        let graph = if is_cut { Graph::window(mem_len - 1, 0) } else { Graph::causal() };
+        let (offsets, key_offsets) = (offsets(n, queries), offsets(n, len));
+        let positions: Vec<_> = (0..n).flat_map(|_| memory.len as isize..len as isize).collect();
+
+        let (mut of_keys, mut of_values) = (vec![], vec![]);
+        let mut x = self.tokens.gather(ids, (self.config.d_model as f32).sqrt())?;
+        let layers = self.layers.iter().zip(&mut memory.layers).zip(&memory.positions);
+        for ((layer, [kept, keys, values]), table) in layers {
+            layer.remember(run.ctx, &x, [keys, values])?;
+            let heads = layer.layers.heads;
+            let mut stored = run.scratch.take_store(&heads, n * len, &key_offsets)?;
+            let k = rows(keys.packed(&mut of_keys), heads.key_cols())?;
+            let v = rows(values.packed(&mut of_values), heads.value_cols())?;
+            stored.set(run.ctx, k, v, &key_offsets)?;
+            kept.push(&x);
+            kept.keep_last(mem_len, self.config.d_model);
+            keys.keep_last(mem_len, heads.key_cols());
+            values.keep_last(mem_len, heads.value_cols());
+            let relative = Some(Relative { u: &layer.u, w: &layer.w, table });
+            let mut inputs = Inputs {
+                sources: slice::from_ref(&stored),
+                source_graph: &graph,
+                source_terms: Terms { relative, ..Terms::default() },
+                source_positions: Some(&positions),
+                ..Inputs::new(&offsets, &graph)
+            };
+            layer.layers.forward(run, &mut x, &mut inputs)?;
+            run.scratch.give_store(stored);
+        }
+        memory.len = len.min(mem_len);
+        Ok(x)
     }
 }
 
@@ -189,11 +186,26 @@ impl Layer {
         let placement = spec.placement(&attention, "layer_norm")?;
         let biases = if config.untie_r { &attention } else { root };
         let bias = |name| biases.tensor(name, &[n_head, d_head]).map(Cow::into_owned);
+        let norm = config.pre_lnorm.then(|| spec.norm(&attention.at("layer_norm"))).transpose()?;
         Ok(Layer {
-            block: Block::new(Projections { q, k, v, heads }, out, placement, ffn)?,
+            layers: spec.reader([q, k, v], out, placement, ffn)?,
+            norm,
             r: attention.at("r_net").linear_without_bias(d, cols)?,
             u: bias("r_w_bias")?,
             w: bias("r_r_bias")?,
         })
+    }
+
+    /// Projects the inputs of the layer to keys and values, behind those that are there.
+    fn remember(&self, ctx: Context<'_>, x: &[f32], kept: [&mut Rows; 2]) -> Result<()> {
+        let mut x = Cow::Borrowed(x);
+        if let Some(norm) = &self.norm {
+            normalize(ctx, norm, x.to_mut())?;
+        }
+        let maps = self.layers.cross().flat_map(|cross| cross.projections().into_iter().skip(1));
+        for (kept, map) in kept.into_iter().zip(maps) {
+            kept.push(&project(ctx, map, &x)?);
+        }
+        Ok(())
     }
 }

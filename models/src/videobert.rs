@@ -32,9 +32,10 @@ pub struct VideoBert {
     pub config: Config,
     /// The encoder; centroid `c` is the token `vocab_size + c`.
     pub bert: Bert,
+    /// From the pooler's output to two logits: whether text and video belong together.
+    pub alignment: Linear,
     centroids: Linear,
     predictions: Head,
-    alignment: Linear,
 }
 
 impl VideoBert {
@@ -91,11 +92,6 @@ impl VideoBert {
     /// The logits over words, then centroids, for rows of the last hidden state.
     pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
         self.predictions.forward(ctx, hidden)
-    }
-
-    /// Whether text and video belong together, as two logits per row of the pooler's output.
-    pub fn alignment_logits(&self, ctx: Context<'_>, pooled: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.alignment, pooled)
     }
 }
 

@@ -5,18 +5,18 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use laneformer::{
-    Activation, Bits, Context, Graph, KeyStore, Linear, MatRef, PackedMatrix, Relative, RelativeTable,
+    Activation, Bits, Graph, Inputs, KeyStore, Linear, MatRef, PackedMatrix, Relative, RelativeTable,
     SegmentTerm, Terms,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::attend::{Block, Projections, Rows, Seen, len_of_each, offsets, positions};
 use crate::config::{activation, check, epsilon, heads, only, read};
 use crate::embedding::Embedding;
-use crate::encoder::{LayerSpec, NormPlacement};
+use crate::encoder::{LayerSpec, Layers, NormPlacement};
 use crate::error::{check_most, check_size};
-use crate::run::project;
+use crate::memory::{Rows, positions};
+use crate::ragged::{len_of_each, offsets};
 use crate::weights::linear;
 use crate::{Checkpoint, Result, Run, Weights};
 
@@ -97,12 +97,13 @@ pub struct XlNet {
     tokens: Embedding,
     mask_emb: Vec<f32>,
     layers: Vec<Layer>,
-    head: Linear,
+    /// From the rows of a stream to logits of their tokens.
+    pub head: Linear,
 }
 
 #[derive(Debug)]
 struct Layer {
-    block: Block,
+    layers: Layers,
     r: Linear,
     u: Vec<f32>,
     w: Vec<f32>,
@@ -169,21 +170,16 @@ impl XlNet {
             let mut source = Rows::new(n);
             source.push(batch.mems.get(i).map_or(&[], Vec::as_slice));
             source.push(&h);
-            let keys = layer.block.projections.keys(run, source.packed(&mut buffer), &key_offsets)?;
+            let keys = layer.layers.sources(run, source.packed(&mut buffer), &key_offsets)?;
             layer.advance(run, &mut h, &content, &keys, table)?;
             if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
                 layer.advance(run, g, targets, &keys, table)?;
             }
-            run.scratch.give_store(keys);
+            keys.into_iter().for_each(|keys| run.scratch.give_store(keys));
             source.keep_last(mem_len, d);
             mems.push(source.packed(&mut buffer).to_vec());
         }
         Ok(Output { content: h, queries: g, mems })
-    }
-
-    /// The logits of tokens, [T, vocab_size], for any rows of a stream.
-    pub fn logits(&self, ctx: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        project(ctx, &self.head, hidden)
     }
 
     /// Tokens of every sequence and rows of its memory, if everything fits.
@@ -217,13 +213,12 @@ impl Layer {
             let weight = PackedMatrix::from_in_out(MatRef::contiguous(&tensor(name, d)?, d, d)?)?;
             Ok(Linear::new(weight, None)?)
         };
-        let projections = Projections { q: inward("q")?, k: inward("k")?, v: inward("v")?, heads };
         let out = linear(&tensor("o", d)?, d, d, None)?;
-        let ffn = spec.ffn(w, ["ff.layer_1", "ff.layer_2"], "ff.layer_norm")?;
         let placement = spec.placement(&attention, "layer_norm")?;
+        let ffn = spec.ffn(w, ["ff.layer_1", "ff.layer_2"], "ff.layer_norm")?;
         let bias = |name| attention.tensor(name, &[heads.n_heads, heads.head_dim]).map(Cow::into_owned);
         Ok(Layer {
-            block: Block::new(projections, out, placement, ffn)?,
+            layers: spec.reader([inward("q")?, inward("k")?, inward("v")?], out, placement, ffn)?,
             r: inward("r")?,
             u: bias("r_w_bias")?,
             w: bias("r_r_bias")?,
@@ -236,27 +231,29 @@ impl Layer {
     fn advance(
         &self,
         run: &mut Run<'_>,
-        x: &mut Vec<f32>,
+        x: &mut [f32],
         stream: &Stream,
-        keys: &KeyStore,
+        sources: &[KeyStore],
         table: &RelativeTable,
     ) -> Result<()> {
         let segment = stream.same.as_ref();
         let segment = segment.map(|same| SegmentTerm { s: &self.s, e: &self.seg_embed, same });
         let relative = Some(Relative { u: &self.u, w: &self.w, table });
-        let terms = Terms { relative, segment, ..Terms::default() };
-        let positions = stream.positions.as_deref();
-        let seen = Seen { positions, terms, ..Seen::new(keys, &stream.offsets, &stream.graph) };
-        let attended = self.block.projections.attend(run, x, &seen)?;
-        self.block.close(run, x, attended)
+        let mut inputs = Inputs {
+            sources,
+            source_graph: &stream.graph,
+            source_terms: Terms { relative, segment, ..Terms::default() },
+            source_positions: Some(&stream.positions),
+            ..Inputs::new(&stream.offsets, &stream.graph)
+        };
+        self.layers.forward(run, x, &mut inputs)
     }
 }
 
 /// The rows of a stream: where they stand, and what they see.
 struct Stream {
     offsets: Vec<usize>,
-    /// If they are not those of the last keys.
-    positions: Option<Vec<isize>>,
+    positions: Vec<isize>,
     graph: Graph,
     same: Option<Bits>,
 }
@@ -288,8 +285,8 @@ impl Stream {
             })
         };
         let same = batch.segments.map(same).transpose()?;
-        let position = |&place: &usize| (memory + place) as isize;
-        let positions = targets.map(|targets| targets.iter().map(position).collect());
+        let of = |b| (0..rows).map(move |i| (memory + place(b, i)) as isize);
+        let positions = (0..batch.sequences).flat_map(of).collect();
         Ok(Stream { offsets: offsets(batch.sequences, rows), positions, graph, same })
     }
 }

@@ -30,6 +30,7 @@ pub(crate) use kernel::scratch_len;
 pub(crate) use keys::Stores;
 pub(crate) use plan::{Plan, check_offsets, max_blocks};
 pub(crate) use projection::Rows;
+pub(crate) use queries::check_each;
 pub(crate) use rotary::Places;
 
 use core::ops::Range;

@@ -13,7 +13,7 @@ use crate::error::{Error, check_size};
 use crate::exec::{Crew, Team};
 use crate::gemm::PANEL;
 use crate::isa::dispatch;
-use crate::linear::{Epilogue, Linear, Residual, padded_stride};
+use crate::linear::{Linear, Residual, padded_stride};
 use crate::norm::{Norm, normalised};
 use crate::simd::{LANES, Simd, Vector};
 use crate::split::{Columns, Split, TILES, per_tile};
@@ -191,23 +191,26 @@ impl QkvProjection {
         Ok(())
     }
 
-    /// The keys and values of a source.
-    pub(crate) fn keys(
+    /// The keys and values of a source, in place of what the store has.
+    pub(crate) fn set_keys(
         &self,
         ctx: Context<'_>,
         source: MatRef<'_>,
         offsets: &[usize],
-    ) -> Result<KeyStore, Error> {
+        keys: &mut KeyStore,
+    ) -> Result<(), Error> {
         check_size("source.cols", self.k.in_features(), source.cols())?;
+        keys.check_heads(&self.heads)?;
         check_offsets("offsets", offsets, source.rows())?;
-        let mut store = KeyStore::new(&self.heads, source.rows(), offsets.len() - 1)?;
-        let (k_cols, v_cols) = (self.heads.key_cols(), self.heads.value_cols());
-        let (mut k, mut v) = (vec![0.0; source.rows() * k_cols], vec![0.0; source.rows() * v_cols]);
-        self.k.forward(ctx, source, &Epilogue::NONE, MatMut::contiguous(&mut k, source.rows(), k_cols)?)?;
-        self.v.forward(ctx, source, &Epilogue::NONE, MatMut::contiguous(&mut v, source.rows(), v_cols)?)?;
-        let k = MatRef::contiguous(&k, source.rows(), k_cols)?;
-        store.set(ctx, k, MatRef::contiguous(&v, source.rows(), v_cols)?, offsets)?;
-        Ok(store)
+        keys.check_batch(offsets)?;
+        keys.build_plan(offsets);
+        let members = self.k.members(ctx, source.rows()).max(self.v.members(ctx, source.rows()));
+        let mut none = MatMut::scratch(&mut [], source.rows(), 0, 0);
+        let mut team = Team::new(members, self.scratch_len(0));
+        dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
+            self.phase(s, crew, &Rows::plain(source), &mut none, keys, None);
+        }));
+        Ok(())
     }
 
     /// Where queries, keys and values begin in a row of [`project_rows`](Self::project_rows), and where it ends: whole panels.
@@ -315,7 +318,12 @@ impl QkvProjection {
         MAX_TILE_ROWS * (2 * PANEL + copies * padded_stride(self.d_model()))
     }
 
-    /// One phase: every tile of rows, or of few rows some heads.
+    /// The three maps.
+    pub(crate) fn maps(&self) -> [&Linear; 3] {
+        [&self.q, &self.k, &self.v]
+    }
+
+    /// One phase: every tile of rows, or of few rows some heads. A `q` without columns leaves the queries out.
     pub(crate) fn phase<S: Simd>(
         &self,
         s: S,
@@ -328,9 +336,10 @@ impl QkvProjection {
         let (layout, places) = (keys.layout, &rows.places);
         let tiles = keys.plan.tile_rows.len().saturating_sub(1);
         let kv_heads = self.tile_heads(tiles, |tile| keys.plan.tile_rows[tile], crew.members());
+        let has_q = q.cols() > 0;
         let q_heads = kv_heads * self.heads.sharing();
-        let columns =
-            Columns { linear: &self.q, per_tile: q_heads * layout.head_dim, members: crew.members() };
+        let (linear, first_heads) = if has_q { (&self.q, q_heads) } else { (&self.k, kv_heads) };
+        let columns = Columns { linear, per_tile: first_heads * layout.head_dim, members: crew.members() };
         // Behind other tiles of rows come the same columns again.
         let next = next.filter(|_| tiles == 1);
         let (plan, data) = keys.parts();
@@ -346,19 +355,12 @@ impl QkvProjection {
                     rows.sources(s, plan.tile_rows[tile]..plan.tile_rows[tile + 1], rest);
                 let heads = part * kv_heads..self.heads.n_kv_heads.min((part + 1) * kv_heads);
                 let (k_col, v_col) = (heads.start * layout.head_dim, heads.start * layout.value_dim);
-                let q_col = part * q_heads * layout.head_dim;
                 // The next tile's: more rows, or the next heads.
-                let after = columns.after(q_col, next);
-                self.q.tile(
-                    s,
-                    of_q,
-                    q_col,
-                    Activation::None,
-                    Residual::None,
-                    &mut q,
-                    scratch,
-                    self.k.from(k_col),
-                );
+                let after = columns.after(part * columns.per_tile, next);
+                if has_q {
+                    let (q_col, then) = (part * columns.per_tile, self.k.from(k_col));
+                    self.q.tile(s, of_q, q_col, Activation::None, Residual::None, &mut q, scratch, then);
+                }
                 let blocks = plan.tile_blocks[tile]..plan.tile_blocks[tile + 1];
                 let row_of = |block: usize| plan.rows[block] - plan.tile_rows[tile];
                 let (lines, scratch) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);

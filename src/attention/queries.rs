@@ -41,6 +41,7 @@ impl<'a> QueryRows<'a> {
     pub fn at(self, positions: &'a [isize]) -> QueryRows<'a> {
         QueryRows { positions: Positions::Each(positions), ..self }
     }
+
     /// Whether they are of these heads and of so many sequences, and have room in `out`.
     pub(super) fn check(&self, heads: &Heads, segments: usize, out: &MatMut<'_>) -> Result<(), Error> {
         let rows = self.q.rows();
@@ -55,10 +56,7 @@ impl<'a> QueryRows<'a> {
                 check_size("first positions", segments, first.len())?;
                 check_positions("first positions", first.iter().copied())
             }
-            Positions::Each(each) => {
-                check_size("positions", rows, each.len())?;
-                check_positions("positions", each.iter().copied())
-            }
+            Positions::Each(each) => check_each("positions", rows, each),
         }
     }
 
@@ -67,8 +65,7 @@ impl<'a> QueryRows<'a> {
         Plan::of(self.offsets)
     }
 
-    /// The position of row `row` of a block whose sequence has `keys` keys, and how many rows from it on stand one after another: what
-    /// does not is taken row by row.
+    /// The position of row `row` of a block whose sequence has `keys` keys, and how many rows from it on stand one after another.
     #[inline(always)]
     pub(super) fn run(&self, plan: &Plan, block: usize, row: usize, keys: usize) -> (isize, usize) {
         let rows = plan.rows[block]..plan.rows[block + 1];
@@ -76,7 +73,10 @@ impl<'a> QueryRows<'a> {
         let first = match self.positions {
             Positions::Last => keys as isize - plan.segments[segment].len as isize,
             Positions::First(first) => first[segment],
-            Positions::Each(each) => return (each[rows.start + row], 1),
+            Positions::Each(each) => {
+                let each = &each[rows.start + row..rows.end];
+                return (each[0], 1 + each.windows(2).take_while(|pair| pair[1] == pair[0] + 1).count());
+            }
         };
         (first + (start + row) as isize, rows.len() - row)
     }
@@ -92,4 +92,10 @@ impl<'a> QueryRows<'a> {
         }
         (low, high)
     }
+}
+
+/// Whether there are positions of so many rows, none too far from 0.
+pub(crate) fn check_each(arg: &'static str, rows: usize, positions: &[isize]) -> Result<(), Error> {
+    check_size(arg, rows, positions.len())?;
+    check_positions(arg, positions.iter().copied())
 }

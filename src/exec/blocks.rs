@@ -73,7 +73,7 @@ impl Crew<'_> {
 
     /// Cuts a matrix and blocks side by side, as a projection writes queries and head-split keys: tile `(cut, part)` gets the rows of its cut
     /// and the columns of its part of the matrix, and of the blocks likewise, where heads take the place of columns. Either is where it is cut,
-    /// and how wide a part is; both have as many cuts and parts.
+    /// and how wide a part is; both have as many cuts and parts, but for a matrix without columns, of which every tile gets none.
     pub(crate) fn paired_blocks<S: Simd>(
         &mut self,
         s: S,
@@ -83,15 +83,15 @@ impl Crew<'_> {
     ) {
         let (matrix, blocks) = (&*matrix, &*blocks);
         assert!(matrix_cuts.is_sorted() && block_cuts.is_sorted() && matrix_cuts.len() == block_cuts.len());
-        let (down, parts) = (matrix_cuts.len().saturating_sub(1), matrix.cols().div_ceil(width));
-        assert_eq!(parts, blocks.rows().div_ceil(heads));
+        let (down, parts) = (matrix_cuts.len().saturating_sub(1), blocks.rows().div_ceil(heads));
+        assert!(matrix.cols() == 0 || matrix.cols().div_ceil(width) == parts);
         self.phase(
             s,
             down * parts,
             #[inline(always)]
             |tile, scratch| {
                 let (cut, part) = (tile % down, tile / down);
-                let of = |n: usize, all: usize| part * n..all.min((part + 1) * n);
+                let of = |n: usize, all: usize| all.min(part * n)..all.min((part + 1) * n);
                 // SAFETY: tiles are claimed once; the cuts ascend, so different tiles are different blocks of either; both are borrowed
                 // exclusively for the whole phase.
                 let (matrix, blocks) = unsafe {

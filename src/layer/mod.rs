@@ -69,7 +69,38 @@ impl CrossAttention {
     /// # Errors
     /// [`Error::Size`], [`Error::NotAscending`].
     pub fn keys(&self, ctx: Context<'_>, source: MatRef<'_>, offsets: &[usize]) -> Result<KeyStore, Error> {
-        self.qkv.keys(ctx, source, offsets)
+        let mut keys = KeyStore::new(self.heads(), source.rows(), offsets.len().saturating_sub(1))?;
+        self.set_keys(ctx, source, offsets, &mut keys)?;
+        Ok(keys)
+    }
+
+    /// [`keys`](CrossAttention::keys) in place of what a store of these heads has.
+    ///
+    /// # Errors
+    /// As [`keys`](CrossAttention::keys), and [`Error::TooLarge`] if the batch is larger than the store, which is unchanged then.
+    pub fn set_keys(
+        &self,
+        ctx: Context<'_>,
+        source: MatRef<'_>,
+        offsets: &[usize],
+        keys: &mut KeyStore,
+    ) -> Result<(), Error> {
+        self.qkv.set_keys(ctx, source, offsets, keys)
+    }
+
+    /// The heads, of which the stores of its keys are.
+    pub fn heads(&self) -> &Heads {
+        self.qkv.heads()
+    }
+
+    /// The maps to queries, keys and values, for whoever projects some of the rows alone.
+    pub fn projections(&self) -> [&Linear; 3] {
+        self.qkv.maps()
+    }
+
+    /// The map of what the heads gather.
+    pub fn out(&self) -> &Linear {
+        &self.out
     }
 }
 
@@ -94,9 +125,12 @@ pub struct Inputs<'a> {
     pub caches: &'a mut [KvCache],
     /// One store per cross-attention, from [`CrossAttention::keys`].
     pub sources: &'a [KeyStore],
-    /// Who sees whom in cross-attention. A row stands at its place in its sequence, behind what a cache holds of it; bits go by the rows of the
-    /// call.
+    /// Who sees whom in cross-attention; bits go by the rows of the call.
     pub source_graph: &'a Graph,
+    /// Terms of the scores of cross-attention.
+    pub source_terms: Terms<'a>,
+    /// Where each row stands among the keys of its source, `[tokens]`; by default at its place in its sequence, behind what a cache holds of it.
+    pub source_positions: Option<&'a [isize]>,
     /// Where each row stands for a [`Rotary`](crate::Rotary), `[tokens]`; by default at its place in its sequence, behind what a cache holds
     /// of it. The graph goes by places.
     pub positions: Option<&'a [usize]>,
@@ -118,6 +152,8 @@ impl<'a> Inputs<'a> {
             caches: &mut [],
             sources: &[],
             source_graph: &FULL,
+            source_terms: Terms::default(),
+            source_positions: None,
             positions: None,
             position_embedding: None,
         }
@@ -249,7 +285,6 @@ impl SubLayer {
         let mut attended = MatMut::scratch(attended, x.rows(), heads.output_cols(), attended_stride);
         let norm = self.placement.before();
         let (each, added) = (inputs.positions, inputs.position_embedding);
-        let none = Terms::default();
         let call = Call { heads, graph: inputs.graph, terms: &inputs.terms };
         match (&self.kind, inputs.caches.first_mut()) {
             (Kind::CrossAttention(_), _) => {
@@ -257,8 +292,12 @@ impl SubLayer {
                 let q = qkv.project_rows(s, crew, &rows, &keys.plan, projected, 1);
                 let (source, rest) = inputs.sources.split_at(1);
                 inputs.sources = rest;
-                let call = Call { graph: inputs.source_graph, terms: &none, ..call };
-                let queries = QueryRows::new(q, inputs.offsets).starting_at(inputs.first);
+                let call = Call { graph: inputs.source_graph, terms: &inputs.source_terms, ..call };
+                let queries = QueryRows::new(q, inputs.offsets);
+                let queries = match inputs.source_positions {
+                    Some(positions) => queries.at(positions),
+                    None => queries.starting_at(inputs.first),
+                };
                 let source = Stores::alone(&source[0]);
                 attend_phase(s, crew, &call, &queries, &keys.plan, source, &mut attended);
             }
@@ -296,6 +335,8 @@ struct Remaining<'a, 'i> {
     caches: &'i mut [KvCache],
     sources: &'a [KeyStore],
     source_graph: &'a Graph,
+    source_terms: Terms<'a>,
+    source_positions: Option<&'a [isize]>,
     positions: Option<&'a [usize]>,
     position_embedding: Option<MatRef<'a>>,
     first: &'i [isize],
@@ -375,7 +416,7 @@ impl Layer {
         max_segments: usize,
         members: usize,
     ) -> Result<Workspace, Error> {
-        Workspace::new(&self.sub_layers.iter().collect::<Vec<_>>(), max_tokens, max_segments, members)
+        Workspace::new(core::slice::from_ref(self), max_tokens, max_segments, members)
     }
 
     /// Runs the layer on a ragged batch, in place: one parallel region and no allocation.
@@ -470,8 +511,7 @@ impl Stack {
         max_segments: usize,
         members: usize,
     ) -> Result<Workspace, Error> {
-        let sub_layers: Vec<_> = self.layers.iter().flat_map(|layer| &layer.sub_layers).collect();
-        Workspace::new(&sub_layers, max_tokens, max_segments, members)
+        Workspace::new(&self.layers, max_tokens, max_segments, members)
     }
 
     /// Runs all layers on a ragged batch, in place; see [`Layer::forward`].

@@ -1,6 +1,6 @@
 //! The memory of a layer's call, and the checks before it.
 
-use crate::attention::{KeyStore, Places, Plan, Terms, check_offsets, check_terms, scratch_len};
+use crate::attention::{Heads, KeyStore, Places, Plan, check_each, check_offsets, check_terms, scratch_len};
 use crate::context::Context;
 use crate::error::{Error, check_dim, check_size, checked_product};
 use crate::exec::Team;
@@ -11,12 +11,14 @@ use crate::residual::close_phase_scratch;
 use crate::view::MatMut;
 use crate::workspace::AlignedBuffer;
 
-/// The memory of [`Layer::forward`]: made once, used by one call at a time.
+/// The memory of [`Layer::forward`]: made once, used by one call at a time. The default has none and can [grow](Workspace::reserve).
 #[derive(Debug)]
 pub struct Workspace {
     team: Team,
     buffers: Buffers,
     needs: Needs,
+    /// The heads whose keys need most.
+    widest: Option<Heads>,
     /// Where the first rows of the sequences stand, for cross-attention.
     first: Vec<isize>,
 }
@@ -31,9 +33,10 @@ pub(super) struct Buffers {
 }
 
 /// Sizes in elements: per token, per block of 64 tokens, per call, and per member.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Needs {
     max_tokens: usize,
+    max_segments: usize,
     members: usize,
     projected: usize,
     attended: usize,
@@ -43,6 +46,16 @@ struct Needs {
 }
 
 impl Needs {
+    fn of_all<'a>(
+        sub_layers: impl Iterator<Item = &'a SubLayer>,
+        max_tokens: usize,
+        max_segments: usize,
+        members: usize,
+    ) -> Needs {
+        let of = |sub_layer| Needs::of(sub_layer, max_tokens, members);
+        Needs { max_segments, ..sub_layers.map(of).fold(Needs::default(), Needs::max) }
+    }
+
     fn of(sub_layer: &SubLayer, max_tokens: usize, members: usize) -> Needs {
         let SubLayer { kind, placement } = sub_layer;
         match kind {
@@ -58,10 +71,10 @@ impl Needs {
                     projected: qkv.projected_stride(),
                     attended: padded_stride(heads.output_cols()),
                     block: heads.layout().block_len(),
-                    hidden: 0,
                     scratch: scratch_len(heads, true)
                         .max(qkv.scratch_len(copies))
                         .max(close_phase_scratch(placement, sub_layer.d_model())),
+                    ..Needs::default()
                 }
             }
             Kind::Ffn(ffn) => Needs {
@@ -77,6 +90,7 @@ impl Needs {
     fn max(self, other: Needs) -> Needs {
         Needs {
             max_tokens: self.max_tokens.max(other.max_tokens),
+            max_segments: self.max_segments.max(other.max_segments),
             members: self.members.max(other.members),
             projected: self.projected.max(other.projected),
             attended: self.attended.max(other.attended),
@@ -87,41 +101,70 @@ impl Needs {
     }
 }
 
+impl Default for Workspace {
+    fn default() -> Workspace {
+        let needs = Needs { members: 1, ..Needs::default() };
+        let none = || AlignedBuffer::scratch(0);
+        let buffers = Buffers { projected: none(), attended: none(), keys: None, hidden: none() };
+        Workspace { team: Team::new(1, 0), buffers, needs, widest: None, first: vec![] }
+    }
+}
+
 impl Workspace {
     pub(super) fn new(
-        sub_layers: &[&SubLayer],
+        layers: &[Layer],
         max_tokens: usize,
         max_segments: usize,
         members: usize,
     ) -> Result<Workspace, Error> {
         check_dim("members", members)?;
+        let needs = Needs::of_all(sub_layers(layers), max_tokens, max_segments, members);
+        Workspace::of(needs, widest_heads(layers))
+    }
+
+    fn of(needs: Needs, widest: Option<Heads>) -> Result<Workspace, Error> {
+        let Needs { max_tokens, max_segments, members, .. } = needs;
         // Each sequence has an entry in a few lists.
         checked_product("max_segments", &[max_segments, 8])?;
-        let needs = sub_layers
-            .iter()
-            .map(|sub_layer| Needs::of(sub_layer, max_tokens, members))
-            .fold(Needs::default(), Needs::max);
         let aligned =
             |per: usize, n: usize| checked_product("workspace", &[per, n]).map(AlignedBuffer::scratch);
         checked_product("workspace", &[needs.scratch, members])?;
-        let keys = sub_layers
-            .iter()
-            .filter_map(|sub_layer| sub_layer.heads())
-            .max_by_key(|heads| heads.layout().block_len())
-            .map(|heads| KeyStore::new(heads, max_tokens, max_segments))
-            .transpose()?;
+        let keys = widest.as_ref().map(|heads| KeyStore::new(heads, max_tokens, max_segments)).transpose()?;
         let buffers = Buffers {
             projected: aligned(needs.projected, max_tokens)?,
             attended: aligned(needs.attended, max_tokens)?,
             keys,
             hidden: aligned(needs.hidden, 1)?,
         };
-        Ok(Workspace {
-            team: Team::new(members, needs.scratch),
-            buffers,
-            needs,
-            first: Vec::with_capacity(max_segments),
-        })
+        let team = Team::new(members, needs.scratch);
+        Ok(Workspace { team, buffers, needs, widest, first: Vec::with_capacity(max_segments) })
+    }
+
+    /// Grows to also have room for `max_tokens` tokens in `max_segments` segments of these layers with `members` threads, if it is too small for
+    /// them: for whoever meets batches, or stacks, one after another.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDim`] without members, [`Error::Overflow`]. The workspace is unchanged then.
+    pub fn reserve(
+        &mut self,
+        layers: &[Layer],
+        max_tokens: usize,
+        max_segments: usize,
+        members: usize,
+    ) -> Result<(), Error> {
+        check_dim("members", members)?;
+        let needs = Needs::of_all(
+            sub_layers(layers),
+            max_tokens.max(self.needs.max_tokens),
+            max_segments,
+            members.max(self.needs.members),
+        );
+        let needs = needs.max(self.needs);
+        if needs != self.needs {
+            let both = [self.widest, widest_heads(layers)].into_iter().flatten();
+            *self = Workspace::of(needs, both.max_by_key(|heads| heads.layout().block_len()))?;
+        }
+        Ok(())
     }
 
     /// Bytes of all of its buffers.
@@ -163,6 +206,8 @@ impl Workspace {
             ref mut caches,
             sources,
             source_graph,
+            source_terms,
+            source_positions,
             positions,
             position_embedding,
         } = *inputs;
@@ -173,12 +218,14 @@ impl Workspace {
             caches,
             sources,
             source_graph,
+            source_terms,
+            source_positions,
             positions,
             position_embedding,
             first,
         };
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| {
-            let mut sub_layers = layers.iter().flat_map(|layer| &layer.sub_layers).peekable();
+            let mut sub_layers = sub_layers(layers).peekable();
             while let Some(sub_layer) = sub_layers.next() {
                 let next = sub_layers.peek().copied();
                 sub_layer.run(s, crew, &mut x, &mut remaining, buffers, next);
@@ -189,15 +236,11 @@ impl Workspace {
 
     /// Whether the workspace is large enough for these layers and so many tokens.
     fn check(&self, layers: &[Layer], tokens: usize) -> Result<(), Error> {
-        let Needs { max_tokens, members, .. } = self.needs;
+        let Needs { max_tokens, max_segments, members, .. } = self.needs;
         if tokens > max_tokens {
             return Err(Error::TooLarge { arg: "x.rows", max: max_tokens, actual: tokens });
         }
-        let needed = layers
-            .iter()
-            .flat_map(|layer| &layer.sub_layers)
-            .map(|sub_layer| Needs::of(sub_layer, max_tokens, members))
-            .fold(Needs::default(), Needs::max);
+        let needed = Needs::of_all(sub_layers(layers), max_tokens, max_segments, members);
         let has = &self.needs;
         for (arg, min, actual) in [
             ("workspace queries", needed.projected, has.projected),
@@ -214,10 +257,18 @@ impl Workspace {
     }
 }
 
+fn sub_layers(layers: &[Layer]) -> impl Iterator<Item = &SubLayer> {
+    layers.iter().flat_map(|layer| &layer.sub_layers)
+}
+
+fn widest_heads(layers: &[Layer]) -> Option<Heads> {
+    let heads = sub_layers(layers).filter_map(SubLayer::heads);
+    heads.max_by_key(|heads| heads.layout().block_len()).copied()
+}
+
 /// Whether there are as many caches, sources and positions as the layers and the batch have use for.
 fn check_counts(layers: &[Layer], inputs: &Inputs<'_>, tokens: usize) -> Result<(), Error> {
-    let sub_layers = || layers.iter().flat_map(|layer| &layer.sub_layers);
-    let count = |f: fn(&Kind) -> bool| sub_layers().filter(|sub_layer| f(&sub_layer.kind)).count();
+    let count = |f: fn(&Kind) -> bool| sub_layers(layers).filter(|sub_layer| f(&sub_layer.kind)).count();
     let own = count(|kind| matches!(kind, Kind::SelfAttention(_)));
     check_size("sources.len()", count(|kind| matches!(kind, Kind::CrossAttention(_))), inputs.sources.len())?;
     if !inputs.caches.is_empty() {
@@ -226,14 +277,13 @@ fn check_counts(layers: &[Layer], inputs: &Inputs<'_>, tokens: usize) -> Result<
     if let Some(positions) = inputs.positions {
         check_size("positions.len()", tokens, positions.len())?;
     }
-    Ok(())
+    inputs.source_positions.map_or(Ok(()), |positions| check_each("source_positions", tokens, positions))
 }
 
 /// Whether caches, sources, graphs and terms, of which there are enough, fit the layers and the batch.
 fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<(), Error> {
-    let sub_layers = || layers.iter().flat_map(|layer| &layer.sub_layers);
     let (mut caches, mut sources) = (inputs.caches.iter(), inputs.sources.iter());
-    for sub_layer in sub_layers() {
+    for sub_layer in sub_layers(layers) {
         match &sub_layer.kind {
             Kind::Ffn(_) => {}
             Kind::SelfAttention(attention) => {
@@ -264,13 +314,8 @@ fn check_inputs(layers: &[Layer], inputs: &Inputs<'_>, plan: &Plan) -> Result<()
                     source.check_alone("source")?;
                     source.check_whole()?;
                     check_size("source sequences", plan.segments.len(), source.plan.segments.len())?;
-                    check_terms(
-                        qkv.heads(),
-                        inputs.source_graph,
-                        &Terms::default(),
-                        plan,
-                        source.plan.longest(),
-                    )?;
+                    let (graph, longest) = (inputs.source_graph, source.plan.longest());
+                    check_terms(qkv.heads(), graph, &inputs.source_terms, plan, longest)?;
                 }
             }
         }

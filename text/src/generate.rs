@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 
 use laneformer::{Context, Linear, MatMut, softmax};
 use laneformer_models::bart::Bart;
-use laneformer_models::config::{
-    check, from_value, if_there, model_type, open, read_json, read_object, with_defaults,
-};
+use laneformer_models::config::{check, from_value, model_type, open, read_json, read_object, with_defaults};
 use laneformer_models::encoder::{Decoding, Transformer};
 use laneformer_models::error::check_numbers;
 use laneformer_models::gpt::Gpt;
@@ -22,6 +20,7 @@ use rand_pcg::rand_core::{Rng, SeedableRng};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::files::if_there;
 use crate::tokens::TextTokenizer;
 use crate::{Error, Result};
 

@@ -37,6 +37,7 @@
 
 #![forbid(unsafe_code)]
 
+mod files;
 pub mod generate;
 pub mod sentence;
 pub mod tokens;

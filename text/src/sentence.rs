@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use laneformer::Context;
 use laneformer_models::bert::Bert;
 use laneformer_models::clip::TextEncoder;
-use laneformer_models::config::{check, if_there, model_type, open, read_json, read_object};
+use laneformer_models::config::{check, model_type, open, read_json, read_object};
 use laneformer_models::error::check_numbers;
 use laneformer_models::longformer::Longformer;
 use laneformer_models::{Batch, Error as ModelError, Scratch};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::files::if_there;
 pub use crate::tokens::Tokens;
 use crate::tokens::{Packed, TextTokenizer};
 use crate::{Error, Result};

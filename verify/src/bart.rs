@@ -3,6 +3,7 @@
 use laneformer::Context;
 use laneformer_models::bart::Bart;
 use laneformer_models::head::argmax;
+use laneformer_models::run::project;
 use laneformer_models::{Batch, Scratch};
 
 use crate::Result;
@@ -37,7 +38,7 @@ pub(crate) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     }
     let mut outputs = Outputs::from([
         ("encoder_last_hidden_state".into(), src.scatter(&memory, d)),
-        ("logits".into(), model.logits(ctx, &hidden)?),
+        ("logits".into(), project(ctx, &model.head, &hidden)?),
         ("last_hidden_state".into(), hidden),
     ]);
     if run.greedy_steps == 0 {
@@ -51,7 +52,7 @@ pub(crate) fn bart(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         let positions = vec![step as u32; sequences];
         let batch = Batch { ids: &ids, positions: &positions, offsets: &offsets(1), ..Batch::default() };
         let x = model.decoder.decode(&mut scratch.with(ctx), batch, &mut decoding)?;
-        for (sequence, logits) in model.logits(ctx, &x)?.chunks(n).enumerate() {
+        for (sequence, logits) in project(ctx, &model.head, &x)?.chunks(n).enumerate() {
             let at = sequence * steps + step;
             ids[sequence] = argmax(logits) as u32;
             all_ids[at] = ids[sequence] as f32;

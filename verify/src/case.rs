@@ -190,7 +190,9 @@ impl Case {
         [sequences, seq_len]: [usize; 2],
     ) -> Result<(Ragged, Vec<bool>)> {
         let mask = if self.has(mask) { self.mask(mask)? } else { vec![true; sequences * seq_len] };
-        let tokens = Ragged::from_first(&mask, seq_len);
+        let mut kept = mask.clone();
+        kept.iter_mut().step_by(seq_len.max(1)).for_each(|first| *first = true);
+        let tokens = Ragged::from_mask(&kept, seq_len);
         let is_real = tokens.gather(&mask, 1)?;
         Ok((tokens, is_real))
     }

@@ -4,6 +4,7 @@ use laneformer::Context;
 use laneformer_models::encoder::Decoding;
 use laneformer_models::gpt::Gpt;
 use laneformer_models::ragged::Ragged;
+use laneformer_models::run::project;
 use laneformer_models::{Batch, Scratch};
 
 use crate::Result;
@@ -43,7 +44,7 @@ pub(crate) fn gpt(ctx: Context<'_>, case: &Case, model_type: &str) -> Result<Out
         };
         let batch = Batch { ids: &ids, positions: &positions, offsets: tokens.offsets(), ..Batch::default() };
         let x = model.decoder.decode(&mut scratch.with(ctx), batch, &mut state)?;
-        tokens.scatter_into(&model.logits(ctx, &x)?, vocab_size, &mut logits);
+        tokens.scatter_into(&project(ctx, &model.head, &x)?, vocab_size, &mut logits);
         tokens.scatter_into(&x, d, &mut hidden);
         start = end;
     }

@@ -1,8 +1,8 @@
 //! Cases of attention along a graph.
 
 use laneformer::{Bias, Bits, Context, Graph, Inputs, Terms};
-use laneformer_models::attend::offsets;
 use laneformer_models::encoder::{Config, ENCODER};
+use laneformer_models::ragged::offsets;
 use laneformer_models::{Scratch, Weights};
 
 use crate::case::{Case, Outputs};

@@ -12,7 +12,15 @@ pub(crate) fn longformer(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let model = Longformer::load(case.path(), case.json(), case.weights())?;
     let [_, seq_len] = case.shape("input_ids")?;
     let mask = case.mask("attention_mask")?;
-    let tokens = Ragged::from_spans(&mask, seq_len);
+    // Padding between real tokens stays: windows count it.
+    let mut kept = mask.clone();
+    for sequence in kept.chunks_mut(seq_len.max(1)) {
+        let ends = sequence.iter().position(|&real| real).zip(sequence.iter().rposition(|&real| real));
+        if let Some((first, last)) = ends {
+            sequence[first..=last].fill(true);
+        }
+    }
+    let tokens = Ragged::from_mask(&kept, seq_len);
     let ids = case.indices("input_ids")?;
     let positions: Vec<_> = ids.chunks(seq_len.max(1)).flat_map(|ids| model.positions(ids)).collect();
     let (ids, positions) = (tokens.gather(&ids, 1)?, tokens.gather(&positions, 1)?);

@@ -56,9 +56,11 @@ pub(crate) fn vanilla(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
     let Some(decoder) = &model.decoder else { return Ok(outputs) };
     let tgt = case.ragged("tgt_mask")?;
     let mut x = input("tgt", model.target.as_ref().map(|(embeddings, _)| embeddings), &tgt)?;
-    let (sources, graph) = (decoder.sources(ctx, &memory, src.offsets())?, Graph::causal());
+    let mut scratch = Scratch::default();
+    let run = &mut scratch.with(ctx);
+    let (sources, graph) = (decoder.sources(run, &memory, src.offsets())?, Graph::causal());
     let mut inputs = Inputs { sources: &sources, ..Inputs::new(tgt.offsets(), &graph) };
-    decoder.forward(&mut Scratch::default().with(ctx), &mut x, &mut inputs)?;
+    decoder.forward(run, &mut x, &mut inputs)?;
     if let Some((_, head)) = &model.target {
         let logits = project(ctx, head, &x)?;
         outputs.insert("logits".into(), tgt.scatter(&logits, config.vocab_size));

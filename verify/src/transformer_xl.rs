@@ -2,6 +2,7 @@
 
 use laneformer::Context;
 use laneformer_models::Scratch;
+use laneformer_models::run::project;
 use laneformer_models::transformer_xl::TransformerXl;
 
 use crate::Result;
@@ -21,7 +22,7 @@ pub(crate) fn transformer_xl(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         let segment: Vec<_> =
             ids.chunks(seq_len.max(1)).flat_map(|ids| &ids[start..start + len]).copied().collect();
         let hidden = model.forward(&mut scratch.with(ctx), &segment, &mut memory)?;
-        outputs.insert(format!("segment{s}.logits"), model.logits(ctx, &hidden)?);
+        outputs.insert(format!("segment{s}.logits"), project(ctx, &model.head, &hidden)?);
         outputs.insert(format!("segment{s}.last_hidden_state"), hidden);
         start += len;
     }

@@ -1,6 +1,7 @@
 //! Cases of VideoBERT.
 
 use laneformer::Context;
+use laneformer_models::run::project;
 use laneformer_models::videobert::VideoBert;
 use laneformer_models::{Batch, Scratch};
 
@@ -34,7 +35,7 @@ pub(crate) fn videobert(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         ("logits".into(), tokens.scatter(&model.logits(ctx, &hidden)?, vocab_size)),
     ]);
     if let Some(pooled) = model.bert.pool(ctx, &hidden, offsets)? {
-        outputs.insert("alignment_logits".into(), model.alignment_logits(ctx, &pooled)?);
+        outputs.insert("alignment_logits".into(), project(ctx, &model.alignment, &pooled)?);
         outputs.insert("pooler_output".into(), pooled);
     }
     Ok(outputs)

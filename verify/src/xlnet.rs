@@ -2,7 +2,8 @@
 
 use laneformer::Context;
 use laneformer_models::Scratch;
-use laneformer_models::attend::Rows;
+use laneformer_models::memory::Rows;
+use laneformer_models::run::project;
 use laneformer_models::xlnet::{Batch, Config, XlNet};
 
 use crate::Result;
@@ -42,7 +43,7 @@ pub(crate) fn xlnet(ctx: Context<'_>, case: &Case) -> Result<Outputs> {
         outputs.insert("content_hidden_state".into(), last);
         last = queries;
     }
-    outputs.insert("logits".into(), model.logits(ctx, &last)?);
+    outputs.insert("logits".into(), project(ctx, &model.head, &last)?);
     outputs.insert("last_hidden_state".into(), last);
     for (i, mems) in output.mems.into_iter().enumerate() {
         outputs.insert(format!("mems.{i}"), mems);

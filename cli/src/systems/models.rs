@@ -13,6 +13,7 @@ use laneformer_models::encoder::Decoding;
 use laneformer_models::gpt::{self, Gpt};
 use laneformer_models::longformer::Longformer;
 use laneformer_models::ragged::Ragged;
+use laneformer_models::run::project;
 use laneformer_models::transformer_xl::{Memory, TransformerXl};
 use laneformer_models::xlnet::{self, XlNet};
 use laneformer_models::{Batch, Checkpoint, Scratch};
@@ -60,7 +61,7 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
             text(vocab_size, move |ctx, text, _, scratch| {
                 state.caches.iter_mut().try_for_each(|cache| cache.truncate(0, 0))?;
                 let hidden = model.decoder.decode(&mut scratch.with(ctx), text.batch(), &mut state)?;
-                Ok(model.logits(ctx, &hidden[hidden.len() - n_embd..])?)
+                Ok(project(ctx, &model.head, &hidden[hidden.len() - n_embd..])?)
             })
         }
         Kind::GptDecode => {
@@ -157,7 +158,7 @@ pub fn load(system: &System, path: &Path, checkpoint: &Checkpoint) -> Result<Box
                 let memory = model.encoder.encode(&mut scratch.with(ctx), source.batch())?;
                 let mut decoding = model.decoder.layers.begin(ctx, &memory, &source.offsets, 0)?;
                 let hidden = model.decoder.decode(&mut writing.with(ctx), text.batch(), &mut decoding)?;
-                Ok(model.logits(ctx, &hidden)?)
+                Ok(project(ctx, &model.head, &hidden)?)
             })
         }
     })
@@ -306,7 +307,7 @@ impl Model for GptDecode {
         self.state.caches.iter_mut().try_for_each(|cache| cache.truncate(0, context))?;
         let hidden =
             self.model.decoder.decode(&mut self.scratch.with(ctx), self.text.batch(), &mut self.state)?;
-        Ok(self.model.logits(ctx, &hidden)?)
+        Ok(project(ctx, &self.model.head, &hidden)?)
     }
 
     /// As the last row of a pass over the whole text, without a cache.
@@ -317,7 +318,7 @@ impl Model for GptDecode {
             whole.batch(),
             &mut Decoding::default(),
         )?;
-        Ok(self.model.logits(ctx, &hidden[size.context * self.model.config.n_embd..])?)
+        Ok(project(ctx, &self.model.head, &hidden[size.context * self.model.config.n_embd..])?)
     }
 
     fn inputs(&self) -> Vec<Input> {
