@@ -160,11 +160,6 @@ impl Ffn {
         (self.tile_rows() * by_rows).max(by_cols)
     }
 
-    /// Elements of the hidden rows that few rows share between the threads.
-    pub(crate) fn shared_len(&self, max_tokens: usize, members: usize) -> usize {
-        Split::most_rows_by_cols(members).min(max_tokens).saturating_mul(padded_stride(self.d_ff()))
-    }
-
     /// Hidden columns from `start`, a multiple of [`PANEL`]; `then` are the weights that are read next.
     fn hidden<S: Simd>(
         &self,

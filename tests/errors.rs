@@ -903,6 +903,9 @@ fn terms_positions_and_stores_that_do_not_fit_the_source() {
     let bias = Some(Bias::new(&x[..4], [1, 1, 1, 4]).unwrap());
     assert_eq!(run(Terms { bias, ..none }, None), "bias keys: expected at least 5, got 4");
 
+    // Before there is memory for so many keys.
+    wrong_size(cross.keys(ctx(), view(&[], 1 << 44, 0), &[0, 1 << 44]).map(drop), "source.cols", 6, 0);
+    assert!(matches!(cross.keys(ctx(), view(&x, 5, 6), &[]), Err(Error::TooSmall { .. })));
     let mut keys = KeyStore::new(&heads, 64, 1).unwrap();
     let mut set = |x: MatRef<'_>, offsets: &[usize]| {
         cross.set_keys(ctx(), x, offsets, &mut keys).map_err(|error| error.to_string()).err()

@@ -235,6 +235,46 @@ on_every_isa! {
         }
     }
 
+    fn keys_of_a_source_are_its_projections(isa) {
+        // Enough work for several members, who take one tile of rows by heads, or several tiles.
+        let mut rng = Rng::new(18);
+        let heads = Heads::new(8, 16).unwrap().with_value_dim(32).unwrap();
+        let [q, k, v, out] = [(128, 20), (128, 256), (256, 256), (20, 256)].map(|(n, k)| Map::new(n, k, &mut rng));
+        let cross = CrossAttention::new(q.packed(), k.packed(), v.packed(), out.packed(), heads).unwrap();
+        for offsets in [&[0, 64][..], &[0, 7, 7, 64], &[0, 131, 150, 300]] {
+            let tokens = offsets[offsets.len() - 1];
+            let source = rng.vec(tokens * 256, 1.0);
+            let source = MatRef::contiguous(&source, tokens, 256).unwrap();
+            let [_, k, v] = cross.projections();
+            let [k, v] = [k, v].map(|linear| {
+                let mut y = vec![0.0; tokens * linear.out_features()];
+                let out = MatMut::contiguous(&mut y, tokens, linear.out_features()).unwrap();
+                linear.forward(serial(isa), source, &Epilogue::NONE, out).unwrap();
+                y
+            });
+            let (k, v) = (MatRef::contiguous(&k, tokens, 128).unwrap(), MatRef::contiguous(&v, tokens, 256).unwrap());
+            let mut store = KeyStore::new(&heads, tokens, offsets.len() - 1).unwrap();
+            store.set(serial(isa), k, v, offsets).unwrap();
+            let queries = rng.vec(tokens * 128, 1.0);
+            let queries = QueryRows::new(MatRef::contiguous(&queries, tokens, 128).unwrap(), offsets);
+            let attend = |keys: &KeyStore| {
+                let mut y = Guarded::new(tokens, 256, &vec![0.0; tokens * 256]);
+                let (graph, terms) = (Graph::full(), Terms::default());
+                keys.attend(serial(isa), &heads, &queries, &graph, &terms, y.view_mut()).unwrap();
+                y.values()
+            };
+            let expected = attend(&store);
+            for members in [1, 2, 3] {
+                for (name, executor) in executors::of(members) {
+                    let keys = cross.keys(Context::new(isa, &*executor), source, offsets).unwrap();
+                    if isa.keeps_bits() {
+                        assert_bits(&attend(&keys), &expected, &format!("{name} {offsets:?}"));
+                    }
+                }
+            }
+        }
+    }
+
     fn a_workspace_that_grows(isa) {
         let mut rng = Rng::new(17);
         let model = |n_heads, head_dim, d_ff, rng: &mut Rng| Model::new(Shape::new(n_heads, head_dim, d_ff), rng);
@@ -243,23 +283,41 @@ on_every_isa! {
         let mut workspace = Workspace::default();
         let executor = executors::Threads(2);
         let ctx = Context::new(isa, &executor);
-        for (layer, lens) in
-            [(&small, &[3][..]), (&wide, &[3]), (&small, &[70, 1]), (&wide, &[1, 0, 2]), (&small, &[40, 31]), (&wide, &[131])]
-        {
-            let (offsets, tokens) = (offsets(lens), lens.iter().sum());
+        let reserve = |layer: &Layer, tokens, segments, members, workspace: &mut Workspace| {
+            workspace.reserve(std::slice::from_ref(layer), tokens, segments, members).unwrap();
+            workspace.bytes()
+        };
+        let mut forward = |layer: &Layer, lens: &[usize], workspace: &mut Workspace| {
+            let (offsets, tokens) = (offsets(lens), lens.iter().sum::<usize>());
             let x = rng.vec(tokens * layer.d_model(), 1.0);
             let expected = run(serial(isa), layer, &x, lens, &Graph::full());
-            workspace.reserve(std::slice::from_ref(layer), tokens, lens.len(), ctx.members()).unwrap();
-            let bytes = workspace.bytes();
             let mut y = Guarded::new(tokens, layer.d_model(), &x);
-            layer.forward(ctx, y.view_mut(), &offsets, &Graph::full(), &mut workspace).unwrap();
+            layer.forward(ctx, y.view_mut(), &offsets, &Graph::full(), workspace).unwrap();
             if isa.keeps_bits() {
                 assert_bits(&y.values(), &expected, &format!("{lens:?}"));
             }
+        };
+        for (layer, lens) in [
+            (&small, &[3][..]),
+            (&wide, &[3]),
+            (&small, &[70, 1]),
+            (&wide, &[1, 0, 2]),
+            (&small, &[40, 31]),
+            (&wide, &[131]),
+        ] {
+            let tokens = lens.iter().sum();
+            let bytes = reserve(layer, tokens, lens.len(), ctx.members(), &mut workspace);
+            forward(layer, lens, &mut workspace);
             // What fits leaves it as it is.
-            workspace.reserve(std::slice::from_ref(layer), 1, 1, 1).unwrap();
-            assert_eq!(workspace.bytes(), bytes);
+            assert_eq!(reserve(layer, 1, 1, 1, &mut workspace), bytes);
         }
+        // What fitted before still does, also a batch of the larger size.
+        let mut workspace = wide.workspace(3, 1, 2).unwrap();
+        reserve(&small, 71, 2, 2, &mut workspace);
+        forward(&wide, &[3], &mut workspace);
+        forward(&wide, &[70, 1], &mut workspace);
+        forward(&small, &[71], &mut workspace);
+        reserve(&wide, 131, 3, 1, &mut workspace);
         // As large as both need, and no larger.
         let both = Stack::new(vec![wide]).unwrap().workspace(131, 3, 2).unwrap();
         assert!(workspace.bytes() <= both.bytes());

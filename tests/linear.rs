@@ -10,7 +10,7 @@ use common::sizes::{GEMM_K, GEMM_M, GEMM_N};
 use common::{on_every_isa, serial};
 use laneformer::gemm::{Strided, StridedMut, matmul};
 use laneformer::reference as r;
-use laneformer::{Activation, Affine, Epilogue, Isa, Linear, MatRef, PackedMatrix};
+use laneformer::{Activation, Affine, Epilogue, Isa, Linear, MatRef, PackedMatrix, elementwise};
 
 fn run(isa: Isa, linear: &Linear, x: &[f32], rows: usize, epilogue: &Epilogue<'_>) -> Vec<f32> {
     let x = Guarded::new(rows, linear.in_features(), x);
@@ -112,6 +112,20 @@ on_every_isa! {
             let x = rng.vec(3 * k, 1.0);
             let y = run(isa, &from_out_in, &x, 3, &Epilogue::NONE);
             assert_bits(&run(isa, &from_in_out, &x, 3, &Epilogue::NONE), &y, &format!("n{n} k{k}"));
+        }
+    }
+
+    fn activations_are_functions(isa) {
+        let identity: Vec<f32> = (0..100).map(|i| f32::from(i % 11 == 0)).collect();
+        let weight = PackedMatrix::from_out_in(MatRef::contiguous(&identity, 10, 10).unwrap()).unwrap();
+        let (linear, x) = (Linear::new(weight, None).unwrap(), Rng::new(5).vec(70, 4.0));
+        for activation in ACTIVATIONS {
+            let mut expected = Guarded::new(7, 10, &x);
+            if let Some(function) = activation.function() {
+                elementwise(serial(isa), function, expected.view_mut()).unwrap();
+            }
+            let actual = run(isa, &linear, &x, 7, &Epilogue::activation(activation));
+            assert_bits(&actual, &expected.values(), &format!("{activation:?}"));
         }
     }
 

@@ -119,10 +119,10 @@ fuzz_target!(|input: Input| {
         Some((first, _)) => first.map(|p| isize::from(p % 900)),
         None => std::array::from_fn(|s| keys[s] as isize - queries[s] as isize),
     };
-    // One by one they may stand anywhere.
+    // One by one they may stand anywhere, and some one after another.
     let is_apart = input.positions.is_some_and(|(_, is_apart)| is_apart);
     let position =
-        move |s: usize, i: usize| first[s] + if is_apart { 3 * i as isize % 41 } else { i as isize };
+        move |s: usize, i: usize| first[s] + if is_apart { (i + i / 5 * 3) as isize % 41 } else { i as isize };
     let each: Vec<isize> = (0..2).flat_map(|s| (0..queries[s]).map(move |i| position(s, i))).collect();
 
     // What is in a score beside the product.

@@ -34,9 +34,6 @@ pub enum Error {
     Index { table: &'static str, index: u32, at: usize, rows: usize },
     #[error("{0}: not a number; the weights are not all finite, too large for f32, or zero")]
     NotANumber(&'static str),
-    /// A part of the survey that this version does not have.
-    #[error("not built yet: {0}")]
-    NotBuilt(String),
     /// The library refused a call.
     #[error(transparent)]
     Kernel(#[from] laneformer::Error),

@@ -201,7 +201,9 @@ impl Cross {
         let sources = self.layer.sources(run, &x, &source.offsets)?;
         let graph = Graph::full();
         let mut inputs = Inputs { sources: &sources, ..Inputs::new(&queries.offsets, &graph) };
-        self.layer.forward(run, &mut queries.x, &mut inputs)
+        self.layer.forward(run, &mut queries.x, &mut inputs)?;
+        run.scratch.give_stores(sources);
+        Ok(())
     }
 }
 

@@ -135,6 +135,7 @@ impl Lavit {
                 let mut inputs = Inputs { sources, source_graph, ..Inputs::new(offsets[i], &graphs[i]) };
                 layers[i].forward(run, state, &mut inputs)?;
             }
+            run.scratch.give_stores(keys.into_iter().flatten());
         }
         Ok(states)
     }

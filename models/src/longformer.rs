@@ -62,7 +62,7 @@ struct Layer {
     ffn: Layers,
     norm: Norm,
     /// `W_k^T` and `W_v` of each global head, for [`attend_few`](Layer::attend_few): a second copy, as a head's part of the packed maps of
-    /// `global` is not read alone.
+    /// `global` is not read alone. The map of what the heads gather is in `local` and in `global`.
     few: Vec<[Linear; 2]>,
     reach: usize,
 }
@@ -142,15 +142,16 @@ impl Longformer {
                 let inputs = Inputs::new(many.offsets(), &full);
                 let mut inputs = Inputs { sources: &sources, source_graph: &everything, ..inputs };
                 layer.global.forward(run, &mut of_many, &mut inputs)?;
-                sources.into_iter().for_each(|keys| run.scratch.give_store(keys));
+                run.scratch.give_stores(sources);
             }
             let local = batch.real(Graph::window(layer.reach, layer.reach).with_columns(columns.clone()))?;
             layer.local.forward(run, &mut x, &mut Inputs::new(batch.offsets, &local))?;
             few.scatter_into(&of_few, d, &mut x);
             many.scatter_into(&of_many, d, &mut x);
+            run.scratch.give(of_few);
             layer.ffn.encode(run, &mut x, batch.offsets)?;
         }
-        inputs.into_iter().for_each(|inputs| run.scratch.give_store(inputs));
+        run.scratch.give_stores(inputs);
         Ok(x)
     }
 

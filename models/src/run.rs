@@ -34,7 +34,7 @@ impl Scratch {
 
     /// What [`take`](Self::take) gave, or any other rows that nobody needs.
     pub fn give(&mut self, rows: Vec<f32>) {
-        self.rows.push(rows);
+        self.rows.extend((rows.capacity() > 0).then_some(rows));
     }
 
     /// A store for the keys and values of a batch of so many tokens.
@@ -48,8 +48,8 @@ impl Scratch {
     }
 
     /// What [`take_store`](Self::take_store) gave.
-    pub fn give_store(&mut self, store: KeyStore) {
-        self.stores.push(store);
+    pub fn give_stores(&mut self, stores: impl IntoIterator<Item = KeyStore>) {
+        self.stores.extend(stores);
     }
 
     /// A run in this context.
@@ -117,7 +117,7 @@ mod tests {
         {
             let store = scratch.take_store(&heads, offsets[offsets.len() - 1], offsets)?;
             assert!(store.fits(&heads, offsets), "{offsets:?}");
-            scratch.give_store(store);
+            scratch.give_stores([store]);
             assert_eq!(scratch.stores.len(), 1);
         }
         assert!(scratch.take_store(&heads, 5, &[0, usize::MAX / 4096]).is_ok());

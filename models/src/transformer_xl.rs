@@ -165,7 +165,7 @@ impl TransformerXl {
                 ..Inputs::new(&offsets, &graph)
             };
             layer.layers.forward(run, &mut x, &mut inputs)?;
-            run.scratch.give_store(stored);
+            run.scratch.give_stores([stored]);
         }
         memory.len = len.min(mem_len);
         Ok(x)

@@ -175,7 +175,7 @@ impl XlNet {
             if let Some((g, targets)) = g.as_mut().zip(targets.as_ref()) {
                 layer.advance(run, g, targets, &keys, table)?;
             }
-            keys.into_iter().for_each(|keys| run.scratch.give_store(keys));
+            run.scratch.give_stores(keys);
             source.keep_last(mem_len, d);
             mems.push(source.packed(&mut buffer).to_vec());
         }

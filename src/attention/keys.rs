@@ -147,6 +147,11 @@ impl KeyStore {
         Ok(Self::with_blocks(heads, blocks, max_segments, AlignedBuffer::scratch(len)))
     }
 
+    /// Whether there can be a store of this size.
+    pub(crate) fn check_len(heads: &Heads, max_tokens: usize, max_segments: usize) -> Result<(), Error> {
+        Self::len_of_blocks(heads, max_blocks(max_tokens, max_segments), max_segments).map(|_| ())
+    }
+
     /// Elements of so many blocks of so many sequences.
     pub(super) fn len_of_blocks(heads: &Heads, blocks: usize, segments: usize) -> Result<usize, Error> {
         heads.check()?;

@@ -191,6 +191,12 @@ impl QkvProjection {
         Ok(())
     }
 
+    /// Whether keys and values can be projected from a source.
+    pub(crate) fn check_source(&self, source: MatRef<'_>, offsets: &[usize]) -> Result<(), Error> {
+        check_size("source.cols", self.k.in_features(), source.cols())?;
+        check_offsets("offsets", offsets, source.rows())
+    }
+
     /// The keys and values of a source, in place of what the store has.
     pub(crate) fn set_keys(
         &self,
@@ -199,9 +205,8 @@ impl QkvProjection {
         offsets: &[usize],
         keys: &mut KeyStore,
     ) -> Result<(), Error> {
-        check_size("source.cols", self.k.in_features(), source.cols())?;
+        self.check_source(source, offsets)?;
         keys.check_heads(&self.heads)?;
-        check_offsets("offsets", offsets, source.rows())?;
         keys.check_batch(offsets)?;
         keys.build_plan(offsets);
         let members = self.k.members(ctx, source.rows()).max(self.v.members(ctx, source.rows()));
@@ -220,9 +225,14 @@ impl QkvProjection {
         [0, q, k, k + self.heads.value_cols().next_multiple_of(PANEL)]
     }
 
+    /// Columns of a row of [`project_rows`](Self::project_rows).
+    fn projected_cols(&self, n: usize) -> usize {
+        if n == 1 { self.heads.query_cols() } else { self.starts()[n] }
+    }
+
     /// The row stride of [`project_rows`](Self::project_rows).
-    pub(crate) fn projected_stride(&self) -> usize {
-        padded_stride(self.starts()[3])
+    pub(crate) fn projected_stride(&self, n: usize) -> usize {
+        padded_stride(self.projected_cols(n))
     }
 
     /// One phase: the first `n` of queries, keys and values as rows, where they do not go to a store at once. With a rotary another
@@ -237,8 +247,8 @@ impl QkvProjection {
         n: usize,
     ) -> MatRef<'a> {
         let Rows { x, ref places, .. } = *rows;
-        let (starts, cols) = (self.starts(), if n == 1 { self.heads.query_cols() } else { self.starts()[n] });
-        let mut out = MatMut::scratch(out, x.rows(), cols, self.projected_stride());
+        let (starts, cols) = (self.starts(), self.projected_cols(n));
+        let mut out = MatMut::scratch(out, x.rows(), cols, self.projected_stride(n));
         let split = Split::new(x.rows(), cols, MAX_TILE_ROWS, crew.members());
         crew.blocks(
             s,

@@ -37,7 +37,7 @@ impl<'a> QueryRows<'a> {
         QueryRows { positions: Positions::First(first), ..self }
     }
 
-    /// The same, row `i` of the batch at position `positions[i]`.
+    /// The same, row `i` of the batch at position `positions[i]`. Rows are taken together where their positions follow one another.
     pub fn at(self, positions: &'a [isize]) -> QueryRows<'a> {
         QueryRows { positions: Positions::Each(positions), ..self }
     }

@@ -92,8 +92,8 @@ impl Crew<'_> {
             |tile, scratch| {
                 let (cut, part) = (tile % down, tile / down);
                 let of = |n: usize, all: usize| all.min(part * n)..all.min((part + 1) * n);
-                // SAFETY: tiles are claimed once; the cuts ascend, so different tiles are different blocks of either; both are borrowed
-                // exclusively for the whole phase.
+                // SAFETY: tiles are claimed once; the cuts ascend, so different tiles are different blocks of either, or empty ones of a
+                // matrix without columns; both are borrowed exclusively for the whole phase.
                 let (matrix, blocks) = unsafe {
                     (
                         matrix.block_unchecked(

@@ -64,12 +64,16 @@ impl CrossAttention {
         Ok(CrossAttention { qkv: QkvProjection::cross(q, k, v, heads)?, out })
     }
 
-    /// The keys and values of a source, `[tokens, source width]`, to be attended to by any number of calls.
+    /// The keys and values of a source, to be attended to by any number of calls.
+    ///
+    /// # Shapes
+    /// `source`: `[tokens, source width]`; `offsets`: `[0, end of sequence 0, ..., tokens]`.
     ///
     /// # Errors
-    /// [`Error::Size`], [`Error::NotAscending`].
+    /// [`Error::Size`], [`Error::TooSmall`] without offsets, [`Error::NotAscending`], [`Error::Overflow`].
     pub fn keys(&self, ctx: Context<'_>, source: MatRef<'_>, offsets: &[usize]) -> Result<KeyStore, Error> {
-        let mut keys = KeyStore::new(self.heads(), source.rows(), offsets.len().saturating_sub(1))?;
+        self.qkv.check_source(source, offsets)?;
+        let mut keys = KeyStore::new(self.heads(), source.rows(), offsets.len() - 1)?;
         self.set_keys(ctx, source, offsets, &mut keys)?;
         Ok(keys)
     }
@@ -77,7 +81,7 @@ impl CrossAttention {
     /// [`keys`](CrossAttention::keys) in place of what a store of these heads has.
     ///
     /// # Errors
-    /// As [`keys`](CrossAttention::keys), and [`Error::TooLarge`] if the batch is larger than the store, which is unchanged then.
+    /// As [`keys`](CrossAttention::keys), and [`Error::TooLarge`] if the batch is larger than the store. The store is unchanged then.
     pub fn set_keys(
         &self,
         ctx: Context<'_>,
@@ -93,12 +97,14 @@ impl CrossAttention {
         self.qkv.heads()
     }
 
-    /// The maps to queries, keys and values, for whoever projects some of the rows alone.
+    /// The maps to queries, `[n_heads * head_dim, d_model]`, keys, `[n_kv_heads * head_dim, source width]`, and values, `[n_kv_heads * value_dim,
+    /// source width]`, for whoever projects some of the rows alone. A layer projects queries from its rows behind the norm of
+    /// [`Placement::Pre`] and [`Placement::Sandwich`], keys and values from the source as it is.
     pub fn projections(&self) -> [&Linear; 3] {
         self.qkv.maps()
     }
 
-    /// The map of what the heads gather.
+    /// The map of what the heads gather, `[d_model, n_heads * value_dim]`; the residual and the norm are the layer's.
     pub fn out(&self) -> &Linear {
         &self.out
     }
@@ -123,11 +129,11 @@ pub struct Inputs<'a> {
     pub terms: Terms<'a>,
     /// One cache per self-attention, or none: the new tokens are appended to their sequences and see the whole cache.
     pub caches: &'a mut [KvCache],
-    /// One store per cross-attention, from [`CrossAttention::keys`].
+    /// One store per cross-attention, from [`CrossAttention::keys`] or filled with its [projections](CrossAttention::projections).
     pub sources: &'a [KeyStore],
     /// Who sees whom in cross-attention; bits go by the rows of the call.
     pub source_graph: &'a Graph,
-    /// Terms of the scores of cross-attention.
+    /// Terms of the scores of cross-attention, the same in every layer.
     pub source_terms: Terms<'a>,
     /// Where each row stands among the keys of its source, `[tokens]`; by default at its place in its sequence, behind what a cache holds of it.
     pub source_positions: Option<&'a [isize]>,
@@ -450,7 +456,8 @@ impl Layer {
     ///
     /// # Errors
     /// As [`forward`](Layer::forward), and [`Error::Size`] if there are other than one cache (or none) per self-attention and one source per
-    /// cross-attention, [`Error::TooLarge`] if a cache is full or, a ring, drops what the graph sees. Nothing is written or appended then.
+    /// cross-attention; [`Error::TooLarge`] if a cache is full or, a ring, drops what the graph sees, or if a position is far beyond the length of
+    /// any sequence; [`Error::Size`], [`Error::TooSmall`] if terms, graphs or positions do not fit. Nothing is written or appended then.
     pub fn forward_with(
         &self,
         ctx: Context<'_>,

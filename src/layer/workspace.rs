@@ -8,6 +8,7 @@ use crate::isa::dispatch;
 use crate::layer::{CrossAttention, Inputs, Kind, Layer, Remaining, SelfAttention, SubLayer};
 use crate::linear::padded_stride;
 use crate::residual::close_phase_scratch;
+use crate::split::Split;
 use crate::view::MatMut;
 use crate::workspace::AlignedBuffer;
 
@@ -16,6 +17,7 @@ use crate::workspace::AlignedBuffer;
 pub struct Workspace {
     team: Team,
     buffers: Buffers,
+    room: Room,
     needs: Needs,
     /// The heads whose keys need most.
     widest: Option<Heads>,
@@ -32,12 +34,32 @@ pub(super) struct Buffers {
     pub(super) hidden: AlignedBuffer,
 }
 
-/// Sizes in elements: per token, per block of 64 tokens, per call, and per member.
+/// The largest batch, and who works on it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Room {
+    tokens: usize,
+    segments: usize,
+    members: usize,
+}
+
+impl Room {
+    fn max(self, other: Room) -> Room {
+        Room {
+            tokens: self.tokens.max(other.tokens),
+            segments: self.segments.max(other.segments),
+            members: self.members.max(other.members),
+        }
+    }
+
+    /// The most rows whose hidden rows are shared.
+    fn shared_rows(self) -> usize {
+        Split::most_rows_by_cols(self.members).min(self.tokens)
+    }
+}
+
+/// Elements: per token, per block of 64 tokens, per row whose hidden row is shared, and per member.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Needs {
-    max_tokens: usize,
-    max_segments: usize,
-    members: usize,
     projected: usize,
     attended: usize,
     block: usize,
@@ -46,41 +68,31 @@ struct Needs {
 }
 
 impl Needs {
-    fn of_all<'a>(
-        sub_layers: impl Iterator<Item = &'a SubLayer>,
-        max_tokens: usize,
-        max_segments: usize,
-        members: usize,
-    ) -> Needs {
-        let of = |sub_layer| Needs::of(sub_layer, max_tokens, members);
-        Needs { max_segments, ..sub_layers.map(of).fold(Needs::default(), Needs::max) }
+    fn of_all(layers: &[Layer]) -> Needs {
+        sub_layers(layers).map(Needs::of).fold(Needs::default(), Needs::max)
     }
 
-    fn of(sub_layer: &SubLayer, max_tokens: usize, members: usize) -> Needs {
+    fn of(sub_layer: &SubLayer) -> Needs {
         let SubLayer { kind, placement } = sub_layer;
         match kind {
             Kind::SelfAttention(SelfAttention { qkv, .. })
             | Kind::CrossAttention(CrossAttention { qkv, .. }) => {
                 let heads = qkv.heads();
+                let is_self = matches!(kind, Kind::SelfAttention(_));
                 // Rows with a norm, and with what is added to them.
-                let copies = usize::from(placement.before().is_some())
-                    + usize::from(matches!(kind, Kind::SelfAttention(_)));
+                let copies = usize::from(placement.before().is_some()) + usize::from(is_self);
                 Needs {
-                    max_tokens,
-                    members,
-                    projected: qkv.projected_stride(),
+                    projected: qkv.projected_stride(if is_self { 3 } else { 1 }),
                     attended: padded_stride(heads.output_cols()),
                     block: heads.layout().block_len(),
+                    hidden: 0,
                     scratch: scratch_len(heads, true)
                         .max(qkv.scratch_len(copies))
                         .max(close_phase_scratch(placement, sub_layer.d_model())),
-                    ..Needs::default()
                 }
             }
             Kind::Ffn(ffn) => Needs {
-                max_tokens,
-                members,
-                hidden: ffn.shared_len(max_tokens, members),
+                hidden: padded_stride(ffn.d_ff()),
                 scratch: ffn.scratch_len(placement).max(close_phase_scratch(placement, sub_layer.d_model())),
                 ..Needs::default()
             },
@@ -89,9 +101,6 @@ impl Needs {
 
     fn max(self, other: Needs) -> Needs {
         Needs {
-            max_tokens: self.max_tokens.max(other.max_tokens),
-            max_segments: self.max_segments.max(other.max_segments),
-            members: self.members.max(other.members),
             projected: self.projected.max(other.projected),
             attended: self.attended.max(other.attended),
             block: self.block.max(other.block),
@@ -103,10 +112,11 @@ impl Needs {
 
 impl Default for Workspace {
     fn default() -> Workspace {
-        let needs = Needs { members: 1, ..Needs::default() };
+        let room = Room { tokens: 0, segments: 0, members: 1 };
         let none = || AlignedBuffer::scratch(0);
         let buffers = Buffers { projected: none(), attended: none(), keys: None, hidden: none() };
-        Workspace { team: Team::new(1, 0), buffers, needs, widest: None, first: vec![] }
+        let (team, needs) = (Team::new(1, 0), Needs::default());
+        Workspace { team, buffers, room, needs, widest: None, first: vec![] }
     }
 }
 
@@ -117,31 +127,13 @@ impl Workspace {
         max_segments: usize,
         members: usize,
     ) -> Result<Workspace, Error> {
-        check_dim("members", members)?;
-        let needs = Needs::of_all(sub_layers(layers), max_tokens, max_segments, members);
-        Workspace::of(needs, widest_heads(layers))
-    }
-
-    fn of(needs: Needs, widest: Option<Heads>) -> Result<Workspace, Error> {
-        let Needs { max_tokens, max_segments, members, .. } = needs;
-        // Each sequence has an entry in a few lists.
-        checked_product("max_segments", &[max_segments, 8])?;
-        let aligned =
-            |per: usize, n: usize| checked_product("workspace", &[per, n]).map(AlignedBuffer::scratch);
-        checked_product("workspace", &[needs.scratch, members])?;
-        let keys = widest.as_ref().map(|heads| KeyStore::new(heads, max_tokens, max_segments)).transpose()?;
-        let buffers = Buffers {
-            projected: aligned(needs.projected, max_tokens)?,
-            attended: aligned(needs.attended, max_tokens)?,
-            keys,
-            hidden: aligned(needs.hidden, 1)?,
-        };
-        let team = Team::new(members, needs.scratch);
-        Ok(Workspace { team, buffers, needs, widest, first: Vec::with_capacity(max_segments) })
+        let mut workspace = Workspace::default();
+        workspace.reserve(layers, max_tokens, max_segments, members)?;
+        Ok(workspace)
     }
 
     /// Grows to also have room for `max_tokens` tokens in `max_segments` segments of these layers with `members` threads, if it is too small for
-    /// them: for whoever meets batches, or stacks, one after another.
+    /// them: for whoever meets batches, or stacks, one after another. It grows to what is asked and no further, and what was in it goes first.
     ///
     /// # Errors
     /// [`Error::ZeroDim`] without members, [`Error::Overflow`]. The workspace is unchanged then.
@@ -153,17 +145,27 @@ impl Workspace {
         members: usize,
     ) -> Result<(), Error> {
         check_dim("members", members)?;
-        let needs = Needs::of_all(
-            sub_layers(layers),
-            max_tokens.max(self.needs.max_tokens),
-            max_segments,
-            members.max(self.needs.members),
-        );
-        let needs = needs.max(self.needs);
-        if needs != self.needs {
-            let both = [self.widest, widest_heads(layers)].into_iter().flatten();
-            *self = Workspace::of(needs, both.max_by_key(|heads| heads.layout().block_len()))?;
+        let room = Room { tokens: max_tokens, segments: max_segments, members }.max(self.room);
+        let needs = Needs::of_all(layers).max(self.needs);
+        if (room, needs) == (self.room, self.needs) {
+            return Ok(());
         }
+        let heads = sub_layers(layers).filter_map(SubLayer::heads).copied().chain(self.widest);
+        let widest = heads.max_by_key(|heads| heads.layout().block_len());
+        let len = |per: usize, n: usize| checked_product("workspace", &[per, n]);
+        let [projected, attended] = [len(needs.projected, room.tokens)?, len(needs.attended, room.tokens)?];
+        let hidden = len(needs.hidden, room.shared_rows())?;
+        len(needs.scratch, room.members)?;
+        // Each sequence has an entry in a few lists.
+        checked_product("max_segments", &[room.segments, 8])?;
+        widest.map_or(Ok(()), |heads| KeyStore::check_len(&heads, room.tokens, room.segments))?;
+
+        *self = Workspace::default();
+        let keys = widest.map(|heads| KeyStore::new(&heads, room.tokens, room.segments)).transpose()?;
+        let [projected, attended, hidden] = [projected, attended, hidden].map(AlignedBuffer::scratch);
+        let buffers = Buffers { projected, attended, keys, hidden };
+        let team = Team::new(room.members, needs.scratch);
+        *self = Workspace { team, buffers, room, needs, widest, first: Vec::with_capacity(room.segments) };
         Ok(())
     }
 
@@ -236,11 +238,10 @@ impl Workspace {
 
     /// Whether the workspace is large enough for these layers and so many tokens.
     fn check(&self, layers: &[Layer], tokens: usize) -> Result<(), Error> {
-        let Needs { max_tokens, max_segments, members, .. } = self.needs;
-        if tokens > max_tokens {
-            return Err(Error::TooLarge { arg: "x.rows", max: max_tokens, actual: tokens });
+        if tokens > self.room.tokens {
+            return Err(Error::TooLarge { arg: "x.rows", max: self.room.tokens, actual: tokens });
         }
-        let needed = Needs::of_all(sub_layers(layers), max_tokens, max_segments, members);
+        let needed = Needs::of_all(layers);
         let has = &self.needs;
         for (arg, min, actual) in [
             ("workspace queries", needed.projected, has.projected),
@@ -259,11 +260,6 @@ impl Workspace {
 
 fn sub_layers(layers: &[Layer]) -> impl Iterator<Item = &SubLayer> {
     layers.iter().flat_map(|layer| &layer.sub_layers)
-}
-
-fn widest_heads(layers: &[Layer]) -> Option<Heads> {
-    let heads = sub_layers(layers).filter_map(SubLayer::heads);
-    heads.max_by_key(|heads| heads.layout().block_len()).copied()
 }
 
 /// Whether there are as many caches, sources and positions as the layers and the batch have use for.
