@@ -1,11 +1,11 @@
 #![no_main]
-//! Attention over any graph with any terms in the scores, its queries anywhere: from a store, from rows, from a cache and behind a past,
-//! with the same bits.
+//! Attention over any graph with any terms in the scores, its queries anywhere: from a store, from rows, from a cache, behind a past and in a
+//! layer, with the same bits.
 
 use arbitrary::Arbitrary;
 use laneformer::{
-    Bias, Bits, Graph, Heads, KeyRows, KeyStore, KeyStream, KvCache, QueryRows, Relative, RelativeTable,
-    SegmentTerm, Terms,
+    Bias, Bits, CrossAttention, Graph, Heads, Inputs, KeyRows, KeyStore, KeyStream, KvCache, Layer, Linear,
+    MatRef, PackedMatrix, Placement, QueryRows, Relative, RelativeTable, SegmentTerm, SubLayer, Terms,
 };
 use laneformer_fuzz::data::Rng;
 use laneformer_fuzz::model::offsets;
@@ -121,8 +121,9 @@ fuzz_target!(|input: Input| {
     };
     // One by one they may stand anywhere, and some one after another.
     let is_apart = input.positions.is_some_and(|(_, is_apart)| is_apart);
-    let position =
-        move |s: usize, i: usize| first[s] + if is_apart { (i + i / 5 * 3) as isize % 41 } else { i as isize };
+    let position = move |s: usize, i: usize| {
+        first[s] + if is_apart { (i + i / 5 * 3) as isize % 41 } else { i as isize }
+    };
     let each: Vec<isize> = (0..2).flat_map(|s| (0..queries[s]).map(move |i| position(s, i))).collect();
 
     // What is in a score beside the product.
@@ -216,6 +217,23 @@ fuzz_target!(|input: Input| {
         let values = [of(0), of(1)].concat();
         guarded(values.len() / cols, cols, 2, &values)
     };
+    // In a layer whose maps take columns as they are: queries are its rows, keys and values stand beside each other in its source.
+    let (key_cols, value_cols, out_cols) = (heads.key_cols(), heads.value_cols(), heads.output_cols());
+    let source_cols = key_cols + value_cols;
+    let cross = CrossAttention::new(
+        columns(cols, 0, cols),
+        columns(source_cols, 0, key_cols),
+        columns(source_cols, key_cols, value_cols),
+        columns(out_cols, 0, cols),
+        heads,
+    );
+    let sub_layer = SubLayer::cross_attention(cross.unwrap(), Placement::Plain).unwrap();
+    let layer = Layer::new(vec![sub_layer]).unwrap();
+    let (k_values, v_values) = (k.values(), v.values());
+    let beside =
+        |i: usize| [&k_values[i * key_cols..][..key_cols], &v_values[i * value_cols..][..value_cols]];
+    let source: Vec<f32> = (0..key_rows).flat_map(beside).flatten().copied().collect();
+    let source = guarded(key_rows, source_cols, 1, &source);
     let unset = vec![9.0; rows * heads.output_cols()];
     everywhere(
         &expected,
@@ -253,7 +271,31 @@ fuzz_target!(|input: Input| {
             let mut of_cache = out();
             cache.keys().attend(ctx, &heads, &query_rows, &graph, &terms, of_cache.view_mut()).unwrap();
             assert_same(&of_cache.values(), &y, "a cache");
+            let cross = layer.sub_layers()[0].as_cross_attention().unwrap();
+            let sources = [cross.keys(ctx, source.view(), &key_ends).unwrap()];
+            let mut inputs = Inputs {
+                sources: &sources,
+                source_graph: &graph,
+                source_terms: terms,
+                source_positions: Some(&each),
+                ..Inputs::new(&ends, &graph)
+            };
+            let q = q.values();
+            let (mut x, mut workspace) =
+                (guarded(rows, cols, 4, &q), layer.workspace(rows, 2, ctx.members()).unwrap());
+            layer.forward_with(ctx, x.view_mut(), &mut inputs, &mut workspace).unwrap();
+            let gathered =
+                |i: usize| if i % cols < out_cols { y[i / cols * out_cols + i % cols] } else { 0.0 };
+            let with_residual: Vec<f32> = q.iter().enumerate().map(|(i, q)| gathered(i) + q).collect();
+            assert_same(&x.values(), &with_residual, "a layer");
             y
         },
     );
 });
+
+/// A map to `n` columns: those from `first` on, zeros where there are none.
+fn columns(all: usize, first: usize, n: usize) -> Linear {
+    let weight: Vec<f32> = (0..n * all).map(|i| f32::from(i % all == first + i / all)).collect();
+    let weight = MatRef::contiguous(&weight, n, all).unwrap();
+    Linear::new(PackedMatrix::from_out_in(weight).unwrap(), None).unwrap()
+}
