@@ -11,7 +11,7 @@ use crate::linear::{Epilogue, Linear, Residual, padded_stride};
 use crate::norm::{Norm, Placement, normalised};
 use crate::residual::{close_phase, close_rows, close_scratch};
 use crate::simd::Simd;
-use crate::split::{Columns, MAX_ROWS, Split};
+use crate::split::{Columns, MAX_ROWS, ROW_UNIT, Split};
 use crate::view::{MatMut, MatRef};
 use crate::workspace::AlignedBuffer;
 
@@ -122,11 +122,11 @@ impl Ffn {
             }));
             return Ok(());
         }
-        let mut team = Team::new(members, split.rows * self.row_scratch());
+        let mut team = Team::new(members, x.rows().min(self.tile_rows()) * self.row_scratch());
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| crew.blocks(
             s,
             &mut out,
-            (split.rows, self.d_model()),
+            &split,
             #[inline(always)]
             |row, _, mut out, scratch| {
                 let x = x.block(row..row + out.rows(), 0..x.cols());
@@ -139,7 +139,7 @@ impl Ffn {
 
     /// Rows of a tile at most.
     fn tile_rows(&self) -> usize {
-        (TILE / (self.d_model() + self.row_scratch())).clamp(6, MAX_ROWS)
+        (TILE / (self.d_model() + self.row_scratch())).clamp(ROW_UNIT, MAX_ROWS)
     }
 
     /// Scratch per row of a tile of whole rows, beside what its norms take.
@@ -211,7 +211,7 @@ impl Ffn {
             crew.blocks(
                 s,
                 x,
-                (split.rows, self.d_model()),
+                &split,
                 #[inline(always)]
                 |_, _, mut x, scratch| {
                     let (scratch, rest) = scratch.split_at_mut(rows * self.row_scratch());
@@ -250,7 +250,7 @@ impl Ffn {
         crew.blocks(
             s,
             hidden,
-            (split.rows, split.cols),
+            &split,
             #[inline(always)]
             |row, col, mut hidden, scratch| {
                 let (scratch, rest) = scratch.split_at_mut(MAX_ROWS * PANEL);

@@ -11,7 +11,7 @@ use crate::gemm::{PANEL, PackedMatrix, block_product, panel_product};
 use crate::isa::dispatch;
 use crate::reduce::four;
 use crate::simd::{LANES, Simd, Vector};
-use crate::split::{Columns, MAX_ROWS, Split};
+use crate::split::{Columns, MAX_ROWS, ROW_UNIT, Split};
 use crate::view::{MatMut, MatRef};
 use crate::workspace::AlignedBuffer;
 
@@ -259,18 +259,18 @@ impl Linear {
             return;
         }
         let (k, stride) = (self.in_features(), padded_stride(self.in_features()));
-        let max_rows = (FILLED / stride).clamp(S::MR, MAX_ROWS);
+        let max_rows = (FILLED / stride).clamp(ROW_UNIT, MAX_ROWS);
         let members = self.members(ctx, out.rows());
-        let rows = out.rows().div_ceil(out.rows().div_ceil(max_rows).next_multiple_of(members));
-        let tile = (rows, out.cols());
-        Team::new(members, rows * (PANEL + stride)).region(ctx.executor(), |crew| {
+        let split = Split::by_rows(out.rows(), out.cols(), max_rows, members);
+        let most = out.rows().min(max_rows);
+        Team::new(members, most * (PANEL + stride)).region(ctx.executor(), |crew| {
             crew.blocks(
                 s,
                 &mut out,
-                tile,
+                &split,
                 #[inline(always)]
                 |row, _, mut block, scratch| {
-                    let (scratch, x) = scratch.split_at_mut(rows * PANEL);
+                    let (scratch, x) = scratch.split_at_mut(most * PANEL);
                     let rows = row..row + block.rows();
                     fill(rows.clone(), MatMut::scratch(&mut *x, rows.len(), k, stride));
                     let x = MatMut::scratch(x, rows.len(), k, stride).into_ref();
@@ -318,7 +318,7 @@ impl Linear {
         crew.blocks(
             s,
             out,
-            (split.rows, split.cols),
+            &split,
             #[inline(always)]
             |row, col, mut block, scratch| {
                 let rows = row..row + block.rows();

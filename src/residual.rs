@@ -70,7 +70,7 @@ pub(crate) fn close_phase<S: Simd>(
         crew.blocks(
             s,
             x,
-            (split.rows, d_model),
+            &Split::by_rows(x.rows(), d_model, MAX_ROWS, crew.members()),
             #[inline(always)]
             |row, _, mut x, scratch| {
                 let (scratch, branch) = scratch.split_at_mut(MAX_ROWS * PANEL);
@@ -93,7 +93,7 @@ pub(crate) fn close_phase<S: Simd>(
     crew.blocks(
         s,
         x,
-        (split.rows, split.cols),
+        &split,
         #[inline(always)]
         |row, col, mut x, scratch| {
             let a = rows_of(row, x.rows());
@@ -102,11 +102,11 @@ pub(crate) fn close_phase<S: Simd>(
         },
     );
     if let Some(norm) = norm {
-        let rows = x.rows().div_ceil(crew.members());
+        let split = Split::every(x.rows(), d_model, x.rows().div_ceil(crew.members()));
         crew.blocks(
             s,
             x,
-            (rows, d_model),
+            &split,
             #[inline(always)]
             |_, _, mut x, _| norm.normalise(s, &mut x),
         );

@@ -4,6 +4,7 @@ use crate::context::Context;
 use crate::error::{Error, check_size};
 use crate::exec::Team;
 use crate::simd::Simd;
+use crate::split::Split;
 use crate::view::{MatMut, MatRef};
 
 /// Elements below which inviting helpers (tens of microseconds) costs more than it brings.
@@ -65,7 +66,7 @@ fn tiles<S: Simd>(ctx: Context<'_>, s: S, mut x: MatMut<'_>, f: impl Fn(usize, &
         crew.blocks(
             s,
             &mut x,
-            ((GRAIN / cols).max(1), cols),
+            &Split::every(rows, cols, GRAIN / cols),
             #[inline(always)]
             |first, _, mut tile, _| f(first, &mut tile),
         );

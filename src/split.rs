@@ -1,5 +1,7 @@
 //! How the output of a product is cut into tiles, and who takes which.
 
+use std::ops::Range;
+
 use crate::exec::own_tiles;
 use crate::gemm::PANEL;
 use crate::linear::Linear;
@@ -7,10 +9,17 @@ use crate::linear::Linear;
 /// Rows of a tile at most: its sums (24 KiB) and a block of the panel (128 KiB) stay in L2 beside the rows of A.
 pub(crate) const MAX_ROWS: usize = 96;
 
+/// Rows that products take together with AVX-512 and AVX2. Tiles are cut behind a multiple of them: with one row fewer AVX2 needs 2 to 3 % longer per row.
+pub(crate) const ROW_UNIT: usize = 6;
+
 /// How a product's output is cut into tiles.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Split {
     pub(crate) rows: usize,
+    /// Runs of rows that are cut each by itself, as even as can be: one for each member, or one.
+    runs: usize,
+    tiles_per_run: usize,
+    unit: usize,
     pub(crate) cols: usize,
 }
 
@@ -19,20 +28,48 @@ impl Split {
     /// delivers them.
     const FEW: usize = 24;
 
+    /// Tiles of at most `max_rows`, no fewer than [`ROW_UNIT`].
+    ///
     /// Rows first: a tile of whole rows reads its part of A once and can be followed by a norm. With too few rows for
     /// everybody the columns are split, so that each core keeps its slice of the weights in its L2.
     pub(crate) fn new(rows: usize, cols: usize, max_rows: usize, members: usize) -> Split {
-        let tiles = rows.div_ceil(max_rows).next_multiple_of(members);
-        let by_rows = rows.div_ceil(tiles);
-        if by_rows >= Self::FEW || rows > Self::most_rows_by_cols(members) {
-            return Split { rows: by_rows, cols };
+        let by_rows = Self::by_rows(rows, cols, max_rows, members);
+        if rows.div_ceil(by_rows.down()) >= Self::FEW || rows > Self::most_rows_by_cols(members) {
+            return by_rows;
         }
         // One row waits for memory, which no two cores get alike: more tiles let the faster one take more of them.
         let tiles = if rows == 1 && members > 1 { 8 } else { TILES };
-        Split {
-            rows: rows.min(max_rows),
-            cols: per_tile(cols.div_ceil(PANEL), 1, |block| block, members, tiles) * PANEL,
-        }
+        let cols = per_tile(cols.div_ceil(PANEL), 1, |block| block, members, tiles) * PANEL;
+        Self::by_rows(rows, cols, max_rows, 1)
+    }
+
+    /// Tiles of at most `max_rows` and of so many columns, as many of them for each member.
+    pub(crate) fn by_rows(rows: usize, cols: usize, max_rows: usize, members: usize) -> Split {
+        let max_rows = max_rows / ROW_UNIT * ROW_UNIT;
+        let tiles_per_run = rows.div_ceil(members).div_ceil(max_rows).max(1);
+        Split { rows, runs: members, tiles_per_run, unit: ROW_UNIT, cols }
+    }
+
+    /// Tiles of `n` whole rows, but for the last.
+    pub(crate) fn every(rows: usize, cols: usize, n: usize) -> Split {
+        let unit = n.max(1);
+        Split { rows, runs: 1, tiles_per_run: rows.div_ceil(unit), unit, cols }
+    }
+
+    /// How many tiles the rows make.
+    pub(crate) fn down(&self) -> usize {
+        self.runs * self.tiles_per_run
+    }
+
+    /// The rows of tile `i`. There may be none: a multiple of the unit ends a run before its last tile.
+    pub(crate) fn tile_rows(&self, i: usize) -> Range<usize> {
+        let run = own_tiles(i / self.tiles_per_run, self.rows, self.runs);
+        let cut = |tile: usize| {
+            let even = (tile * run.len()).div_ceil(self.tiles_per_run);
+            run.end.min(run.start + even.next_multiple_of(self.unit))
+        };
+        let tile = i % self.tiles_per_run;
+        cut(tile)..cut(tile + 1)
     }
 
     /// The most rows whose columns are split.
@@ -41,7 +78,7 @@ impl Split {
     }
 
     /// Whether a tile holds whole rows.
-    pub(crate) fn is_by_rows(self, cols: usize) -> bool {
+    pub(crate) fn is_by_rows(&self, cols: usize) -> bool {
         self.cols >= cols
     }
 }
@@ -154,8 +191,47 @@ mod tests {
             [(1, 48, 2, 3), (1, 36, 2, 3), (1, 18, 2, 1), (1, 12, 2, 1), (1, 48, 1, 24), (2, 48, 2, 12)]
         {
             let split = Split::new(rows, panels * PANEL, MAX_ROWS, members);
-            assert_eq!((split.rows, split.cols), (rows, expected * PANEL), "{panels} for {members}");
+            assert_eq!((split.down(), split.tile_rows(0)), (1, 0..rows));
+            assert_eq!(split.cols, expected * PANEL, "{panels} for {members}");
         }
+    }
+
+    /// Each row is in one tile, none is higher than asked, and members' tiles are a run that differs from the others by a row at most.
+    #[test]
+    fn tiles_of_rows_are_all_rows_once_and_even() {
+        for rows in (0..300).chain([511, 512, 1000, 1024]) {
+            for members in [1, 2, 3, 7, 16, 64] {
+                for max_rows in [6, 11, 42, 79, MAX_ROWS] {
+                    let split = Split::by_rows(rows, 64, max_rows, members);
+                    let mut end = 0;
+                    for member in 0..members {
+                        let start = end;
+                        for tile in own_tiles(member, split.down(), members) {
+                            let rows = split.tile_rows(tile);
+                            assert!(rows.start == end && rows.len() <= max_rows, "{split:?}, tile {tile}");
+                            end = rows.end;
+                        }
+                        let own = end - start;
+                        assert!(own.abs_diff(rows / members) <= 1, "{split:?}, member {member}: {own} rows");
+                    }
+                    assert_eq!(end, rows, "{split:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_cut_behind_whole_register_tiles() {
+        let tiles = |split: Split| (0..split.down()).map(|i| split.tile_rows(i).len()).collect::<Vec<_>>();
+        assert_eq!(tiles(Split::new(512, 64, 79, 2)), [66, 66, 60, 64, 66, 66, 60, 64]);
+        assert_eq!(tiles(Split::new(128, 64, MAX_ROWS, 1)), [66, 62]);
+        assert_eq!(tiles(Split::new(128, 64, MAX_ROWS, 2)), [64, 64]);
+        assert_eq!(tiles(Split::new(25, 64, MAX_ROWS, 1)), [25]);
+        // Few rows go to everybody, a part of the columns each.
+        assert_eq!(tiles(Split::new(25, 640, MAX_ROWS, 2)), [25]);
+        assert_eq!(tiles(Split::every(10, 64, 4)), [4, 4, 2]);
+        assert_eq!(tiles(Split::every(3, 64, 0)), [1, 1, 1]);
+        assert_eq!(tiles(Split::every(0, 64, 4)), [0; 0]);
     }
 
     #[test]

@@ -253,7 +253,7 @@ impl QkvProjection {
         crew.blocks(
             s,
             &mut out,
-            (split.rows, split.cols),
+            &split,
             #[inline(always)]
             |row, col, mut out, scratch| {
                 let (scratch, rest) = scratch.split_at_mut(MAX_TILE_ROWS * PANEL);

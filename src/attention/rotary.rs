@@ -13,6 +13,7 @@ use crate::exec::Team;
 use crate::isa::dispatch;
 use crate::rows::{GRAIN, SERIAL};
 use crate::simd::{LANES, Simd, Vector};
+use crate::split::Split;
 use crate::view::MatMut;
 
 /// Which two columns of a head turn together.
@@ -188,7 +189,7 @@ impl Rotary {
             crew.blocks(
                 s,
                 &mut x,
-                (GRAIN / cols.max(1), cols),
+                &Split::every(rows, cols, GRAIN / cols.max(1)),
                 #[inline(always)]
                 |first, _, mut rows, _| {
                     for i in 0..rows.rows() {

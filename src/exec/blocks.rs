@@ -7,37 +7,40 @@
 
 use crate::exec::Crew;
 use crate::simd::Simd;
+use crate::split::Split;
 use crate::view::{BlocksMut, MatMut};
 
 impl Crew<'_> {
-    /// Cuts `out` into blocks of `row_block` rows and `col_block` columns and runs `f(rows.start, cols.start, block, scratch)`
+    /// Cuts `out` into blocks as `split` says and runs `f(rows.start, cols.start, block, scratch)`
     /// on each: the safe way to let several members write one matrix.
     pub(crate) fn blocks<S: Simd>(
         &mut self,
         s: S,
         out: &mut MatMut<'_>,
-        (row_block, col_block): (usize, usize),
+        split: &Split,
         f: impl Fn(usize, usize, MatMut<'_>, &mut [f32]) + Sync,
     ) {
-        let (rows, cols) = (out.rows(), out.cols());
-        if rows == 0 || cols == 0 {
+        let cols = out.cols();
+        if out.rows() == 0 || cols == 0 {
             return;
         }
-        let (row_block, col_block) = (row_block.max(1), col_block.max(1));
-        let down = rows.div_ceil(row_block);
+        assert_eq!(split.rows, out.rows());
+        let (down, width) = (split.down(), split.cols);
         let out = &*out;
         // Tiles of one column block follow one another: a member's own range shares the weights of few columns.
         self.phase(
             s,
-            down * cols.div_ceil(col_block),
+            down * cols.div_ceil(width),
             #[inline(always)]
             |tile, scratch| {
-                let (r, c) = (tile % down * row_block, tile / down * col_block);
-                // SAFETY: tiles are claimed once, and different tiles are different blocks of the grid; `out` is
-                // borrowed exclusively for the whole phase.
-                let block =
-                    unsafe { out.block_unchecked(r..rows.min(r + row_block), c..cols.min(c + col_block)) };
-                f(r, c, block, scratch);
+                let (rows, c) = (split.tile_rows(tile % down), tile / down * width);
+                if rows.is_empty() {
+                    return;
+                }
+                // SAFETY: tiles are claimed once, and different tiles are different blocks of the grid, whose rows are those of `split`, checked
+                // above; `out` is borrowed exclusively for the whole phase.
+                let block = unsafe { out.block_unchecked(rows.clone(), c..cols.min(c + width)) };
+                f(rows.start, c, block, scratch);
             },
         );
     }
