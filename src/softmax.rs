@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::isa::dispatch;
 use crate::math::exp_nonpositive;
 use crate::reduce::{self, has_many_registers};
-use crate::rows::{TOGETHER, check_shape, for_tiles, input, together};
+use crate::rows::{check_shape, for_tiles, input, together};
 use crate::simd::{Simd, Vector};
 use crate::view::{MatMut, MatRef};
 
@@ -59,67 +59,88 @@ fn rows(ctx: Context<'_>, source: Option<MatRef<'_>>, x: MatMut<'_>) {
     ));
 }
 
-/// Some rows at a time, each pass on all of them before the next. The maxima of those that follow are found beside the exponentials, which
-/// leave loads and comparisons free: the first of three passes takes no time of its own.
+/// Rows from one that is made exponentials to the one whose maximum is found and to the one that is scaled, if they are short: time for a sum or a
+/// maximum to be ready.
+const APART: usize = 2;
+
+/// Three passes: maxima, exponentials, scaling. The multipliers are busy with the second alone; so where registers are many, the first and the last
+/// go beside it, each on another row.
 #[inline(always)]
 fn softmax_rows<S: Simd>(s: S, source: Option<MatRef<'_>>, x: &mut MatMut<'_>) {
-    let (rows, step) = (x.rows(), together(x.cols()));
-    let group = |begin: usize| begin.min(rows)..rows.min(begin + step);
-    let mut max = [f32::NEG_INFINITY; TOGETHER];
-    for begin in (0..rows).step_by(step) {
-        if begin == 0 || !has_many_registers::<S>() {
-            for (i, max) in group(begin).zip(&mut max) {
-                *max = reduce::max(s, input(source, x, i));
-            }
-        }
-        let next = if has_many_registers::<S>() { group(begin + step) } else { 0..0 };
-        let mut sum = [0.0; TOGETHER];
-        for ((i, max), sum) in group(begin).zip(&mut max).zip(&mut sum) {
-            let after = (i + step < next.end).then_some(i + step);
-            (*sum, *max) = exp_sum(s, source, x, i, *max, after);
-        }
-        for (i, sum) in group(begin).zip(sum) {
-            let scale = s.splat(1.0 / sum);
-            reduce::map(
-                s,
-                None,
-                x.row_mut(i),
-                #[inline(always)]
-                |p| p * scale,
-            );
-        }
+    let (rows, apart) = (x.rows(), together(x.cols()).min(APART));
+    let (mut max, mut scale) = ([f32::NEG_INFINITY; APART], [1.0; APART]);
+    for (i, max) in (0..rows.min(apart)).zip(&mut max) {
+        *max = reduce::max(s, input(source, x, i));
+    }
+    for i in 0..rows {
+        let (before, after) = (i.checked_sub(apart), (i + apart < rows).then_some(i + apart));
+        let [row, before_row, next] = x.rows_mut([Some(i), before, after]);
+        let before = Scaled { row: before_row, by: before.map_or(1.0, |before| scale[before % APART]) };
+        let next = match (source, after) {
+            (Some(source), Some(after)) => source.row(after),
+            _ => next,
+        };
+        let (source, own) = (source.map(|source| source.row(i)), max[i % APART]);
+        let (sum, next_max) = if has_many_registers::<S>() {
+            exp_sum(s, source, row, own, before, next)
+        } else {
+            let (sum, _) = exp_sum(s, source, row, own, Scaled { row: &mut [], by: 1.0 }, &[]);
+            before.run(s);
+            (sum, reduce::max(s, next))
+        };
+        scale[i % APART] = 1.0 / sum;
+        max[(i + apart) % APART] = next_max;
+    }
+    for i in rows.saturating_sub(apart)..rows {
+        Scaled { row: x.row_mut(i), by: scale[i % APART] }.run(s);
     }
 }
 
-/// Makes row `i` `exp(x - max)` and returns the canonical sum, and the maximum of the row `after`, if there is one.
+/// A row to be multiplied.
+struct Scaled<'a> {
+    row: &'a mut [f32],
+    by: f32,
+}
+
+impl Scaled<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let by = s.splat(self.by);
+        reduce::map(
+            s,
+            None,
+            self.row,
+            #[inline(always)]
+            |p| p * by,
+        );
+    }
+}
+
+/// Makes a row `exp(x - max)`, of its source if it has one. Returns the canonical sum, and the maximum of `next`, a row as long or none, as `before`.
 #[inline(always)]
 fn exp_sum<S: Simd>(
     s: S,
-    source: Option<MatRef<'_>>,
-    x: &mut MatMut<'_>,
-    i: usize,
+    source: Option<&[f32]>,
+    row: &mut [f32],
     max: f32,
-    after: Option<usize>,
+    before: Scaled<'_>,
+    next: &[f32],
 ) -> (f32, f32) {
     let has_number = max > f32::NEG_INFINITY;
     if !has_number {
         // Never evaluate -inf minus -inf. The maximum may have passed over a NaN.
-        let has_nan = input(source, x, i).iter().any(|x| x.is_nan());
-        x.row_mut(i).fill(if has_nan { f32::NAN } else { 0.0 });
-        let next = after.map_or(&[][..], |after| input(source, x, after));
+        let has_nan = source.unwrap_or(row).iter().any(|x| x.is_nan());
+        row.fill(if has_nan { f32::NAN } else { 0.0 });
+        before.run(s);
         return (1.0, reduce::max(s, next));
     }
-    let (row, next) = match (source, after) {
-        (Some(source), Some(after)) => (x.row_mut(i), source.row(after)),
-        (None, Some(after)) => x.row_mut_beside(i, after),
-        (_, None) => (x.row_mut(i), &[][..]),
-    };
-    let source = source.map(|source| source.row(i).as_chunks::<64>());
     let least = s.splat(f32::NEG_INFINITY);
-    let (m, mut slots, mut maxima) = (s.splat(max), [s.splat(0.0); 4], [least; 4]);
+    let (m, by, mut slots, mut maxima) = (s.splat(max), s.splat(before.by), [s.splat(0.0); 4], [least; 4]);
+    let source = source.map(|source| source.as_chunks::<64>());
     let (whole, tail) = row.as_chunks_mut::<64>();
+    let (before_whole, before_tail) = before.row.as_chunks_mut::<64>();
     let (next_whole, next_tail) = next.as_chunks::<64>();
-    let mut next_whole = next_whole.iter();
+    let (mut before_whole, mut next_whole) = (before_whole.iter_mut(), next_whole.iter());
     for (b, block) in whole.iter_mut().enumerate() {
         reduce::store_and_add::<S>(
             block,
@@ -135,6 +156,11 @@ fn exp_sum<S: Simd>(
                 *slot = s.load(&next[j * 16..]).max(*slot);
             }
         }
+        if let Some(before) = before_whole.next() {
+            for part in before.as_chunks_mut::<16>().0 {
+                (s.load(part) * by).store(part);
+            }
+        }
     }
     for (j, part) in tail.chunks_mut(16).enumerate() {
         let x = source.map_or(&*part, |(_, source)| &source[j * 16..][..part.len()]);
@@ -146,5 +172,6 @@ fn exp_sum<S: Simd>(
     for (part, slot) in next_tail.chunks(16).zip(&mut maxima) {
         *slot = s.load_partial(part, least).max(*slot);
     }
+    Scaled { row: before_tail, by: before.by }.run(s);
     (reduce::fold(slots), reduce::fold_max(maxima))
 }

@@ -205,22 +205,24 @@ impl<'a> MatMut<'a> {
         unsafe { core::slice::from_raw_parts_mut(self.ptr.add(i * self.row_stride), self.cols) }
     }
 
-    /// Row `i`, to be written, and another.
+    /// Different rows, to be written; of `None` an empty one.
     ///
     /// # Panics
-    /// If they are the same, or not both here.
+    /// If two are the same, or one is not here.
     #[inline(always)]
-    pub(crate) fn row_mut_beside(&mut self, i: usize, other: usize) -> (&mut [f32], &[f32]) {
-        assert!(i < self.rows && other < self.rows && i != other);
-        if self.cols == 0 {
-            return (&mut [], &[]);
-        }
-        // SAFETY: both rows are inside the borrow, which `self` lends exclusively; different rows do not overlap, as the stride is at least
-        // the columns.
-        unsafe {
-            let row = core::slice::from_raw_parts_mut(self.ptr.add(i * self.row_stride), self.cols);
-            (row, core::slice::from_raw_parts(self.ptr.add(other * self.row_stride), self.cols))
-        }
+    pub(crate) fn rows_mut(&mut self, rows: [Option<usize>; 3]) -> [&mut [f32]; 3] {
+        let [a, b, c] = rows;
+        assert!((a.is_none() || (a != b && a != c)) && (b.is_none() || b != c));
+        rows.map(
+            #[inline(always)]
+            |row| {
+                let Some(i) = row.filter(|_| self.cols > 0) else { return &mut [][..] };
+                assert!(i < self.rows);
+                // SAFETY: the rows are inside the borrow, which `self` lends exclusively; different rows do not overlap, as the stride is at
+                // least the columns.
+                unsafe { core::slice::from_raw_parts_mut(self.ptr.add(i * self.row_stride), self.cols) }
+            },
+        )
     }
 
     /// The same matrix for a shorter time.
