@@ -11,7 +11,7 @@ use crate::linear::{Epilogue, Linear, Residual, padded_stride};
 use crate::norm::{Norm, Placement, normalised};
 use crate::residual::{close_phase, close_rows, close_scratch};
 use crate::simd::Simd;
-use crate::split::{Columns, MAX_ROWS, ROW_UNIT, Split};
+use crate::split::{Columns, MAX_ROWS, Split};
 use crate::view::{MatMut, MatRef};
 use crate::workspace::AlignedBuffer;
 
@@ -122,7 +122,7 @@ impl Ffn {
             }));
             return Ok(());
         }
-        let mut team = Team::new(members, x.rows().min(self.tile_rows()) * self.row_scratch());
+        let mut team = Team::new(members, split.height() * self.row_scratch());
         dispatch!(ctx.isa(), |s| team.region(ctx.executor(), |crew| crew.blocks(
             s,
             &mut out,
@@ -139,7 +139,7 @@ impl Ffn {
 
     /// Rows of a tile at most.
     fn tile_rows(&self) -> usize {
-        (TILE / (self.d_model() + self.row_scratch())).clamp(ROW_UNIT, MAX_ROWS)
+        (TILE / (self.d_model() + self.row_scratch())).clamp(6, MAX_ROWS)
     }
 
     /// Scratch per row of a tile of whole rows, beside what its norms take.

@@ -11,7 +11,7 @@ use crate::gemm::{PANEL, PackedMatrix, block_product, panel_product};
 use crate::isa::dispatch;
 use crate::reduce::four;
 use crate::simd::{LANES, Simd, Vector};
-use crate::split::{Columns, MAX_ROWS, ROW_UNIT, Split};
+use crate::split::{Columns, MAX_ROWS, Split};
 use crate::view::{MatMut, MatRef};
 use crate::workspace::AlignedBuffer;
 
@@ -259,10 +259,10 @@ impl Linear {
             return;
         }
         let (k, stride) = (self.in_features(), padded_stride(self.in_features()));
-        let max_rows = (FILLED / stride).clamp(ROW_UNIT, MAX_ROWS);
+        let max_rows = (FILLED / stride).clamp(S::MR, MAX_ROWS);
         let members = self.members(ctx, out.rows());
-        let split = Split::by_rows(out.rows(), out.cols(), max_rows, members);
-        let most = out.rows().min(max_rows);
+        let split = Split::even(out.rows(), out.cols(), max_rows, members);
+        let most = split.height();
         Team::new(members, most * (PANEL + stride)).region(ctx.executor(), |crew| {
             crew.blocks(
                 s,
@@ -379,7 +379,7 @@ impl Linear {
     /// The columns as a phase of so many rows deals them out to the members.
     pub(crate) fn columns(&self, rows: usize, members: usize) -> Columns<'_> {
         let split = Split::new(rows, self.out_features(), MAX_ROWS, members);
-        Columns { linear: self, per_tile: split.cols, members }
+        Columns { linear: self, per_tile: split.tile_cols(), members }
     }
 
     /// The weights of the columns from `col`, a multiple of [`PANEL`], on.

@@ -70,7 +70,7 @@ pub(crate) fn close_phase<S: Simd>(
         crew.blocks(
             s,
             x,
-            &Split::by_rows(x.rows(), d_model, MAX_ROWS, crew.members()),
+            &Split::even(x.rows(), d_model, MAX_ROWS, crew.members()),
             #[inline(always)]
             |row, _, mut x, scratch| {
                 let (scratch, branch) = scratch.split_at_mut(MAX_ROWS * PANEL);

@@ -63,8 +63,8 @@ fn rows(ctx: Context<'_>, source: Option<MatRef<'_>>, x: MatMut<'_>) {
 /// maximum to be ready.
 const APART: usize = 2;
 
-/// Three passes: maxima, exponentials, scaling. The multipliers are busy with the second alone; so where registers are many, the first and the last
-/// go beside it, each on another row.
+/// Three passes: maxima, exponentials, scaling. The second keeps the multipliers busy and little else; so where registers are many, the first and the
+/// last go beside it, each on another row.
 #[inline(always)]
 fn softmax_rows<S: Simd>(s: S, source: Option<MatRef<'_>>, x: &mut MatMut<'_>) {
     let (rows, apart) = (x.rows(), together(x.cols()).min(APART));

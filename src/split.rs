@@ -10,17 +10,22 @@ use crate::linear::Linear;
 pub(crate) const MAX_ROWS: usize = 96;
 
 /// Rows that products take together with AVX-512 and AVX2. Tiles are cut behind a multiple of them: with one row fewer AVX2 needs 2 to 3 % longer per row.
-pub(crate) const ROW_UNIT: usize = 6;
+const UNIT: usize = 6;
 
-/// How a product's output is cut into tiles.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Rows of a tile, at most, from which on tiles are cut so. To stay below the most they become up to five rows lower, and each reads all weights.
+const HIGH: usize = 8 * UNIT;
+
+/// How an output is cut into tiles.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Split {
-    pub(crate) rows: usize,
+    /// All rows.
+    rows: usize,
     /// Runs of rows that are cut each by itself, as even as can be: one for each member, or one.
     runs: usize,
     tiles_per_run: usize,
     unit: usize,
-    pub(crate) cols: usize,
+    /// Columns of a tile.
+    cols: usize,
 }
 
 impl Split {
@@ -28,26 +33,26 @@ impl Split {
     /// delivers them.
     const FEW: usize = 24;
 
-    /// Tiles of at most `max_rows`, no fewer than [`ROW_UNIT`].
-    ///
     /// Rows first: a tile of whole rows reads its part of A once and can be followed by a norm. With too few rows for
     /// everybody the columns are split, so that each core keeps its slice of the weights in its L2.
     pub(crate) fn new(rows: usize, cols: usize, max_rows: usize, members: usize) -> Split {
-        let by_rows = Self::by_rows(rows, cols, max_rows, members);
-        if rows.div_ceil(by_rows.down()) >= Self::FEW || rows > Self::most_rows_by_cols(members) {
-            return by_rows;
+        let whole = Self::even(rows, cols, max_rows, members);
+        if rows.div_ceil(whole.down()) >= Self::FEW || rows > Self::most_rows_by_cols(members) {
+            return whole;
         }
         // One row waits for memory, which no two cores get alike: more tiles let the faster one take more of them.
         let tiles = if rows == 1 && members > 1 { 8 } else { TILES };
-        let cols = per_tile(cols.div_ceil(PANEL), 1, |block| block, members, tiles) * PANEL;
-        Self::by_rows(rows, cols, max_rows, 1)
+        let width = per_tile(cols.div_ceil(PANEL), 1, |block| block, members, tiles) * PANEL;
+        if width >= cols { whole } else { Self::even(rows, width, max_rows, 1) }
     }
 
-    /// Tiles of at most `max_rows` and of so many columns, as many of them for each member.
-    pub(crate) fn by_rows(rows: usize, cols: usize, max_rows: usize, members: usize) -> Split {
-        let max_rows = max_rows / ROW_UNIT * ROW_UNIT;
-        let tiles_per_run = rows.div_ceil(members).div_ceil(max_rows).max(1);
-        Split { rows, runs: members, tiles_per_run, unit: ROW_UNIT, cols }
+    /// Tiles of at most `max_rows` and of `cols` columns, as many rows for each member. Fewer rows than a unit are no member's: each member reads all
+    /// weights.
+    pub(crate) fn even(rows: usize, cols: usize, max_rows: usize, members: usize) -> Split {
+        let unit = if max_rows >= HIGH { UNIT } else { 1 };
+        let runs = members.min(rows.div_ceil(UNIT)).max(1);
+        let tiles_per_run = rows.div_ceil(runs).div_ceil(max_rows / unit * unit).max(1);
+        Split { rows, runs, tiles_per_run, unit, cols }
     }
 
     /// Tiles of `n` whole rows, but for the last.
@@ -56,20 +61,35 @@ impl Split {
         Split { rows, runs: 1, tiles_per_run: rows.div_ceil(unit), unit, cols }
     }
 
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn tile_cols(&self) -> usize {
+        self.cols
+    }
+
     /// How many tiles the rows make.
     pub(crate) fn down(&self) -> usize {
         self.runs * self.tiles_per_run
     }
 
-    /// The rows of tile `i`. There may be none: a multiple of the unit ends a run before its last tile.
+    /// The rows of tile `i`, behind those of the tile before: unsafe code relies on that. There may be none, if a run is a row shorter than the longest.
     pub(crate) fn tile_rows(&self, i: usize) -> Range<usize> {
         let run = own_tiles(i / self.tiles_per_run, self.rows, self.runs);
+        let (low, rest) = (run.len() / self.tiles_per_run, run.len() % self.tiles_per_run);
         let cut = |tile: usize| {
-            let even = (tile * run.len()).div_ceil(self.tiles_per_run);
+            let even = tile * low + tile.min(rest);
             run.end.min(run.start + even.next_multiple_of(self.unit))
         };
         let tile = i % self.tiles_per_run;
         cut(tile)..cut(tile + 1)
+    }
+
+    /// The most rows of a tile.
+    pub(crate) fn height(&self) -> usize {
+        let longest = self.rows.div_ceil(self.runs);
+        longest.min(longest.div_ceil(self.tiles_per_run.max(1)).next_multiple_of(self.unit))
     }
 
     /// The most rows whose columns are split.
@@ -192,27 +212,31 @@ mod tests {
         {
             let split = Split::new(rows, panels * PANEL, MAX_ROWS, members);
             assert_eq!((split.down(), split.tile_rows(0)), (1, 0..rows));
-            assert_eq!(split.cols, expected * PANEL, "{panels} for {members}");
+            assert_eq!(split.tile_cols(), expected * PANEL, "{panels} for {members}");
         }
     }
 
-    /// Each row is in one tile, none is higher than asked, and members' tiles are a run that differs from the others by a row at most.
+    /// Each row is in one tile, none is higher than asked, and runs differ by a row at most.
     #[test]
     fn tiles_of_rows_are_all_rows_once_and_even() {
         for rows in (0..300).chain([511, 512, 1000, 1024]) {
             for members in [1, 2, 3, 7, 16, 64] {
-                for max_rows in [6, 11, 42, 79, MAX_ROWS] {
-                    let split = Split::by_rows(rows, 64, max_rows, members);
-                    let mut end = 0;
-                    for member in 0..members {
+                for max_rows in [6, 11, 42, 48, 79, MAX_ROWS] {
+                    let split = Split::even(rows, 64, max_rows, members);
+                    assert!(split.height() <= max_rows, "{split:?}");
+                    let (mut end, runs) = (0, members.min(rows.div_ceil(6)).max(1));
+                    for run in 0..runs {
                         let start = end;
-                        for tile in own_tiles(member, split.down(), members) {
+                        for tile in own_tiles(run, split.down(), runs) {
                             let rows = split.tile_rows(tile);
-                            assert!(rows.start == end && rows.len() <= max_rows, "{split:?}, tile {tile}");
+                            assert!(
+                                rows.start == end && rows.len() <= split.height(),
+                                "{split:?}, tile {tile}"
+                            );
                             end = rows.end;
                         }
                         let own = end - start;
-                        assert!(own.abs_diff(rows / members) <= 1, "{split:?}, member {member}: {own} rows");
+                        assert!(own.abs_diff(rows / runs) <= 1, "{split:?}, run {run}: {own} rows");
                     }
                     assert_eq!(end, rows, "{split:?}");
                 }
@@ -227,11 +251,21 @@ mod tests {
         assert_eq!(tiles(Split::new(128, 64, MAX_ROWS, 1)), [66, 62]);
         assert_eq!(tiles(Split::new(128, 64, MAX_ROWS, 2)), [64, 64]);
         assert_eq!(tiles(Split::new(25, 64, MAX_ROWS, 1)), [25]);
+        // Where few rows of a tile fit, all of them count.
+        assert_eq!(tiles(Split::new(100, 64, 10, 1)), [10; 10]);
+        assert_eq!(tiles(Split::new(100, 64, 16, 2)), [13, 13, 12, 12, 13, 13, 12, 12]);
+        // One panel of columns cannot be split.
+        assert_eq!(tiles(Split::new(16, 64, MAX_ROWS, 2)), [8, 8]);
+        assert_eq!(tiles(Split::new(16, 64, MAX_ROWS, 16)), [5, 5, 6]);
         // Few rows go to everybody, a part of the columns each.
         assert_eq!(tiles(Split::new(25, 640, MAX_ROWS, 2)), [25]);
         assert_eq!(tiles(Split::every(10, 64, 4)), [4, 4, 2]);
         assert_eq!(tiles(Split::every(3, 64, 0)), [1, 1, 1]);
         assert_eq!(tiles(Split::every(0, 64, 4)), [0; 0]);
+        // As many rows as a slice can have.
+        let rows = isize::MAX as usize / size_of::<f32>();
+        let all = Split::every(rows, 1, 6);
+        assert_eq!(all.tile_rows(all.down() - 1), rows / 6 * 6..rows);
     }
 
     #[test]

@@ -216,8 +216,11 @@ impl<'a> MatMut<'a> {
         rows.map(
             #[inline(always)]
             |row| {
-                let Some(i) = row.filter(|_| self.cols > 0) else { return &mut [][..] };
+                let Some(i) = row else { return &mut [][..] };
                 assert!(i < self.rows);
+                if self.cols == 0 {
+                    return &mut [][..];
+                }
                 // SAFETY: the rows are inside the borrow, which `self` lends exclusively; different rows do not overlap, as the stride is at
                 // least the columns.
                 unsafe { core::slice::from_raw_parts_mut(self.ptr.add(i * self.row_stride), self.cols) }

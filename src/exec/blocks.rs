@@ -24,8 +24,8 @@ impl Crew<'_> {
         if out.rows() == 0 || cols == 0 {
             return;
         }
-        assert_eq!(split.rows, out.rows());
-        let (down, width) = (split.down(), split.cols);
+        assert_eq!(split.rows(), out.rows());
+        let (down, width) = (split.down(), split.tile_cols());
         let out = &*out;
         // Tiles of one column block follow one another: a member's own range shares the weights of few columns.
         self.phase(
@@ -37,8 +37,8 @@ impl Crew<'_> {
                 if rows.is_empty() {
                     return;
                 }
-                // SAFETY: tiles are claimed once, and different tiles are different blocks of the grid, whose rows are those of `split`, checked
-                // above; `out` is borrowed exclusively for the whole phase.
+                // SAFETY: tiles are claimed once; `tile_rows` ascends, so different tiles are different blocks of the grid; `out` is
+                // borrowed exclusively for the whole phase.
                 let block = unsafe { out.block_unchecked(rows.clone(), c..cols.min(c + width)) };
                 f(rows.start, c, block, scratch);
             },
