@@ -60,17 +60,19 @@ pub(crate) fn close_phase<S: Simd>(
     next: Option<Columns<'_>>,
 ) {
     let d_model = x.cols();
-    let split = Split::new(x.rows(), d_model, MAX_ROWS, crew.members());
+    // The branch has a norm of its own before it is added, which needs whole rows.
+    let cut = if matches!(placement, Placement::Sandwich { .. }) { Split::even } else { Split::new };
+    let split = cut(x.rows(), d_model, MAX_ROWS, crew.members());
     let rows_of = |row: usize, n: usize| a.block(row..row + n, 0..a.cols());
     let (norm, alpha) = match placement {
         Placement::Post { norm, alpha } => (Some(norm), *alpha),
         Placement::Pre { .. } | Placement::Sandwich { .. } | Placement::Plain => (None, 1.0),
     };
-    if split.is_by_rows(d_model) || matches!(placement, Placement::Sandwich { .. }) {
+    if split.is_by_rows(d_model) {
         crew.blocks(
             s,
             x,
-            &Split::even(x.rows(), d_model, MAX_ROWS, crew.members()),
+            &split,
             #[inline(always)]
             |row, _, mut x, scratch| {
                 let (scratch, branch) = scratch.split_at_mut(MAX_ROWS * PANEL);

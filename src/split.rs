@@ -1,4 +1,4 @@
-//! How the output of a product is cut into tiles, and who takes which.
+//! How an output is cut into tiles, and who takes which.
 
 use std::ops::Range;
 
@@ -46,8 +46,8 @@ impl Split {
         if width >= cols { whole } else { Self::even(rows, width, max_rows, 1) }
     }
 
-    /// Tiles of at most `max_rows` and of `cols` columns, as many rows for each member. Fewer rows than a unit are no member's: each member reads all
-    /// weights.
+    /// Tiles of at most `max_rows` and of `cols` columns, as many rows for each member, but for no more of them than there are units of rows: each
+    /// reads all weights.
     pub(crate) fn even(rows: usize, cols: usize, max_rows: usize, members: usize) -> Split {
         let unit = if max_rows >= HIGH { UNIT } else { 1 };
         let runs = members.min(rows.div_ceil(UNIT)).max(1);
